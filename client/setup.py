@@ -139,8 +139,10 @@ def relative_to(file: Path, path: Path) -> str:
 def check_anchor(config: SiteConfig, anchor: Path) -> bool:
     """Check a place for the anchor, and return whether it is on the ledger's file system.
 
+    Nothing is made. A directory that does not exist yet counts as where it would be made.
+
     Raises:
-        StudyError: It is in the ledger's directory. StateError: Its directory cannot be made.
+        StudyError: It is in the ledger's directory. StateError: Its directory cannot be looked at.
     """
     ledger = _ledger_of(config)
     if anchor.resolve().parent == ledger.resolve().parent:
@@ -150,14 +152,28 @@ def check_anchor(config: SiteConfig, anchor: Path) -> bool:
             "choose a path on another disk, or at least in another directory",
         )
     try:
-        for path in (ledger, anchor):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return on_one_disk(ledger, anchor)
+        return on_one_disk(*(_existing(path.absolute().parent) / path.name for path in (ledger, anchor)))
     except OSError as error:
-        raise StateError(
-            f"the directory of the anchor {anchor} cannot be used ({error.strerror})",
-            "choose a path that this user may write, or have the directory made",
-        ) from None
+        raise _unusable(anchor, error) from None
+
+
+def _existing(directory: Path) -> Path:
+    """Return a directory, or the nearest one above it that exists."""
+    return next(path for path in (directory, *directory.parents) if path.exists())
+
+
+def _make_place(anchor: Path) -> None:
+    try:
+        anchor.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(anchor, error) from None
+
+
+def _unusable(anchor: Path, error: OSError) -> StateError:
+    return StateError(
+        f"the directory of the anchor {anchor} cannot be used ({error.strerror})",
+        "choose a path that this user may write, or have the directory made",
+    )
 
 
 def move_anchor(file: Path, anchor: Path, *, same_disk: bool) -> None:
@@ -173,6 +189,7 @@ def move_anchor(file: Path, anchor: Path, *, same_disk: bool) -> None:
     """
     config = load_site(file)
     ledger = _ledger_of(config)
+    _make_place(anchor)
     if ledger.exists():
         old = config.anchor if config.anchor is not None and config.anchor.exists() else None
         if anchor.exists():  # an interrupted attempt has made it
@@ -234,6 +251,7 @@ def create_books(config: SiteConfig) -> list[str]:
 
 def start_anchor(config: SiteConfig, anchor: Path) -> int:
     """Start the anchor of a ledger that has none, and return the ledger's rows. Raises as `Ledger.start_anchor`."""
+    _make_place(anchor)
     opened = Ledger.open(_ledger_of(config), None, config.ledger_key)
     try:
         opened.start_anchor(anchor)

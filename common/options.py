@@ -22,13 +22,14 @@ def require_study(path: Path) -> None:
         raise StudyError(f"there is no study file at {path}", f"check the path{most_like(path)}; {MAKES['study']}")
 
 
-def _site_file(path: Path) -> Path:
+def site_file(path: Path) -> Path:
+    """Return the site file that a path means: itself, or that of the site's directory."""
     return path / "site.toml" if path.is_dir() else path
 
 
 SiteFile = Annotated[
     Path,
-    typer.Argument(help="The site file (TOML), or the site's directory.", metavar="SITE", callback=_site_file),
+    typer.Argument(help="The site file (TOML), or the site's directory.", metavar="SITE", callback=site_file),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 RunName = Annotated[

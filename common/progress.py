@@ -30,6 +30,11 @@ _REMEMBERED = 600.0
 """Seconds over which the speed of work is averaged: a round may take minutes."""
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 row`, `2 rows`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Return a text on one line, without characters that steer a terminal: it may be another organisation's.
 

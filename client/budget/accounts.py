@@ -24,6 +24,7 @@ has this cost against the coordinator with up to c corrupt sites only; against e
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
@@ -45,6 +46,9 @@ _NAME = re.compile(NAME_PATTERN)
 # JSON holds integers exactly below this.
 _LARGEST = 2**53
 _MOST_CLASSES = 64
+_LIMIT_STEP = 0.01
+_LARGEST_LIMIT = 1000.0
+"""Up to where a limit is searched that admits a study. A larger epsilon protects nobody."""
 
 
 @dataclass(frozen=True)
@@ -360,6 +364,29 @@ def counted_epsilon(items: Iterable[Item], limit: Limit) -> float:
     return max(found, filtered)
 
 
+def admitting_epsilon(items: Iterable[Item], limit: Limit) -> float | None:
+    """Return the least epsilon of a limit that covers `items`, in hundredths and at least `limit`'s own.
+
+    The order of the Rényi filter follows from the limit, so the epsilon that items count as under one limit does not
+    say which limit covers them. The result is checked: a limit of this epsilon covers the items.
+
+    Returns:
+        The epsilon; None where no limit up to 1000 covers them.
+    """
+    items = tuple(items)
+    grid = range(math.floor(limit.epsilon / _LIMIT_STEP), math.ceil(_LARGEST_LIMIT / _LIMIT_STEP))
+
+    def epsilon_at(step: int) -> float:
+        return max(round(step * _LIMIT_STEP, 2), limit.epsilon)
+
+    def covers(step: int) -> bool:
+        each = replace(limit, epsilon=epsilon_at(step))
+        return counted_epsilon(items, each) <= each.epsilon
+
+    found = bisect.bisect_left(grid, True, key=covers)
+    return epsilon_at(grid[found]) if found < len(grid) else None
+
+
 def same_cost(stored: Mapping[str, Any] | None, cost: Cost | None) -> bool:
     """Whether a row states a cost. A row of an earlier version lacks the fields that shared noise has."""
     if stored is None or cost is None:
@@ -434,21 +461,36 @@ def check_budget(
         held = sum(rounds for _, rounds in paid_rounds(filter(drawn_by_class, items)))
         others = [item for item in after if not drawn_by_class(item)]
         after = [*others, replace(whole, rounds=max(whole.rounds, held))]
-    total = counted_epsilon(after, limit)
-    if not total <= limit.epsilon:  # written so that NaN is refused
-        fixed = composed_epsilon(paid_rounds(after), limit)
+    if not counted_epsilon(after, limit) <= limit.epsilon:  # written so that NaN is refused
+        raise _beyond(release, limit, items, after, left)
+
+
+def _beyond(
+    release: RoundKey, limit: Limit, items: Sequence[Item], after: Sequence[Item], left: int
+) -> BudgetExhaustedError:
+    """Return the error for a study of which `left` rounds do not fit. `items` are before the study, `after` with it."""
+    needed = admitting_epsilon(after, limit)
+    fixed = composed_epsilon(paid_rounds(after), limit)
+    why = ""
+    if needed is not None and fixed < needed - 2 * _LIMIT_STEP:
         why = (
-            f". Composed as if all studies had been fixed in advance it would be {fixed:.4g}, but a study may have "
-            "been designed after the results of another, for which only the larger value is proven"
-            if fixed <= limit.epsilon
-            else ""
+            f". If all studies had been fixed in advance, {fixed:.4g} would suffice; more is needed because a study "
+            "may depend on the results of an earlier one"
         )
-        raise BudgetExhaustedError(
-            f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} "
-            f"at delta {limit.delta:g}; {counted_epsilon(items, limit):.4g} is spent or reserved, and the {left} "
-            f"remaining rounds of study {release.study} would raise it to {total:.4g}{why}",
-            "plan fewer rounds or more noise in the study; the limit is for the dataset's lifetime and is never reset",
-        )
+    within = "no limit admits them" if needed is None else f"the least limit that admits them is epsilon {needed:g}"
+    raised = (
+        ""
+        if needed is None
+        else f". Or your site decides to raise the limit, which promises each {limit.unit} less: `privet site setup "
+        f"SITE --epsilon {needed:g}`"
+    )
+    return BudgetExhaustedError(
+        f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} at "
+        f"delta {limit.delta:g}, of which {counted_epsilon(items, limit):.4g} is spent or reserved. The {left} "
+        f"remaining rounds of study {release.study} do not fit: {within}{why}",
+        f"ask the coordinator for fewer rounds or more noise{raised}. The limit is for the dataset's lifetime; spent "
+        "epsilon never comes back",
+    )
 
 
 def spending(dataset: str, limit: Limit, items: Sequence[Item], head: tuple[int, str]) -> Spending:

@@ -45,6 +45,11 @@ _HINTS = {
     "backup",
 }
 _CHECK_DISK = "check the disk, then repeat; the site sends nothing meanwhile"
+LOST_ANCHOR = (
+    "mount its disk, or restore the anchor from a backup. If it is lost, and you are sure that the ledger is no old "
+    "copy, start another: `privet site init SITE --anchor`"
+)
+"""What to do where a ledger has an anchor that cannot be read."""
 Head = tuple[int, str]
 """Number and head of a row. They commit to all rows up to it."""
 
@@ -385,8 +390,7 @@ def _read_anchor(anchor: Path) -> Head:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(
             f"the anchor {anchor} cannot be read ({type(error).__name__})",
-            "restore the anchor from a backup. If it is lost, and you are sure that the ledger is no old copy, start "
-            "another: `privet site init SITE --anchor`",
+            LOST_ANCHOR,
         ) from None
 
 

@@ -52,6 +52,7 @@ from privet.client.budget.accounts import (
     Limit,
     RoundKey,
     Spending,
+    admitting_epsilon,
     check_budget,
     check_cost,
     composed_epsilon,
@@ -643,8 +644,10 @@ def _context(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("dataset", "study", "round", "sequence", "payload")}
 
 
-def cost_of(ledger: Ledger, dataset: str, limit: Limit, costs: Later) -> tuple[float, float]:
+def cost_of(ledger: Ledger, dataset: str, limit: Limit, costs: Later) -> tuple[float, float, float | None]:
     """Return the epsilon of a dataset after a new study, with everything reserved: composed, and as counted.
+
+    The third value is the least limit that admits the study (`admitting_epsilon`).
 
     Args:
         ledger: The site's ledger.
@@ -653,7 +656,7 @@ def cost_of(ledger: Ledger, dataset: str, limit: Limit, costs: Later) -> tuple[f
         costs: Costs of the study's rounds, each with its number of rounds.
     """
     items = [*ledger.items(dataset), *(whole_study("", cost, rounds) for cost, rounds in costs)]
-    return composed_epsilon(paid_rounds(items), limit), counted_epsilon(items, limit)
+    return composed_epsilon(paid_rounds(items), limit), counted_epsilon(items, limit), admitting_epsilon(items, limit)
 
 
 def _document(cost: Cost | None) -> dict[str, Any] | None:

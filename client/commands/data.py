@@ -12,6 +12,7 @@ import typer
 
 from privet.client.bases.names import on_this_machine
 from privet.client.bases.opened import open_base
+from privet.client.commands.policy import named_study
 from privet.client.formats import FileFormat, Formatted
 from privet.client.site import IdRule, SiteConfig, load_site
 from privet.client.training.data import Records
@@ -29,7 +30,8 @@ from privet.client.training.features import length_lines, measure_records
 from privet.client.training.ids import Spellings, check_spellings, spellings
 from privet.client.training.tokenizer import open_tokenizer
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError, together
-from privet.common.progress import printable
+from privet.common.options import site_file
+from privet.common.progress import number_of, printable
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study, load_study
 
@@ -48,6 +50,7 @@ class Source:
         bases: Directories of base models.
         declared: The count that the site declares.
         real: Whether there is a site file.
+        formatted: Whether the site file has a table `[format]`.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Source:
     bases: Mapping[str, Path] = field(default_factory=dict)
     declared: int | None = None
     real: bool = False
+    formatted: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,21 @@ class Report:
     warnings: Sequence[str]
 
 
-def report_data(study: Path, paths: Sequence[Path], site: Path | None, *, as_json: bool) -> None:
+def report_data(study: str, paths: Sequence[Path], site: Path | None, *, as_json: bool) -> None:
     """Examine files, print the report, and end with an error that names every fault.
 
     Raises:
         PrivetError: The study or the site file is not valid, or a file does not fit.
     """
-    contract = load_study(study)
+    site = None if site is None else site_file(site)
     config = None if site is None else load_site(site)
+    if site is None or config is None:
+        contract = load_study(Path(study))
+    else:  # a site may have no study file: it names a study as `privet site approve` does
+        contract, _ = named_study(site, config, study, read=True)
     faults: list[PrivetError] = []
-    sources = _sources(contract, study, paths, config)
-    reports = [_report(contract, study.resolve().parent, source, faults) for source in sources]
+    sources = _sources(contract, Path(study), paths, config)
+    reports = [_report(contract, Path(study).resolve().parent, source, faults) for source in sources]
     if config is not None and contract.privacy.unit == "patient" and contract.data.unit != config.patient_column:
         faults.append(
             RefusedError(
@@ -130,6 +138,7 @@ def _sources(study: Study, file: Path, paths: Sequence[Path], config: SiteConfig
                 bases=config.resources.bases,
                 declared=config.declared_count,
                 real=True,
+                formatted=config.format is not None,
             )
         ]
     simulation = read_toml(file, what="study").get("simulation", {})
@@ -220,8 +229,8 @@ def _lines(study: Study, report: Report) -> list[str]:
         lines += [read] if isinstance(read, str) else read
         if each.letters:
             lines.append(f"  with the encoding below, its most frequent letters beyond ASCII are: {each.letters}")
-    total = f"{len(report.records)} records, {report.units} units of privacy (each {study.privacy.unit} is one)"
-    lines.append(f"all files: {total}")
+    units = f"{report.units} {'unit' if report.units == 1 else 'units'} of privacy (each {study.privacy.unit} is one)"
+    lines.append(f"all files: {number_of(len(report.records), 'record')}, {units}")
     if len(report.records):
         told = ["no token lengths: the base model cannot be opened"]
         lines += [f"  {line}" for line in (told if report.lengths is None else length_lines(report.lengths))]
@@ -239,6 +248,9 @@ def _for_the_site_file(study: Study, report: Report) -> list[str]:
     if settings := proposal(report.files, table):
         where = "site file (in a simulation: of the study file, as simulation.sites.NAME.format):"
         lines = ["settings that fit these files better: read them, and add them at the end of the"]
+        if report.source.formatted and settings[0] == "[format]":  # the table itself must not stand there twice
+            lines = ["settings that fit these files better: read them, and add them below the line [format] of the"]
+            where, settings = "site file, in place of lines that set the same:", settings[1:]
         lines.append("study file:" if table != "format" else where)
         lines += [f"  {line}" for line in settings]
         if any("?" in each.settings.get("labels", {}).values() for each in report.files):

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from privet.client.budget.chain import on_one_disk
+from privet.client.budget.chain import LOST_ANCHOR, on_one_disk
 from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
@@ -39,6 +39,7 @@ from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
 from privet.common.pki.keyfile import public_key
+from privet.common.progress import number_of
 from privet.common.study.sections import ModelSection
 from privet.common.study.study import load_study
 
@@ -164,7 +165,8 @@ def _data(site: SiteConfig) -> Check:
         return Check("data", False, "the site declares no count; private studies need one", hint)
     for path in (*site.train, *site.test):
         columns_of(site, path)  # its first row
-    return Check("data", True, f"{len(site.train)} training files; {site.declared_count} units declared")
+    files = number_of(len(site.train), "training file")
+    return Check("data", True, f"{files}; {number_of(site.declared_count, 'unit')} declared")
 
 
 def _certificate(enrolment: Enrolment, now: datetime) -> Check:
@@ -236,7 +238,7 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     keys = [NoteKey.parse(text) for text in (claimed.log, *(member.witness for member in trusted.members))]
     if not site.classical_signatures and (classical := refusal_of(keys)):
         return Check("trust", False, classical.message, classical.hint)
-    return Check("trust", True, f"the charter and {len(trusted.members)} members are confirmed")
+    return Check("trust", True, f"confirmed: the charter and {number_of(len(trusted.members), 'member')}")
 
 
 def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) -> Check:
@@ -288,7 +290,9 @@ def _policy(site: SiteConfig) -> Check:
     if not policy.model.bases:
         hint = "admit the base of a study: `privet site policy SITE --admit-base STUDY`"
         return Check("policy", False, "it admits no base, so it refuses every study", hint)
-    people = f"{count} studies approved" if policy.approval == "person" else "studies are approved by rule"
+    people = f"{count} {'study' if count == 1 else 'studies'} approved"
+    if policy.approval != "person":
+        people = "studies are approved by rule"
     return Check("policy", True, f"{policy_digest(site)}; {people}")
 
 
@@ -337,14 +341,16 @@ def _ledger(site: SiteConfig, stated: list[LedgerOf]) -> Check:
         log = "not compared with the round log"
     elif stated[0] is not None:
         log = f"it holds row {stated[0][0]}, which this site last stated in the round log"
-    return Check("ledger", True, f"verified, {rows} rows; {log}")
+    return Check("ledger", True, f"verified, {number_of(rows, 'row')}; {log}")
 
 
 def _anchor(site: SiteConfig) -> Check:
     if site.anchor is None:
         hint = "name a file on another disk than the ledger: `privet site setup SITE --anchor PATH`"
         return Check("anchor", False, "none: the site cannot detect a ledger that was restored from a backup", hint)
-    site.anchor.stat()
+    if not site.anchor.exists():
+        missing = site.anchor if site.anchor.parent.exists() else f"{site.anchor}, and its directory,"
+        return Check("anchor", False, f"{missing} is missing", LOST_ANCHOR)
     if site.ledger is not None and on_one_disk(site.ledger, site.anchor):
         text = "present, but on the ledger's file system, so that one backup may restore both"
         if site.anchor_same_disk:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -29,6 +29,7 @@ from privet.client.trust import read_trusted
 from privet.common.clock import now
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
+from privet.common.progress import number_of
 
 _Answer = TypeVar("_Answer")
 _ATTEMPTS = 3
@@ -85,6 +86,8 @@ class Guide:
         for left in reversed(range(_ATTEMPTS)):
             answer = self._typed(question, option, default)
             try:
+                if not answer and default is None:
+                    raise StudyError(f"{question}: this question has no default", f"add the option {option}")
                 return read(answer)
             except StudyError as error:
                 if self.yes or not left:
@@ -101,7 +104,7 @@ class Guide:
                 )
             return default
         try:
-            return str(typer.prompt(f"  {question}", default=default, show_default=bool(default))).strip()
+            return str(typer.prompt(f"  {question}", default=default or "", show_default=bool(default))).strip()
         except click.Abort:
             raise self._stopped(question, option) from None
 
@@ -175,7 +178,7 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
 def ask_data(guide: Guide, train: list[Path] | None, test: list[Path] | None) -> None:
     """Name the files of training and test data."""
     if train is None and guide.site.train and all(path.is_file() for path in guide.site.train):
-        typer.echo(f"data: {len(guide.site.train)} files of training data")
+        typer.echo(f"data: {number_of(len(guide.site.train), 'file')} of training data")
     else:
         if train is None:
             guide.explain(
@@ -226,7 +229,7 @@ def _files(guide: Guide, files: Sequence[Path], option: str) -> list[str]:
 
 def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRule | None) -> None:
     """Say which column identifies patients, and how its ids are written."""
-    from privet.client.training.glance import id_rule
+    from privet.client.training.glance import units_under
 
     site = guide.site
     by_record = unit == "record" or (unit is None and site.limit is not None and site.limit.unit == "record")
@@ -244,7 +247,8 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
         guide.put(patient_column=column)
         site = guide.site
     if site.patient_column is not None and rule is None and site.patient_ids is None:
-        proposed = id_rule(site, site.patient_column)
+        counts = units_under(site, site.patient_column)
+        proposed = "number" if counts.get("number") is not None else "text"
         guide.explain(
             "How ids are written",
             'number: whole numbers, so 101, "0101" and 101.0 are one patient. text: upper and lower case do not '
@@ -252,10 +256,35 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
             "promise.",
         )
         rule = guide.ask(
-            "number, text or case", "--patient-ids", lambda answer: _id_rule(guide, answer), proposed or "text"
+            "number, text or case", "--patient-ids", lambda answer: _id_rule(guide, answer, counts), proposed
         )
+    elif rule is not None and site.patient_column is not None and (doubt := split_by(rule, counts_of(site))):
+        guide.say(f"WARNING: {doubt}.")
     if rule is not None:
         guide.put(patient_ids=rule)
+
+
+def counts_of(site: SiteConfig) -> dict[IdRule, int | None]:
+    """Return the number of patients under each rule; nothing where the files do not say."""
+    from privet.client.training.glance import units_under
+
+    try:
+        return {} if site.patient_column is None else units_under(site, site.patient_column)
+    except DataError:
+        return {}
+
+
+def split_by(rule: IdRule, counts: Mapping[IdRule, int | None]) -> str:
+    """Return why a rule may take one patient for two: another rule joins more ids. Empty if none does."""
+    own = counts.get(rule)
+    fewest = min((count, other) for other, count in counts.items() if count is not None) if own is not None else None
+    if own is None or fewest is None or fewest[0] >= own:
+        return ""
+    least, other = fewest
+    return (
+        f"under {rule} the ids are {own} patients, under {other} {least}: some differ only in how they are written. A "
+        "patient taken for two is protected less"
+    )
 
 
 def _column(guide: Guide, given: str | None) -> str | None:
@@ -296,10 +325,16 @@ def _one_of_columns(guide: Guide, column: str) -> str:
     return column
 
 
-def _id_rule(guide: Guide, answer: str) -> IdRule:
+def _id_rule(guide: Guide, answer: str, counts: Mapping[IdRule, int | None]) -> IdRule:
     for rule in get_args(IdRule):
-        if answer == rule:
-            return rule  # type: ignore[no-any-return]
+        if answer != rule:
+            continue
+        if doubt := split_by(rule, counts):
+            guide.say(f"{doubt}.")
+            if not guide.confirm("Are they different patients?", "--patient-ids"):
+                hint = f"run `privet site setup {guide.file} --patient-ids number`"
+                raise StudyError(f"{rule} joins fewer ids than another rule", hint)
+        return rule  # type: ignore[no-any-return]
     raise StudyError(
         f"expected number, text or case, found {answer!r}", f"run `privet site setup {guide.file} --patient-ids text`"
     )
@@ -419,11 +454,14 @@ def _place(guide: Guide, anchor: Path, same_disk: bool) -> tuple[Path, bool]:
         anchor = anchor / _ANCHOR
     site = guide.site
     if check_anchor(site, anchor) and not (same_disk or site.anchor_same_disk):
-        guide.say(f"{anchor} is on the ledger's disk: one backup, or one snapshot, may then restore both.")
+        fault = f"{anchor} is on the ledger's disk"
+        if not anchor.parent.exists():
+            fault = f"{anchor.parent} does not exist (is a disk not mounted?); made now, it is on the ledger's disk"
+        guide.say(f"{fault}. One backup, or one snapshot, may then restore both.")
         same_disk = guide.confirm("Accept this?", "--anchor-same-disk")
         if not same_disk:
             raise StudyError(
-                f"the anchor {anchor} is on the ledger's disk",
+                fault,
                 f"name a path on another disk, `privet site setup {guide.file} --anchor PATH`, or accept this with "
                 "--anchor-same-disk",
             )

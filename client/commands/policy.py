@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
-from privet.common.files import write_new
-from privet.common.options import Json, SiteFile, StudyFile
-from privet.common.progress import doing, folded, printable
+from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
+from privet.common.files import most_like, write_new
+from privet.common.options import Json, SiteFile
+from privet.common.progress import doing, folded, number_of, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -85,32 +85,43 @@ _REFUSES = "this site refuses it"
 @doing("Judging {study} by the policy of {site}")
 def check(
     site: SiteFile,
-    study: StudyFile,
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="A study file; or, of a proposed study, its run or 8 digits or more of its digest.",
+            metavar="STUDY",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Check whether this site would take part in a study, and list every reason against it.
 
-    It opens no data and sends nothing. Exit code 3 if the site would refuse the study.
+    If policy and budget admit the study, it also reads the site's data files as the site does before it consents, and
+    prints nothing of them but counts. It sends nothing. Exit code 3 if the site would refuse the study.
     """
+    from privet.client.policy.agreement import LATER
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
-    from privet.common.study.study import load_study
 
-    config, asked = load_site(site), load_study(study)
+    config = load_site(site)
+    asked, _ = named_study(site, config, study, read=True)
     digest, findings, budget = _judge(config, asked)
+    against = [each for each in findings if each.code not in LATER]
+    unfit = None if against or budget is not None else _unfit(config, asked)
     if as_json:
         reasons = [vars(finding) for finding in findings]
         spoken = "" if budget is None else budget.message
         answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": spoken}
-        typer.echo(json.dumps({"admitted": not findings and budget is None, **answer}))
+        answer |= {} if unfit is None else {"data": unfit.message}
+        typer.echo(json.dumps({"admitted": not (findings or budget or unfit), **answer}))
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
-        _show(findings, budget)
-        for line in _ways(config, findings, budget, site, str(study)):
+        _show(findings, budget, unfit)
+        for line in _ways(config, findings, (budget, unfit), site, study):
             typer.echo(f"to admit it  {printable(line)}")
-        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and budget is None:
+        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
-    if findings or budget is not None:
+    if findings or budget or unfit:
         raise typer.Exit(3)
 
 
@@ -129,24 +140,27 @@ def approve(
 ) -> None:
     """Show what a study asks of this site, and record that you approve it.
 
-    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply: if
-    they refuse the study, the command says which rule and what to change, records nothing, and ends with exit code 3.
+    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply, and
+    the site's data files must fit the study: otherwise the command says what to change, records nothing, and ends with
+    exit code 3.
     It asks before it records where there is a terminal; --yes leaves the question out.
     """
+    from privet.client.network.serve import is_served
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.site import load_site
 
     config = load_site(site)
-    asked, who = _named(site, config, study, read=not yes)
+    asked, who = named_study(site, config, study, read=not yes)
     for name, text in agreement(config, asked, who, _price(config, asked)):
         typer.echo(_paragraph(name, text))
     _, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
-    if against or budget is not None:
+    unfit = None if against or budget is not None else _unfit(config, asked)
+    if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
-        _show(tuple(against), budget)
-        for line in _ways(config, against, budget, site, study):
+        _show(against, budget, unfit)
+        for line in _ways(config, against, (budget, unfit), site, study):
             typer.echo(f"to admit it  {printable(line)}")
         raise typer.Exit(PolicyError.exit_code)
     terminal = sys.stdin.isatty()
@@ -163,7 +177,10 @@ def approve(
     for each in findings:
         if each.code in LATER - {"E_NOT_APPROVED"}:
             typer.echo(f"not yet   {printable(_said(each))}")
-    typer.echo(f"next: privet site serve {site}")
+    if is_served(config):
+        typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")
+    else:
+        typer.echo(f"next: privet site serve {site}")
 
 
 @doing("Asking the coordinator for its studies")
@@ -184,7 +201,9 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
     if not rows:
         typer.echo("the coordinator proposes no study now: it has begun no run")
     for row in rows:
-        state = "ended" if row["ended"] else f"{row['round']} of {row['rounds']} rounds closed"
+        state = f"{row['round']} of {row['rounds']} rounds closed"
+        if row["ended"]:
+            state = "ended" if row["round"] == row["rounds"] else f"withdrawn or stopped; {state}"
         log = "in the round log" if row["logged"] else "NOT in the round log yet"
         typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
         typer.echo(f"  {row['task']}; {row['privacy']}")
@@ -222,13 +241,29 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     }
 
 
-def _named(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
-    """Return the study that an argument names, and who proposes it. `read`: whether a person confirms it."""
+def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
+    """Return the study that an argument names, and who proposes it.
+
+    Args:
+        file: The site file.
+        config: Its content.
+        study: A study file; or, of a proposed study, its run or the beginning of its digest.
+        read: Whether a person confirms what the study asks, or nothing that is kept follows from the name.
+
+    Raises:
+        PrivetError: As `load_study`, `consulted` and `chosen`.
+    """
     from privet.client.network.enrolment import Enrolment
     from privet.client.network.proposals import chosen
     from privet.common.study.study import load_study
 
     if study_is_exact(study) and not study.startswith("sha256:"):
+        if not Path(study).exists():
+            raise StudyError(
+                f"there is no study file at {study}",
+                f"check the path{most_like(Path(study))}; a site needs no study file: name the study's run, or 8 "
+                f"digits or more of its digest, as `privet site studies {file}` lists them",
+            )
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
     found = chosen(_proposed(file, config), study, read=read)
     log = "it is in the round log" if found.logged else "it is not in the round log yet"
@@ -260,10 +295,10 @@ def _price(config: SiteConfig, study: Study) -> Price | None:
     try:
         dataset = str(config.dataset)
         counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
-        after = counted if begun else cost_of(ledger, dataset, limit, costs)[1]
+        after, needed = cost_of(ledger, dataset, limit, () if begun else costs)[1:]
     finally:
         ledger.close()
-    return Price(dataset, limit, counted, after)
+    return Price(dataset, limit, counted, after, needed)
 
 
 def _paragraph(name: str, text: str) -> str:
@@ -309,7 +344,9 @@ def receipts(
         for each in found:
             typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
             typer.echo(f"{'':<27}of study {each.study}")
-        typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
+        typer.echo(
+            f"{number_of(len(found), 'release')}, {sum(each.bytes for each in found)} bytes in total before masking"
+        )
         begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
         if begun:
             typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")
@@ -359,18 +396,36 @@ def _said(finding: Finding) -> str:
     return f"{finding.rule}: asked {finding.asked}, allowed {finding.allowed}"
 
 
-def _show(findings: tuple[Finding, ...], budget: PrivetError | None) -> None:
+def _unfit(config: SiteConfig, study: Study) -> PrivetError | None:
+    """Return what is wrong with the site's training files for a study, as the site finds it before it consents."""
+    from privet.client.training.data import site_records
+
+    try:
+        if config.train:
+            site_records(config, study)
+    except PrivetError as error:
+        return error
+    return None
+
+
+def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: PrivetError | None) -> None:
     for finding in findings:
         typer.echo(f"{finding.code:<18} {printable(_said(finding))}")
     if budget is not None:
         typer.echo(f"{'E_BUDGET':<18} {printable(budget.message)}")
-    typer.echo("refused" if findings or budget is not None else "admitted by the policy and within the budget")
+    if unfit is not None:
+        typer.echo(f"{'data files':<18} {printable(unfit.message)}")
+    refused = findings or budget or unfit
+    typer.echo("refused" if refused else "admitted by the policy, within the budget, and the data files fit")
 
 
 def _ways(
-    config: SiteConfig, findings: Sequence[Finding], budget: PrivetError | None, site: Path, study: str
+    config: SiteConfig, findings: Sequence[Finding], errors: Sequence[PrivetError | None], site: Path, study: str
 ) -> list[str]:
     """Return what the site's people would change to admit a study, each in one sentence."""
     from privet.client.policy.agreement import advice
 
-    return advice(config, findings, str(site), study) + ([budget.hint] if budget is not None and budget.hint else [])
+    hints = [each.hint.replace("SITE", str(site)) for each in errors if each is not None and each.hint]
+    if any(isinstance(each, DataError) for each in errors):
+        hints.append(f"see every fault, and the lines that mend it: `privet data {study} --site {site}`")
+    return advice(config, findings, str(site), study) + hints

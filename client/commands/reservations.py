@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from privet.common.errors import StateError
 from privet.common.options import SiteFile
 
+if TYPE_CHECKING:
+    from privet.client.site import SiteConfig
+
 
 def cancel(
     site: SiteFile,
     study: Annotated[
-        str, typer.Argument(help="The study file, or the study's digest as `privet site budget` prints it.")
+        str,
+        typer.Argument(
+            help="A study file; the study's digest as `privet site budget` prints it, or 8 of its digits or more; or "
+            "the name of a run.",
+            metavar="STUDY",
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Cancel without asking.")] = False,
 ) -> None:
     """Cancel what is reserved for a study, for example after the coordinator withdrew its run.
 
+    A site reserves a round when it is about to train in that round. An approval reserves nothing.
     Only rounds that have not begun here are cancelled: no random number was drawn for them, so nothing of them can have
     left the site. What was charged stays charged. Do not cancel if the very same study is to be run again: this site
     would refuse the cancelled rounds.
@@ -28,15 +37,17 @@ def cancel(
     from privet.client.budget.accounts import RoundKey
     from privet.client.budget.releases import open_ledger
     from privet.client.site import load_site
-    from privet.common.study.study import load_study
 
     config = load_site(site)
-    digest = study if study.startswith("sha256:") else load_study(Path(study)).digest
     ledger = open_ledger(config)
     try:
+        digest = _digest_of(site, config, study, {item.study for item in ledger.items(str(config.dataset))})
         rounds = ledger.reserved(str(config.dataset), digest)
         if not rounds:
-            typer.echo("nothing is reserved for this study that has not begun, so there is nothing to cancel")
+            typer.echo(
+                "nothing to cancel: no round of this study waits to begin here. A site reserves a round when it is "
+                "about to train in that round; an approval reserves nothing"
+            )
             return
         named = f"round{'s'[: len(rounds) != 1]} {', '.join(map(str, rounds))}"
         typer.echo(f"reserved and not begun: {named} of study {digest}")
@@ -51,3 +62,17 @@ def cancel(
         typer.echo(f"cancelled: {named}")
     finally:
         ledger.close()
+
+
+def _digest_of(file: Path, config: SiteConfig, study: str, known: set[str]) -> str:
+    """Return the digest of the study that an argument names. `known`: those in the ledger, also of ended studies."""
+    from privet.client.commands.policy import named_study, study_is_exact
+    from privet.client.network.proposals import LEAST_PREFIX
+
+    text = study.removeprefix("sha256:")
+    begins = [each for each in known if each.removeprefix("sha256:").startswith(text)]
+    if len(begins) == 1 and len(text) >= LEAST_PREFIX:
+        return begins[0]
+    if study.startswith("sha256:") and study_is_exact(study):
+        return study
+    return named_study(file, config, study, read=True)[0].digest

@@ -88,15 +88,18 @@ def setup(
     typer.echo()
     checks = examine(site, now)
     show_checks(checks)
-    if before != site.read_bytes() and is_served(guide.site):
-        typer.echo("\nA process serves this site, and read the site file when it started. Stop it, then run")
-        typer.echo(f"next: privet site serve {site}")
     failing = [check for check in checks if not check.ok]
     if failing:
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")
         typer.echo(f"next: privet site setup {site}")
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
+    served = is_served(guide.site)
+    if served and before != site.read_bytes():
+        typer.echo("A process serves this site with the former site file. Stop it, then run")
+        typer.echo(f"next: privet site serve {site}")
+        return
     typer.echo(f"next: privet site studies {site}")
     typer.echo(f"then: privet site approve {site} STUDY")
-    typer.echo(f"then: privet site serve {site}")
+    if not served:
+        typer.echo(f"then: privet site serve {site}")

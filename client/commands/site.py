@@ -13,7 +13,7 @@ import typer
 from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
-from privet.common.progress import doing
+from privet.common.progress import doing, number_of
 
 if TYPE_CHECKING:
     from privet.client.budget.accounts import Spending
@@ -139,7 +139,7 @@ def budget(
                 f"the study {study} is not private, but the site file limits the epsilon of dataset {config.dataset}",
                 "make the study private: a dataset with a limit admits only private studies",
             )
-        after, counted = cost_of(ledger, found.dataset, limit, costs)
+        after, counted, needed = cost_of(ledger, found.dataset, limit, costs)
         document |= {"after": after, "after_counted": counted}
     if as_json:
         typer.echo(json.dumps(document))
@@ -151,15 +151,19 @@ def budget(
     typer.echo("\n".join(_totals(found)))
     for entry in found.studies:
         reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
-        typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
+        typer.echo(
+            f"         epsilon {entry.epsilon:.4f}  {number_of(entry.charged, 'round')}{reserved}  study {entry.study}"
+        )
     if len(found.studies) > 1:
         typer.echo(
-            f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included: a study may depend on "
-            "the results of an earlier one"
+            f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included. This is what the limit "
+            "compares. It may be more than what is spent, because a study may depend on the results of an earlier one"
         )
     if planned is not None:
-        verdict = "within the limit" if counted <= limit.epsilon else "REFUSED: beyond the limit"
-        more = f", counted as {_shown(counted)}" if counted > after else ""
+        verdict = "within the limit" if counted <= limit.epsilon else "REFUSED: beyond the limit; "
+        if counted > limit.epsilon:
+            verdict += "no limit admits it" if needed is None else f"the least limit that admits it is {needed:g}"
+        more = f", counted as {_shown(counted)}" if after < counted <= limit.epsilon else ""
         typer.echo(f"after    epsilon {_shown(after)} with study {planned.digest}{more}: {verdict}")
     typer.echo(f"head     {found.head[0]} {found.head[1]}")
 
@@ -242,7 +246,14 @@ def adapter(
 
 @doing("Checking data files against {study}")
 def data(
-    study: StudyFile,
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="The study file (TOML); with --site also the run of a proposed study, or 8 digits or more of its "
+            "digest.",
+            metavar="STUDY",
+        ),
+    ],
     files: Annotated[
         list[Path] | None,
         typer.Argument(

@@ -29,12 +29,14 @@ class Price:
         limit: What it may spend.
         counted: Epsilon that counts against the limit now.
         after: Epsilon that would count after the study.
+        needed: Least limit that admits the study; None where none does.
     """
 
     dataset: str
     limit: Limit
     counted: float
     after: float
+    needed: float | None
 
 
 def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> list[tuple[str, str]]:
@@ -144,11 +146,15 @@ def _cost(study: Study, price: Price | None) -> str:
         unit = study.privacy.unit
         return f"unknown: the site file sets no limit for each {unit}." if study.private else "no budget is counted."
     limit = price.limit
-    left = limit.epsilon - price.after
-    rest = f"{left:.3g} would be left" if left >= 0 else f"that is {-left:.3g} too much"
+    if price.after <= limit.epsilon:
+        rest = f"With this study it would be {price.after:.3g}; {limit.epsilon - price.after:.3g} would be left"
+    elif price.needed is None:
+        rest = "This study does not fit, and no larger limit admits it"
+    else:
+        rest = f"This study does not fit: the least limit that admits it is {price.needed:g}"
     return (
         f"dataset {price.dataset} has spent epsilon {price.counted:.3g} of {limit.epsilon:g} (each {limit.unit}, delta "
-        f"{limit.delta:g}). With this study it would be {price.after:.3g}; {rest}. Nothing is given back."
+        f"{limit.delta:g}). {rest}. Nothing is given back."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ _log = logging.getLogger("privet.site")
 _refusals = Refusals(_log)
 _COORDINATOR = "coordinator"
 _VERSIONS = "run the same version of privet at the site and at the coordinator"
+_CONTINUE = re.compile("continue the round without this site(.*)")
 _OWN_LOG = "ask the site's operator: the site's application log holds the reason"
 # Errors whose texts are private to the site: their counts and names would answer questions about the data, and so would
 # the step at which training diverged. The coordinator gets these fixed texts instead.
@@ -100,7 +102,16 @@ def _answer(worker: Worker, asked: Message) -> Message:
 def _note(error: PrivetError) -> None:
     """Log the refusal or error with its full text in the site's application log, also where the text is private."""
     code = f" {error.code}" if isinstance(error, RefusedError) else ""
-    _refusals.note(f"{type(error).__name__}{code}", _COORDINATOR, detail=str(error))
+    _refusals.note(f"{type(error).__name__}{code}", _COORDINATOR, detail=_for_the_site(error))
+
+
+def _for_the_site(error: PrivetError) -> str:
+    """Return an error's text for the site's own log: in place of a hint for the coordinator, what this site does."""
+    found = _CONTINUE.fullmatch(error.hint)
+    if found is None:
+        return str(error)
+    more = found[1].removeprefix(": it counts as a drop-out").removeprefix(", and ").removeprefix("; ")
+    return f"{error.message} (this site sits the round out, and takes part in the next one{more and '; '}{more})"
 
 
 def _failure(error: PrivetError) -> Failure:

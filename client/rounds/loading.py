@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
-from privet.client.training.data import DataReport, Records, concatenate, load_files, split_records
+from privet.client.training.data import DataReport, Records, site_records, split_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
-from privet.client.training.ids import check_spellings
 from privet.client.training.train import TrainingSet
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, RefusedError
@@ -47,12 +46,7 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
             not say which rule holds, or no training record is left.
         RefusedError: The study's delta is too large for so few units.
     """
-    rule = site.rule_for(study.data.unit)
-    parts, reports = load_files(site, study)
-    records = concatenate(parts, distinct=distinct)
-    if rule is None and study.data.unit is not None and study.privacy.unit == "patient":
-        for names in [part.units for part in parts] if distinct else [records.units]:
-            check_spellings(names, study.data.unit)
+    records, reports = site_records(site, study, distinct=distinct)
     training, validation = split_records(records, study.data.validation_fraction, split_key)
     if not len(training):
         raise DataError(

@@ -28,7 +28,7 @@ from privet.client.training.forms import (
     tagged,
     turns_fault,
 )
-from privet.client.training.ids import unit_names
+from privet.client.training.ids import check_spellings, unit_names
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, together
 from privet.common.study.study import Study
@@ -217,6 +217,29 @@ def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tupl
     if faults:
         raise together(faults)
     return [records for records, _ in found], [report for _, report in found]
+
+
+def site_records(site: SiteConfig, study: Study, *, distinct: bool = False) -> tuple[Records, list[DataReport]]:
+    """Return all training records of a site, checked as it checks them before it consents to a study.
+
+    Args:
+        site: The site.
+        study: The study. The files must fit its data contract.
+        distinct: Whether equal names of units in two files are two units.
+
+    Returns:
+        The records, and a report on each file.
+
+    Raises:
+        DataError: The files do not fit the study; or two spellings may be one patient, and the site file does not say
+            which rule holds.
+    """
+    parts, reports = load_files(site, study)
+    records = concatenate(parts, distinct=distinct)
+    if site.rule_for(study.data.unit) is None and study.data.unit is not None and study.privacy.unit == "patient":
+        for names in [part.units for part in parts] if distinct else [records.units]:
+            check_spellings(names, study.data.unit)
+    return records, reports
 
 
 def split_records(records: Records, fraction: float, key: bytes) -> tuple[Records, Records]:

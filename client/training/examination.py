@@ -158,11 +158,14 @@ def proposed_count(units: int) -> int:
 def count_lines(units: int, declared: int | None, largest: int) -> list[str]:
     """Return the proposal for `declared_count`, and what is wrong with the count that a site declares."""
     count = proposed_count(units)
-    lines = [
-        f"declared_count = {count}",
-        "  (add this line to the site file, above its first table. The count is public,",
-        "  so it is rounded. Keep it when records are added)",
-    ]
+    if declared is None:
+        lines = [
+            f"declared_count = {count}",
+            "  (add this line to the site file, above its first table. The count is public,",
+            "  so it is rounded. Keep it when records are added)",
+        ]
+    else:
+        lines = [f"the site file declares {declared} units; its files hold about {count}. Keep the declared count"]
     if declared is not None and not units / _FAR <= declared <= units * _FAR:
         lines.append(f"  WARNING: the site file declares {declared}, more than {_FAR:g} times away from its files.")
     if (declared or count) > largest:

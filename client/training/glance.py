@@ -23,25 +23,26 @@ def columns_of(site: SiteConfig, path: Path) -> list[str]:
     return list(next(read_rows(path, site.form_of(path)), {}))
 
 
-def id_rule(site: SiteConfig, column: str) -> IdRule | None:
-    """Return how the ids in a column seem to be written: all whole numbers, or text; None if neither is plain.
+def units_under(site: SiteConfig, column: str) -> dict[IdRule, int | None]:
+    """Return the number of units that the ids in a column come to under each rule.
+
+    None for `number` where an id is no whole number; for all rules where they cannot be compared.
 
     Raises:
         DataError: As `read_rows`; or a file lacks the column.
     """
     values = _values(site, column)
     try:
-        found = units_by_rule(unit_names(values, None, column, "the files"))
+        return units_by_rule(unit_names(values, None, column, "the files"))
     except DataError:
-        return None
-    return "number" if found["number"] is not None else "text"
+        return {}
 
 
 def count_units(site: SiteConfig) -> int:
     """Return the number of units in a site's training files: of distinct patients, or of rows.
 
     Raises:
-        DataError: As `id_rule`; or an id is no whole number under `number`.
+        DataError: As `units_under`; or an id is no whole number under `number`.
     """
     if site.patient_column is None:
         return sum(1 for path in site.train for _ in read_rows(path, site.form_of(path)))

@@ -209,7 +209,7 @@ def _probe(host: ModelHost, name: str, tokens: int, classes: int) -> None:
     """Choose a host's shape of passes, or take the choice that was made before under the same name."""
     known = recall(name)
     if known is None:
-        _log.info("checking that this device keeps records apart; with a large base this takes a while")
+        _log.info("checking that this device computes each record's gradient by itself; a large base takes minutes")
         host.shape, host.verdict = choose_shape(host, tokens, classes)
         keep(name, Verdict(host.shape.packed, host.verdict, host.threads, host.vocabulary is not None))
         return

@@ -118,6 +118,19 @@ def test_the_proposal_mends_the_site_file(tmp_path: Path, study: Path, privet: R
     assert "settings that fit" not in out
 
 
+def test_where_the_site_file_has_the_table_only_its_lines_are_proposed(
+    tmp_path: Path, study: Path, privet: Run
+) -> None:
+    for name, first in (("a.csv", 0), ("b.csv", 40), ("c.csv", 80)):
+        (tmp_path / name).write_text(table(rows(40, first)))
+    site = site_file(tmp_path, '[format]\ndecimal = "comma"\n')
+    out = privet("data", study, "--site", site)[1]
+    assert "add them below the line [format]" in out
+    (line,) = [line for line in lines_after(out, "site file, in place") if not line.startswith("(")]
+    site.write_text(site.read_text() + line.replace('J = "?"', 'J = "yes"').replace('N = "?"', 'N = "no"') + "\n")
+    assert privet("data", study, "--site", site)[0] == 0
+
+
 def test_labels_are_shown_where_they_look_like_codes_alone(tmp_path: Path, study: Path, privet: Run) -> None:
     found = rows(60, labels=("Yes ", "nein", "1.0"))
     found += [("t", f"{SECRET} {n}", "p") for n in range(3)]  # the text in the wrong column
@@ -139,6 +152,8 @@ def test_counts_that_a_site_declares(tmp_path: Path, study: Path, privet: Run) -
     settings = '[format]\ndecimal = "comma"\n'
     code, out, _ = privet("data", study, "--site", site_file(tmp_path, f"declared_count = 2000\n{settings}"))
     assert code == 0
+    assert "the site file declares 2000 units; its files hold about 40. Keep the declared count" in out
+    assert "add this line" not in out
     assert "WARNING: the site file declares 2000, more than 2 times away from its files." in out
     assert "WARNING: the study allows at most 1000 (aggregation.largest_count)." in out
     assert "WARNING: 20 of 40 test records are equal to training records, at north." in out

@@ -490,6 +490,13 @@ def test_a_gpu_that_is_there_is_named(site: Path, monkeypatch: pytest.MonkeyPatc
     assert (device.ok, device.text) == (True, "Model T")
 
 
+def test_a_lost_anchor_is_named_with_one_remedy(site: Path) -> None:
+    lost_anchor(site)
+    checks = examined(site)
+    assert checks["anchor"].hint == checks["ledger"].hint
+    assert checks["anchor"].text == f"{site.parent / 'anchor/head.json'} is missing"
+
+
 def test_an_anchor_on_the_ledgers_disk_has_to_be_accepted(site: Path, tmp_path: Path) -> None:
     beside = examined(site)["anchor"]
     assert (beside.ok, "the site file accepts this" in beside.text) == (True, True)

@@ -105,5 +105,5 @@ def test_what_a_study_would_cost_is_told_with_its_head_start(bert: Path, tmp_pat
         assert costs[0][0].training == mechanism.event(head=True)
         limit = limit_of(worker.site.config)
         assert limit is not None
-        after, _ = cost_of(open_ledger(worker.site.config), "notes", limit, costs)
+        after, *_ = cost_of(open_ledger(worker.site.config), "notes", limit, costs)
         assert after == pytest.approx(mechanism.spent(study.rounds))

@@ -388,10 +388,14 @@ def test_a_study_that_cannot_end_is_refused_at_its_first_round(ledger: Ledger, p
     train(ledger, release(1, B), planned=1)
     with pytest.raises(BudgetExhaustedError) as refused:
         reserve(ledger, release(1), planned=20)
+    planned = [Item(B, COST, True, 1), Item(A, COST, False, 20)]
+    least = accounts.admitting_epsilon(planned, LIMIT)
+    assert least is not None
     for part in (
         "limit.epsilon of dataset notes",
         f"{gaussian(1):.4g} is",
-        f"raise it to {gaussian(21):.4g}",
+        "The 20 remaining rounds of study",
+        f"the least limit that admits them is epsilon {least:g}",
         f"the limit is epsilon {LIMIT.epsilon:g} for each record",
     ):
         assert part in refused.value.message
@@ -625,7 +629,7 @@ def test_what_a_study_would_cost_is_what_it_then_costs(ledger: Ledger) -> None:
         ledger.begin(release(number, B))
         ledger.charge(release(number, B), b"noised")
     statement = ledger.statement("notes", LIMIT)
-    assert (statement.epsilon, statement.counted) == foreseen
+    assert (statement.epsilon, statement.counted, LIMIT.epsilon) == foreseen
     assert foreseen[0] == pytest.approx(gaussian_epsilon([event(8.0), *[event(3.0)] * 2], DELTA))
 
 
@@ -715,9 +719,22 @@ def test_one_study_counts_by_composition_and_several_by_a_filter() -> None:
     composed, counted = composed_epsilon([(sampled, 2)], limit), accounts.counted_epsilon(both, limit)
     assert composed < limit.epsilon < counted
     assert accounts.counted_epsilon([one, Item(A, sampled, False, 1)], limit) == composed
-    with pytest.raises(BudgetExhaustedError, match=r"in advance it would be .* only the larger value is proven"):
+    with pytest.raises(BudgetExhaustedError, match=r"least limit .* more is needed because a study may depend"):
         accounts.check_budget(release(1, B), limit, sampled, [one], 1)
     accounts.check_budget(release(2, A), limit, sampled, [one], 1)
+
+
+def test_a_refusal_names_the_least_limit_that_admits_the_study_whatever_the_limit_is() -> None:
+    sampled = Cost(event(1.0, 1 / 32, 192))
+    both = [Item(A, sampled, True, 1), Item(B, sampled, False, 1)]
+    named = {accounts.admitting_epsilon(both, Limit("record", epsilon, DELTA)) for epsilon in (0.5, 2.0, 4.5)}
+    assert len(named) == 1
+    least = named.pop()
+    assert least is not None
+    accounts.check_budget(release(1, B), Limit("record", least, DELTA), sampled, both[:1], 1)
+    with pytest.raises(BudgetExhaustedError, match=f"is epsilon {least:g}"):
+        accounts.check_budget(release(1, B), Limit("record", least - 0.01, DELTA), sampled, both[:1], 1)
+    assert accounts.admitting_epsilon([Item(A, None, True, 1)], LIMIT) is None
 
 
 def test_a_mechanism_of_another_version_is_not_guessed_at() -> None:

@@ -14,11 +14,12 @@ from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
 from privet.client.commands import policy, reservations
 from privet.client.commands import site as site_commands
-from privet.client.policy.consent import check_policy, record_approval
+from privet.client.policy.consent import approved, check_policy, record_approval
 from privet.client.policy.rules import base_digest
 from privet.client.rounds.site import RealSite
 from privet.client.site import load_site
-from privet.common.errors import PolicyError, StateError, StudyError
+from privet.client.training.data import site_records
+from privet.common.errors import DataError, PolicyError, StateError, StudyError
 from privet.common.privacy import accounting
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.study.study import load_study
@@ -50,7 +51,7 @@ clip_norm = 1.0
 """
 SITE = """\
 name = "north"
-train = ["nowhere.csv"]
+train = ["notes.csv"]
 declared_count = 900
 dataset = "notes"
 ledger = "ledger.db"
@@ -66,7 +67,8 @@ delta = 1e-5
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """A site without any data, and a study."""
+    """A site, and a study that its data files fit."""
+    (tmp_path / "notes.csv").write_text("t,l\ntext,a\n")
     (tmp_path / "study.toml").write_text(STUDY)
     (tmp_path / "site.toml").write_text(SITE)
     (tmp_path / "elsewhere").mkdir()
@@ -91,6 +93,27 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     assert (refused.exit_code, "would refuse the study now" in refused.output) == (3, True)
 
 
+def test_a_study_that_the_files_do_not_fit_is_not_approved_and_consent_would_say_the_same(
+    files: tuple[Path, Path],
+) -> None:
+    site, study = files
+    (site.parent / "notes.csv").write_text("t,l\na secret text,J\nanother,N\n")
+    with pytest.raises(DataError) as consenting:
+        site_records(load_site(site), load_study(study))
+    for command in (policy.check, policy.approve):
+        said = run(command, site, study)
+        assert said.exit_code == 3
+        assert f"data files         {consenting.value.message}" in said.output
+        assert f"to admit it  {consenting.value.hint.replace('SITE', str(site))}" in said.output
+        assert "secret" not in said.output
+    assert approved(load_site(site)) == frozenset()
+    answer = json.loads(run(policy.check, site, study, "--json").output)
+    assert (answer["admitted"], answer["data"]) == (False, consenting.value.message)
+    (site.parent / "notes.csv").write_text("t,l\ntext,a\n")
+    run(policy.approve, site, study)
+    assert "the data files fit" in run(policy.check, site, study).output
+
+
 def test_what_is_reserved_and_has_not_begun_can_be_cancelled(files: tuple[Path, Path]) -> None:
     site, file = files
     study = load_study(file).digest
@@ -103,7 +126,8 @@ def test_what_is_reserved_and_has_not_begun_can_be_cancelled(files: tuple[Path, 
     with pytest.raises(StateError, match="no terminal to ask"):
         run(reservations.cancel, site, file)
     assert "cancelled: rounds 2, 3" in run(reservations.cancel, site, file, "--yes").output
-    assert "nothing is reserved" in run(reservations.cancel, site, study, "--yes").output
+    for name in (study, study.removeprefix("sha256:")[:8]):  # the ledger knows it, also after the run was withdrawn
+        assert "nothing to cancel" in run(reservations.cancel, site, name, "--yes").output
     with closing(Ledger.open(site.parent / "ledger.db", site.parent / "elsewhere/head.json")) as ledger:
         assert [item.rounds for item in ledger.items("notes")] == [1]
 

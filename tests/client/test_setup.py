@@ -206,6 +206,40 @@ def test_a_person_who_answers_wrongly_is_asked_again(world: World, home: Path) -
     assert site.limit == LimitSection(unit="patient", epsilon=8.0, delta=1e-5)
 
 
+def test_a_rule_that_takes_one_patient_for_two_is_asked_about(world: World, home: Path) -> None:
+    spelled = [f"{number:04}" if number % 3 else str(number) for number in range(90)] + [f"{n}" for n in range(30)]
+    (home / "notes.csv").write_text("mrn,note,label\n" + "".join(f"{each},text,a\n" for each in spelled))
+    gone = home / "gone/deep/head.json"
+    answers = [
+        "",
+        str(home / "notes.csv"),
+        "mrn",
+        "text",
+        "n",
+        "",
+        "90",
+        "",
+        "",
+        "",
+        str(gone),
+        "n",
+        str(gone),
+        "y",
+        "n",
+    ]
+    result = typed(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "Files of training data: this question has no default. Answer again." in said
+    assert "under text the ids are 110 patients, under number 90: some differ only in how they are written" in said
+    assert load_site(home / "site.toml").patient_ids == "number"
+    assert f"{gone.parent} does not exist (is a disk not mounted?)" in said
+    # An option is an answer: it holds, with a warning.
+    result = run(setup, home, "--yes", "--patient-ids=text")
+    assert "WARNING: under text the ids are 110 patients" in " ".join(result.output.split())
+    assert load_site(home / "site.toml").patient_ids == "text"
+
+
 def test_a_wrong_column_in_the_site_file_is_no_dead_end(world: World, home: Path) -> None:
     file = home / "site.toml"
     own = [*words(world, home), "--train", home / "notes.csv", "--anchor", home / "first/head.json"]

@@ -18,7 +18,7 @@ from privet.client.rounds import answers
 from privet.client.rounds.answers import answer
 from privet.client.rounds.site import RealSite
 from privet.client.rounds.worker import Worker
-from privet.common.errors import RefusedError
+from privet.common.errors import ProtocolError, RefusedError
 from privet.common.log.envelope import verify_envelope
 from privet.common.log.statements import Refusal
 from privet.common.pki.keyfile import public_key
@@ -272,3 +272,13 @@ def test_a_coordinator_that_asks_without_end_does_not_fill_a_sites_disk(
         assert isinstance(answer(lambda: opened, spoilt), Failure)
     assert len(written.entries) == 2 * BURST
     assert "a record" not in written.stream.getvalue()
+
+
+def test_the_sites_own_log_does_not_tell_the_coordinator_what_to_do() -> None:
+    from privet.client.rounds import answers
+
+    for more in (": it counts as a drop-out", ", and report this as a bug", ""):
+        said = answers._for_the_site(ProtocolError("what", f"continue the round without this site{more}"))
+        assert said.startswith("what (this site sits the round out, and takes part in the next one")
+        assert ("report this as a bug" in said) == ("bug" in more)
+    assert answers._for_the_site(ProtocolError("what", "do this")) == "what (do this)"

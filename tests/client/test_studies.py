@@ -13,6 +13,7 @@ import pytest
 from privet.client.commands import policy as commands
 from privet.client.commands.setup import setup
 from privet.client.network.proposals import Proposed, chosen, compared
+from privet.client.network.serve import exclusive
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
@@ -48,7 +49,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
         home = world.folder / "berlin"
-        (home / "notes.csv").write_text("note\n" + "text\n" * 300)
+        rows = (f"text,{EXAMPLE.task.labels[0]},{number}\n" for number in range(300))
+        (home / "notes.csv").write_text("note,specialty,patient\n" + "".join(rows))
         done = run(
             setup, home, "--yes", "--train", home / "notes.csv", "--unit=record",
             "--anchor", home / "elsewhere/head.json", "--anchor-same-disk",
@@ -105,6 +107,29 @@ def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
         "has 2 rounds",
     ):
         assert part in text, (part, text)
+
+
+def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
+    assert "next: privet site serve" in run(commands.approve, home, "triage", "--yes").output
+    key = load_site(home / "site.toml").coordinator
+    assert key is not None
+    with exclusive(key.key.with_suffix(".lock")):
+        said = run(commands.approve, home, "triage", "--yes").output
+        assert "A process serves this site now" in said
+        assert "privet site serve" not in said
+        again = run(setup, home, "--yes").output
+        assert "next: privet site studies" in again
+        assert "privet site serve" not in again
+        lines = run(setup, home, "--yes", "--epsilon=9").output.splitlines()
+        run(setup, home, "--yes", "--epsilon=8")
+    assert lines[-1] == f"next: privet site serve {home / 'site.toml'}"
+    assert not any("privet site studies" in line for line in lines)
+
+
+def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
+    monkeypatch.setattr(commands, "_proposed", lambda file, config: (stopped,))
+    assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +191,7 @@ def test_what_the_policy_refuses_is_not_approved_and_says_what_to_change(home: P
     assert result.exit_code == 3
     assert "E_EPSILON          privacy.max_epsilon: asked 20, allowed at most 8" in result.output
     assert f"to admit it  privacy.max_epsilon in {home / 'policy.toml'}" in result.output
-    assert "12 too much" in " ".join(result.output.split())
+    assert "does not fit: the least limit that admits it is 20" in " ".join(result.output.split())
     assert approved(load_site(home / "site.toml")) == frozenset()
 
 
@@ -241,3 +266,22 @@ def test_what_cannot_be_read_hides_no_other_run(world: World) -> None:
     (runs / ".making.1.partial/study.json").write_text("{}")
     assert {each.run for each in proposed(world.coordinator.directory, "berlin", 10**6)} == {"triage", "greedy", "old"}
     assert len(proposed(world.coordinator.directory, "berlin", 3000)) < 3
+
+
+def test_a_site_without_a_study_file_names_a_study_by_run_or_digits(home: Path) -> None:
+    from privet.client.commands.reservations import cancel
+    from privet.client.commands.site import data
+
+    digits = EXAMPLE.digest.removeprefix("sha256:")[:8]
+    for name in ("triage", digits):
+        assert "300 records" in run(data, name, "--site", home).output
+        assert f"study   {EXAMPLE.digest}" in run(commands.check, home, name).output
+        assert "nothing to cancel" in run(cancel, home, name, "--yes").output
+    for command in (
+        (data, "none.toml", "--site", home),
+        (cancel, home, "none.toml"),
+        (commands.check, home, "none.toml"),
+    ):
+        with pytest.raises(StudyError, match="no study file") as caught:
+            run(*command)
+        assert f"`privet site studies {home / 'site.toml'}`" in caught.value.hint

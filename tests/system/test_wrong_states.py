@@ -34,6 +34,7 @@ from tests.support.synthetic import start_adapter, study_of
 from tests.support.wrong import SECRET, Kind, Story, Table, play
 
 EXAMPLE_STUDY = Path("simulations/studies/deploy.toml")
+RECORDS = f"name,note,specialty\n{SECRET},{SECRET},0\n"
 
 
 @contextmanager
@@ -92,7 +93,7 @@ class Office:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ready(tmp_path_factory.mktemp("consortium")) as world:
-        (world.folder / "berlin/data/train.csv").write_text(f"name,note\n{SECRET},{SECRET}\n")
+        (world.folder / "berlin/data/train.csv").write_text(RECORDS)
         yield world
 
 
@@ -301,6 +302,15 @@ def study_protects_another_unit(at: Office) -> Story:
 def study_costs_more_than_the_limit(at: Office) -> Story:
     yield ("site", "approve", at.file, at.study(epsilon="8.0"))
     yield ("site", "approve", at.file, at.study())
+
+
+@sites(3, "data files .*labels", "`privet data ", verdict=True)
+def labels_are_not_those_of_the_study(at: Office) -> Story:
+    study = at.study()
+    (at.home / "data/train.csv").write_text(RECORDS.replace(",0", ",J"))
+    yield ("site", "approve", at.file, study)
+    (at.home / "data/train.csv").write_text(RECORDS)
+    yield ("site", "approve", at.file, study)
 
 
 @sites(6, "proposes no study of this name", "`privet site studies SITE`")
