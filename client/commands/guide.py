@@ -68,7 +68,11 @@ class Guide:
     def say(self, text: str) -> None:
         """Print a text, indented."""
         width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
-        typer.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
+        typer.echo(
+            textwrap.fill(
+                text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        )
 
     def ask(self, question: str, option: str, read: Callable[[str], _Answer], default: str | None = None) -> _Answer:
         """Return an answer: the default under --yes, otherwise what a person types, who is asked again if it is wrong.

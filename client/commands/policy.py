@@ -303,7 +303,9 @@ def _price(config: SiteConfig, study: Study) -> Price | None:
 
 def _paragraph(name: str, text: str) -> str:
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    return textwrap.fill(printable(text), width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14)
+    return textwrap.fill(
+        printable(text), width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14, break_on_hyphens=False
+    )
 
 
 @doing("Reading the refusals of {site}")

@@ -434,7 +434,7 @@ def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path:
     (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
     for asked in (worker, Worker(worker.site)):
         with pytest.raises(
-            BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: the limit is epsilon 9 .*; 7.* is spent"
+            BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: the limit is epsilon 9 .* 7.* is spent"
         ) as caught:
             asked.offer(second)
         assert "the limit is epsilon 9 for each record" in caught.value.message

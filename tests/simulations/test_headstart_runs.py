@@ -11,7 +11,7 @@ from privet.common.audit.bundle import check_bundle, history_of
 from privet.common.audit.story import story
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import Policy
-from privet.common.privacy.accounting import plan
+from privet.common.privacy.accounting import epsilon, plan
 from privet.common.study.average import extended
 from privet.server.app import LOG, PUBLIC
 from privet.server.log.journal import POLICY
@@ -66,7 +66,11 @@ def test_training_goes_on_from_it(tmp_path: Path, bert: Path, kind: str) -> None
     assert len(set(digests)) == 3
     if kind != "none":
         privacy = state.statements[-1]["privacy"]
-        assert privacy["head"]["noise_multiplier"] > privacy["training"]["noise_multiplier"]
+        mechanism = plan(simulated.plan.study)
+        assert mechanism is not None
+        assert mechanism.head is not None
+        assert privacy["head"] == mechanism.head.document()
+        assert epsilon([mechanism.head], mechanism.delta) <= 4.0  # half of the study's, as it is by default
         assert 7.5 < summary["epsilon"] <= 8.0
     assert "computes the head" in page([gather(tmp_path / "run")])
 
