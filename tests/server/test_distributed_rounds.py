@@ -162,7 +162,7 @@ def test_the_noise_of_whole_rounds_is_the_noise_accounted_for() -> None:
     shares = shared_noise(study, 7)
     assert (shares.survivors, shares.corrupt, shares.helpers) == (6, 1, 5)
     found: list[Array] = []
-    for _ in range(60):
+    for _ in range(150):
         exchange = sharing(study, 7, silent=1)
         sites = sites_of(exchange)
         sites[0].asleep = ("mask",)
@@ -171,10 +171,12 @@ def test_the_noise_of_whole_rounds_is_the_noise_accounted_for() -> None:
         batch = study.training.sampling_rate * sum(site.weight for site in present)
         found.append(-moved(study, state) * batch - np.sum([site.gradients[1] for site in present], axis=0))
     noise = np.concatenate(found) / (shares.noise_multiplier * shares.clip_norm)
-    assert len(noise) == 60 * size(study)
+    assert len(noise) == 150 * size(study)
+    # The noise is secret, so each run of the test draws anew: one in a million may fail by chance. Noise of half the
+    # deviation, or of one helper less, is beyond that by far.
     spread = float(np.sum(noise**2))
-    assert 1e-3 < stats.chi2.cdf(spread, len(noise)) < 1 - 1e-3
-    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    assert 1e-6 < stats.chi2.cdf(spread, len(noise)) < 1 - 1e-6
+    assert stats.kstest(noise, "norm").pvalue > 1e-6
 
 
 def test_sharing_makes_a_step_less_noisy_than_noise_of_ones_own() -> None:
