@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from privet.client.network.adapters import FOLDER, follow
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.proposals import newest_log
+from privet.client.network.repeating import repeating
 from privet.client.release.received import RECEIVED
 from privet.client.rounds.logbook import open_witness
 from privet.client.site import SiteConfig
@@ -66,16 +66,11 @@ def following(file: Path, config: SiteConfig, seconds: float = SECONDS) -> Itera
     if not (file.parent / JOINED).exists():
         yield
         return
-    ended, follower = threading.Event(), Follower(file, config)
+    follower = Follower(file, config)
 
-    def run() -> None:
-        while True:
-            follower.look()
-            if ended.wait(seconds):
-                return
+    def work() -> float:
+        follower.look()
+        return seconds
 
-    threading.Thread(target=run, daemon=True, name="adapters").start()
-    try:
+    with repeating("adapters", work):
         yield
-    finally:
-        ended.set()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from cryptography.x509 import Certificate
 
+from privet.client.network.repeating import repeating
 from privet.common.errors import PrivetError, RefusedError
 from privet.common.pki.certificates import life_of, renewal_of
 
@@ -117,14 +117,5 @@ def due_at(certificate: Certificate) -> datetime:
 @contextmanager
 def renewing(renewal: Renewal) -> Iterator[None]:
     """Renew a site's certificate in a thread, until the block ends."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(renewal.tend()):
-            pass
-
-    threading.Thread(target=run, daemon=True, name="renewal").start()
-    try:
+    with repeating("renewal", renewal.tend):
         yield
-    finally:
-        ended.set()

@@ -7,7 +7,7 @@ process that plays a run holds the log. The process that opens the log next writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -110,6 +110,11 @@ def logged_history(made: Coordinator) -> Replay:
 
 def entries(made: Coordinator) -> tuple[Entry, ...]:
     """Return the releases of all runs, newest first. Raises as `logged_history`."""
+    return tuple(_told(entry, made.directory / "runs" / entry.name) for entry in _decided(made))
+
+
+def _decided(made: Coordinator) -> tuple[Entry, ...]:
+    """Return the entries as far as log and decisions tell them. No run's state is read, which holds whole adapters."""
     history, waiting = logged_history(made), _waiting(made)
     owners = {each.statement.adapter: name for name, run in history.runs.items() for each in run.releases}
     found = []
@@ -118,8 +123,7 @@ def entries(made: Coordinator) -> tuple[Entry, ...]:
             decided = [
                 change for _, change in waiting if (change.run, change.adapter) == (name, each.statement.adapter)
             ]
-            entry = Entry(run, each, owners.get(run.statement.adapter), decided[-1] if decided else None)
-            found.append(_told(entry, made.directory / "runs" / name))
+            found.append(Entry(run, each, owners.get(run.statement.adapter), decided[-1] if decided else None))
     runs = {entry.name: entry for entry in found}
     found = [replace(entry, tainted=_tainted(entry, runs)) for entry in found]
     return tuple(sorted(found, key=lambda entry: -entry.released.index))
@@ -152,7 +156,11 @@ def descendants(made: Coordinator, name: str) -> tuple[str, ...]:
 
 def entry_of(made: Coordinator, name: str) -> Entry:
     """Return the release of a run. Raises as `logged_history`; StateError: It has released none."""
-    found = entries(made)
+    return _told(_named(_decided(made), name), made.directory / "runs" / name)
+
+
+def _named(found: Sequence[Entry], name: str) -> Entry:
+    """Return the entry of a run. Raises StateError if it has released none."""
     for entry in found:
         if entry.name == name:
             return entry
@@ -179,13 +187,14 @@ def decide(
         StateError: There is no such release, or it is in this state or a later one.
         StudyError: The reason has other characters than printable ASCII, or is too long.
     """
-    entry = entry_of(made, name)
+    found = _decided(made)
+    entry = _named(found, name)
     if STATES.index(state) <= STATES.index(entry.state):
         raise StateError(
             f"the adapter of run {name} is {entry.state} already",
             f"`privet registry show {name}` says why; no adapter goes back to an earlier state",
         )
-    if by is not None and (by == name or STATES.index(entry_of(made, by).state) > STATES.index("superseded")):
+    if by is not None and (by == name or STATES.index(_named(found, by).state) > STATES.index("superseded")):
         raise StateError(
             f"run {by} has no other adapter that is in use",
             "name a run whose adapter takes the place: `privet registry list`",
@@ -239,7 +248,7 @@ def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) ->
     Raises:
         StateError: It was.
     """
-    for entry in entries(made):
+    for entry in _decided(made):
         if entry.released.statement.adapter != adapter or entry.change is None:
             continue
         said = f"the adapter of run {entry.name} is {entry.state}: {entry.change.reason}"
