@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,22 +23,22 @@ from privet.client.release.received import RECEIVED, Received, check_received, k
 from privet.client.rounds.history import policy_of
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
-from privet.common.audit.release import ADAPTER, KEY, SIGNATURE, STUDY, verify_digests
+from privet.common.audit.release import ADAPTER, FILES, KEY, SIGNATURE, STUDY, verify_digests
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import staged, sync_directory, sync_files
 from privet.common.log.checkpoint import Checkpoint, LeafProof, verify_leaf
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
 from privet.common.log.note import parse_note
-from privet.common.log.replay import LoggedRun, Released, Replay
-from privet.common.log.statements import AdapterState
+from privet.common.log.replay import STATES, LoggedRun, Released, Replay
+from privet.common.log.statements import AdapterState, Export
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 
 FOLDER = "adapters"
 """Directory of received adapters, beside the site file: one directory for each run."""
 PROOF, LEAF = "export.tlog-proof", "export.leaf"
-_MOST_SMALL = 1 << 26
+_MOST_SMALL, _MOST_ADAPTER = 1 << 26, 1 << 34
 _DAMAGED = "do not use these files, and ask the coordinator's operator to explain the difference"
 Tell = Callable[[str, int, int], None]
 """Called with what is done, the number of bytes that have arrived, and their number in all."""
@@ -109,8 +109,10 @@ def follow(history: Replay, folder: Path) -> tuple[Received, ...]:
         run = None if kept is None else history.runs.get(kept.run)
         if kept is None or run is None:
             continue
-        change = next((each.change for each in run.releases if each.statement.adapter == kept.adapter), None)
-        if change is None or change.state == kept.state:
+        changes = [each.change for each in run.releases if each.statement.adapter == kept.adapter]
+        change = changes[-1] if changes else None
+        # A state never goes back, also where the coordinator shows a log that no quorum has cosigned yet.
+        if change is None or STATES.index(change.state) <= STATES.index(kept.state):
             continue
         now = _changed(kept, change)
         keep_received(path.parent, now)
@@ -155,15 +157,19 @@ def receive(
         )
     export = released.statement
     with _arriving(target) as staging:
-        fetched = {file: _fetch(staging / file, name, file, source, tell) for file in export.files}
-        for file, expected in export.files.items():
+        # No file that a release does not have: this directory has files that only the site writes, and that say whether
+        # the adapter may be used, and where its base is.
+        wanted = [file for file in export.files if file in FILES]
+        fetched = {file: _fetch(staging / file, name, file, source, tell) for file in wanted}
+        for file in wanted:
+            expected = export.files[file]
             if f"sha256:{fetched[file]}" != expected:
                 raise VerificationError(
                     f"run {name}: the round log exports {file} with digest {expected}, but the file that the "
                     f"coordinator gives has sha256:{fetched[file]}",
                     _DAMAGED,
                 )
-        study = _verified(staging, fetched, run, export.adapter)
+        study = _verified(staging, run, export)
         _prove(staging, site, log, released, source)
         keep_bases(staging, {base: path for base, path in site.resources.bases.items() if base == study.model.base})
         keep_received(staging, _received(released, log.history, time))
@@ -229,10 +235,11 @@ def _fetch(path: Path, run: str, file: str, source: Source, tell: Tell) -> str:
 
 
 def _check_room(path: Path, run: str, file: str, size: int) -> None:
-    if file != ADAPTER and size > _MOST_SMALL:
+    most = _MOST_ADAPTER if file == ADAPTER else _MOST_SMALL
+    if size > most:
         raise ProtocolError(
-            f"run {run}: the coordinator says that {file} has {size} bytes, more than the {_MOST_SMALL} that such a "
-            "file may have",
+            f"run {run}: the coordinator says that {file} has {size} bytes, more than the {most} that such a file may "
+            "have",
             _DAMAGED,
         )
     free = shutil.disk_usage(path.parent).free
@@ -243,19 +250,18 @@ def _check_room(path: Path, run: str, file: str, size: int) -> None:
         )
 
 
-def _verified(folder: Path, fetched: Mapping[str, str], run: LoggedRun, adapter: str) -> Study:
+def _verified(folder: Path, run: LoggedRun, export: Export) -> Study:
     """Check the files of a release against each other and against the log, and return the study.
 
     Args:
-        folder: Where they are.
-        fetched: SHA-256 of each, in hexadecimal.
+        folder: Where they are, with the digests that the log exports.
         run: The run, as the log has it.
-        adapter: Digest of the adapter that the log exports.
+        export: The release, as the log has it.
 
     Raises:
         VerificationError: They do not fit.
     """
-    if f"sha256:{fetched.get(ADAPTER)}" != adapter:
+    if export.files.get(ADAPTER) != export.adapter:
         raise VerificationError(
             f"run {run.statement.run}: the round log exports another adapter than the file {ADAPTER}", _DAMAGED
         )
@@ -274,7 +280,8 @@ def _verified(folder: Path, fetched: Mapping[str, str], run: LoggedRun, adapter:
             f"{study.digest}",
             _DAMAGED,
         )
-    verify_digests({name: found for name, found in fetched.items() if name != SIGNATURE}, public, signed, study.name)
+    signed_over = {name: each.removeprefix("sha256:") for name, each in export.files.items() if name != SIGNATURE}
+    verify_digests(signed_over, public, signed, study.name)
     Adapter.read(read_layout(data), data).check_finite("the released adapter")
     return study
 

@@ -22,8 +22,12 @@ from privet.common.log.envelope import PAYLOAD_TYPE, pae
 
 ADAPTER, CARD, LINEAGE, PRIVACY = "adapter_model.safetensors", "README.md", "lineage.json", "privacy_statement"
 KEY, SIGNATURE = "release.pub", "model.sig"
+CONFIG = "adapter_config.json"
+"""As PEFT reads it."""
 STUDY = "study.json"
 """Releases of earlier versions lack it."""
+FILES = frozenset({ADAPTER, CONFIG, STUDY, LINEAGE, f"{PRIVACY}.json", f"{PRIVACY}.md", CARD, KEY, SIGNATURE})
+"""All files of a release. A site takes no other from its coordinator."""
 _PREDICATE = "https://model_signing/signature/v1.0"
 
 

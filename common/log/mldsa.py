@@ -18,6 +18,7 @@ from privet.common.errors import StateError
 PUBLIC_BYTES = 1952
 SIGNATURE_BYTES = 3309
 """Sizes of ML-DSA-65 (FIPS 204, table 2)."""
+_SEED_BYTES, _T1_BITS = 32, 10
 
 
 class Use(Enum):
@@ -53,7 +54,7 @@ def sign(key: MLDSA65PrivateKey, message: bytes, use: Use) -> bytes:
 
 
 def verifies(public: bytes, signature: bytes, message: bytes, use: Use) -> bool:
-    """Return whether a signature over a message was made with a key for this use.
+    """Return whether a signature over a message was made with a key for this use. Under a weak key none is.
 
     Raises:
         StateError: The installed library has no ML-DSA: then nothing may pass, and nothing is proved wrong.
@@ -67,8 +68,25 @@ def verifies(public: bytes, signature: bytes, message: bytes, use: Use) -> bool:
     return True
 
 
+def is_weak(public: bytes) -> bool:
+    """Whether anybody can sign under a key, as t1, the half of it that binds its owner, is nearly 0.
+
+    A verifier computes A z - c t1 2^13 (FIPS 204, algorithm 8). Where t1 2^13 is near 0 modulo q, c does not matter, so
+    whoever picks z first has a signature. The coefficients of an honest key are uniform: half of the 1,536 are far from
+    0, and fewer than a quarter are with probability below 2^-270. FIPS 204 demands no such check, as a key's owner
+    harms itself alone. Here the owner could deny what it signed, and would seem to have a hybrid key.
+    """
+    packed = int.from_bytes(public[_SEED_BYTES:], "little")
+    count = 8 * (len(public) - _SEED_BYTES) // _T1_BITS
+    mask, quarter = (1 << _T1_BITS) - 1, 1 << _T1_BITS - 2
+    far = sum(quarter <= (packed >> _T1_BITS * i & mask) < 3 * quarter for i in range(count))
+    return far < count // 4
+
+
 @lru_cache(maxsize=1024)
 def _public(data: bytes) -> MLDSA65PublicKey:
+    if is_weak(data):
+        raise ValueError("anybody signs under this key")
     return MLDSA65PublicKey.from_public_bytes(data)
 
 

@@ -120,6 +120,9 @@ class NoteKey:
                 f"public key of {self.name}: expected {mldsa.PUBLIC_BYTES} bytes of ML-DSA-65, got {len(self.pq)}",
                 "copy the whole key again",
             )
+        # An id has 32 bits: who tries some 2^32 keys has one whose two lines are the same, so that one would do.
+        if len(set(self.ids)) < len(self.ids):
+            raise ProtocolError(f"public key of {self.name}: its two signatures have one id", "make another key")
 
     @property
     def id(self) -> bytes:

@@ -29,7 +29,8 @@ round-abort             the round is open; its adapter is that of the round-open
                         round has the next number, since sites may have masked for this one; a plain round may be
                         opened again or given up
 refusal                 its author is a member; its run was opened, for its study; the run has such a round
-export                  its adapter is the one that its round published
+export                  its adapter is the one that its round published; an adapter that was released before keeps its
+                        state, and a revoked one is revoked whichever run releases it
 adapter-state           its run released this adapter; the state is later in the order released, superseded, retired,
                         revoked; what supersedes it is a release of another run that is neither retired nor revoked
 ======================  ==========================================================================================
@@ -546,7 +547,16 @@ class Replay:
             run.published[export.round],
             export.adapter,
         )
-        run.releases.append(Released(export, leaf.index))
+        # Released again, also by another run, it is the same adapter: it keeps its state, or a revoked one would be back.
+        earlier = [
+            each.change
+            for name, run_of_it in self.runs.items()
+            for each in run_of_it.releases
+            if each.statement.adapter == export.adapter and (name == export.run or each.state == STATES[-1])
+        ]
+        changes = [change for change in earlier if change is not None]
+        latest = max(changes, key=lambda change: STATES.index(change.state), default=None)
+        run.releases.append(Released(export, leaf.index, latest))
 
     def _adapter_state(self, change: AdapterState) -> None:
         where = f"run {change.run}, adapter {change.adapter}"
@@ -558,7 +568,11 @@ class Replay:
                 raise VerificationError(f"{where}: expected another run whose release supersedes it")
             if not any(each.state in STATES[:2] for each in self._run(change.by).releases):
                 raise VerificationError(f"{where}: run {change.by} has no release that is in use")
-        released.change = change
+        for name, run in self.runs.items():
+            for each in run.releases:
+                same = each.statement.adapter == change.adapter
+                if same and (name == change.run or change.state == STATES[-1]):
+                    each.change = change
 
     def _released(self, run: str, adapter: str, where: str) -> Released:
         """Return the last release of an adapter by a run."""

@@ -21,6 +21,7 @@ from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import (
     ADAPTER,
     CARD,
+    CONFIG,
     KEY,
     LINEAGE,
     PRIVACY,
@@ -49,7 +50,7 @@ def release_files(
     lineage = lineage_of(run.study, name, state.statements)
     files = {
         ADAPTER: state.adapter.data,
-        "adapter_config.json": run.peft_config.encode(),
+        CONFIG: run.peft_config.encode(),
         STUDY: canonical_json(run.study.document()),
         LINEAGE: canonical_json(lineage) + b"\n",
         f"{PRIVACY}.json": canonical_json(privacy) + b"\n",

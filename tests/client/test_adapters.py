@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from privet.client.commands import adapters as commands
-from privet.client.network.adapters import FOLDER, LEAF, PROOF, adapter_at, receive
+from privet.client.network.adapters import FOLDER, LEAF, PROOF, adapter_at, follow, receive
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.following import Follower
 from privet.client.network.proposals import consulted
@@ -21,7 +21,7 @@ from privet.client.release.opened import caution, open_release
 from privet.client.release.received import read_received
 from privet.client.site import load_site
 from privet.common.audit.bundle import CHECKPOINT
-from privet.common.audit.release import ADAPTER, KEY, SIGNATURE, STUDY
+from privet.common.audit.release import ADAPTER, CONFIG, KEY, SIGNATURE, STUDY
 from privet.common.canonical import canonical_json, digest
 from privet.common.clock import now
 from privet.common.errors import PrivetError, RefusedError, StateError, StudyError, VerificationError
@@ -29,8 +29,8 @@ from privet.common.log import note
 from privet.common.log.agreement import run_opened
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import Note, parse_note
-from privet.common.log.replay import STATES
-from privet.common.log.statements import Export, RoundClose, RoundOpened, SeenCheckpoint, SiteRound
+from privet.common.log.replay import STATES, Replay, admit
+from privet.common.log.statements import AdapterState, Export, RoundClose, RoundOpened, SeenCheckpoint, SiteRound
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study, load_study
 from privet.server.commands import registry as deciding
@@ -41,10 +41,18 @@ from privet.server.rounds.release import digests_of, sign_files
 from privet.server.rounds.state import RunDirectory
 from privet.server.studies import begin
 from tests.support.consortium_world import World, leaf_of_site, lines_of_site, run
+from tests.support.log_world import World as LogWorld
 from tests.support.site_world import ready
 from tests.support.synthetic import B, start_adapter
 
 SITES = ("berlin", "lyon")
+OWN_FILES = {
+    "personal.json": b'{"site":"berlin","shared":"sha256:0"}',
+    "bases.json": b'{"base":"/etc"}',
+    "received.json": b"{}",
+    PROOF: b"proof",
+}
+"""Names of files that only a site writes, in a release of a coordinator that wants to write them."""
 
 
 def study_of(name: str, **changes: Any) -> Study:
@@ -62,7 +70,9 @@ def trained(start: Adapter, step: float = 1.0) -> Adapter:
     return replace(start, values={**start.values, B: start.values[B] + np.float32(step)})
 
 
-def play(world: World, name: str, start: Adapter, study: Study | None = None) -> Adapter:
+def play(
+    world: World, name: str, start: Adapter, study: Study | None = None, besides: Mapping[str, bytes] | None = None
+) -> Adapter:
     """Play a run of one round, as far as log and release directory go, and return the adapter that it releases."""
     own, study, after = world.coordinator, study or study_of(name), trained(start)
     directory = RunDirectory.create(own.directory / "runs" / name, study, after, "{}")
@@ -92,7 +102,7 @@ def play(world: World, name: str, start: Adapter, study: Study | None = None) ->
                 transcript=None, metrics=None, epsilon=None, ended=True,
             )
         )  # fmt: skip
-        files = released_files(study, after, own.keys.release)
+        files = released_files(study, after, own.keys.release, besides or {})
         journal.say(Export(time=time, run=name, round=1, adapter=after.digest, files=digests_of(files)))
         journal.flush()
         journal.sign_head()
@@ -103,7 +113,7 @@ def play(world: World, name: str, start: Adapter, study: Study | None = None) ->
     return after
 
 
-def released_files(study: Study, adapter: Adapter, signer: Any) -> dict[str, bytes]:
+def released_files(study: Study, adapter: Adapter, signer: Any, besides: Mapping[str, bytes]) -> dict[str, bytes]:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     key = signer.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -113,6 +123,7 @@ def released_files(study: Study, adapter: Adapter, signer: Any) -> dict[str, byt
         STUDY: canonical_json(study.document()),
         KEY: key,
         "README.md": b"card",
+        **besides,
     }
     return {**files, SIGNATURE: sign_files(files, study.name, signer)}
 
@@ -137,7 +148,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ready(tmp_path_factory.mktemp("consortium")) as world:
         first = play(world, "flu", start_adapter())
         play(world, "flu-2", first)
-        play(world, "copd", start_adapter(1))
+        play(world, "copd", start_adapter(1), besides=OWN_FILES)
         yield world
 
 
@@ -206,6 +217,20 @@ def test_a_file_that_the_coordinator_changes_is_refused_and_nothing_is_kept(worl
     finally:
         held.write_bytes(right)
     assert list(folder_of(world).iterdir()) == []
+
+
+def test_no_file_of_a_release_takes_the_place_of_the_sites_own(world: World) -> None:
+    """Attack: `personal.json` makes a revoked adapter one of the site's own; `bases.json` chooses its base."""
+    run(commands.get, site_file(world), "copd")
+    path = folder_of(world) / "copd"
+    assert {file.name for file in path.iterdir()} == {
+        ADAPTER, CONFIG, STUDY, KEY, SIGNATURE, "README.md", "received.json", PROOF, LEAF,
+    }  # fmt: skip
+    assert (path / PROOF).read_bytes() != OWN_FILES[PROOF]
+    release = open_release(path)
+    assert release.personal == ""
+    assert release.received is not None
+    assert "bases.json" not in {file.name for file in path.rglob("*")}
 
 
 def test_another_runs_files_are_refused(world: World) -> None:
@@ -330,6 +355,59 @@ def test_an_adapter_is_superseded_retired_and_revoked_and_sites_follow(deciding_
         run(deciding.show, "nothing", "--directory", own.directory)
     said = json.loads(run(commands.adapters, file, "--json").output)["adapters"]
     assert {row["run"]: row["state"] for row in said} == {"flu-2": "released", "flu": "revoked"}
+
+
+def test_no_revoked_adapter_comes_back(deciding_world: World) -> None:
+    """Attack: it is released again; or a site is shown a log in which it is only superseded."""
+    world = deciding_world
+    own, file, path = world.coordinator, site_file(world), folder_of(world) / "flu"
+    run(commands.get, file, "flu")
+    before = logged_history(own)
+    run(deciding.revoke, "flu", "--reason", "a canary was found", "--directory", own.directory)
+    with open_journal(own.log_directory, own.keys) as journal:
+        released = journal.exported("flu")
+        assert released is not None
+        journal.say(released.model_copy(update={"time": released.time + 1}))
+        journal.sign_head()
+    history = logged_history(own)
+    assert [each.state for each in history.runs["flu"].releases] == ["revoked", "revoked"]
+    with pytest.raises(RefusedError, match="its adapter is revoked"):
+        run(commands.get, file, "flu")
+    follow(history, folder_of(world))
+    with pytest.raises(RefusedError, match="revoked this adapter"):
+        open_release(path)
+    superseded = AdapterState(
+        time=1, run="flu", adapter=released.adapter, state="superseded", by="flu-2", reason="nothing"
+    )
+    before.runs["flu"].releases[-1].change = superseded
+    assert follow(before, folder_of(world)) == ()
+    with pytest.raises(RefusedError, match="revoked this adapter"):
+        open_release(path)
+
+
+def test_an_adapter_is_revoked_in_every_run_that_releases_it() -> None:
+    for first in (True, False):
+        log = LogWorld(private=False)
+        log.found("flu")
+        log.play("flu", 1)
+        log.say(log.export("flu", 1))
+        bad = log.adapters["flu"]
+        revoked = AdapterState(time=1, run="flu", adapter=bad, state="revoked", by=None, reason="wrong labels")
+        if first:
+            log.say(revoked)
+        log.say(log.run_open("copd", adapter=bad))
+        log.adapters["copd"] = bad
+        opened = log.say(log.round_open("copd", 1))
+        for site in log.sites:
+            log.say(log.site_round(site, "copd", 1, opened), site)
+        log.say(log.round_close("copd", 1, opened, adapter_published=bad, ended=True))
+        log.say(log.export("copd", 1))
+        if not first:
+            log.say(revoked)
+        history = Replay()
+        for index, leaf in enumerate(log.leaves):
+            admit(history, index, leaf, log.roots.__getitem__)
+        assert [run.releases[-1].state for run in history.runs.values()] == ["revoked", "revoked"]
 
 
 def test_a_decision_waits_while_a_run_has_the_log_open(deciding_world: World) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PublicKey
 
 from privet.client.rounds.logbook import refusal_of
 from privet.client.site import load_site
@@ -378,6 +379,33 @@ def test_a_new_second_key_is_new_and_at_hand() -> None:
         taken = replace(log_key("log 2"), pq=mldsa.public_of(second(owner))).text
         with pytest.raises(VerificationError, match="used before"):
             after(world, good.model_copy(update={"log": taken}))
+
+
+# --- keys under which anybody signs --------------------------------------------------------------------------
+
+
+def test_nobody_has_an_mldsa_key_under_which_anybody_signs() -> None:
+    """Attack: a site joins with a second key that binds nobody, so that Ed25519 alone is left, and can deny it all."""
+    flat = bytes(32) + bytes(mldsa.PUBLIC_BYTES - 32)
+    forged = mldsa_reference.forged(flat, b"a statement", b"privet-statement/2")
+    assert mldsa_reference.verify(flat, b"a statement", forged, b"privet-statement/2")
+    library = MLDSA65PublicKey.from_public_bytes(flat)
+    library.verify(forged, b"a statement", b"privet-statement/2")  # it is valid, by the standard
+    assert not mldsa.verifies(flat, forged, b"a statement", Use.STATEMENT)
+    # Near 0 modulo q are the coefficients 0 and 1,023, and those beside them.
+    for coefficient in (0, 1, 100, 1000, 1023):
+        packed = sum(coefficient << 10 * i for i in range(1536)).to_bytes(1920, "little")
+        assert mldsa.is_weak(bytes(32) + packed)
+    for name in ("oslo", "lyon", "coordinator"):
+        assert not mldsa.is_weak(mldsa.public_of(second(name)))
+
+
+def test_no_hybrid_key_has_one_id_for_both_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: of 2^32 keys one has two equal ids. Its Ed25519 line would be both lines."""
+    monkeypatch.setattr(NoteKey, "_id", lambda self, material: b"same")
+    with pytest.raises(ProtocolError, match="its two signatures have one id"):
+        NoteKey(OSLO.name, OSLO.kind, OSLO.public, OSLO.pq)
+    NoteKey(OSLO.name, OSLO.kind, OSLO.public)
 
 
 def test_a_member_has_its_second_key_alone() -> None:

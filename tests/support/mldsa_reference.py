@@ -100,13 +100,21 @@ def high_bits(r: int, hint: int) -> int:
 
 
 def verify(public: bytes, message: bytes, signature: bytes, context: bytes) -> bool:
-    rho, packed = public[:32], public[32:]
+    packed = public[32:]
     t1 = [unpacked(packed[320 * i : 320 * (i + 1)], 10) for i in range(ROWS)]
     challenge, rest = signature[:CHALLENGE], signature[CHALLENGE:]
     z = [[GAMMA_1 - x for x in unpacked(rest[640 * i : 640 * (i + 1)], 20)] for i in range(COLUMNS)]
     h = hints(rest[640 * COLUMNS :])
     if h is None or max(abs(x) for poly in z for x in poly) >= GAMMA_1 - BETA:
         return False
+    return challenge == answer(public, t1, message, context, challenge, z, h)
+
+
+def answer(
+    public: bytes, t1: list[Poly], message: bytes, context: bytes, challenge: bytes, z: list[Poly], h: list[list[int]]
+) -> bytes:
+    """Return the challenge that z and h answer."""
+    rho = public[:32]
     mu = shake256(shake256(public, 64) + bytes([0, len(context)]) + context + message, 64)
     c, z_ntt = ntt(in_ball(challenge)), [ntt([x % Q for x in poly]) for poly in z]
     encoded = b""
@@ -117,4 +125,12 @@ def verify(public: bytes, message: bytes, signature: bytes, context: bytes) -> b
             total = [(t + a * b) % Q for t, a, b in zip(total, entry, z_ntt[column], strict=True)]
         w1 = [high_bits(x, hint) for x, hint in zip(inverse_ntt(total), h[row], strict=True)]
         encoded += bytes(w1[i] | w1[i + 1] << 4 for i in range(0, N, 2))
-    return challenge == shake256(mu + encoded, CHALLENGE)
+    return shake256(mu + encoded, CHALLENGE)
+
+
+def forged(public: bytes, message: bytes, context: bytes) -> bytes:
+    """Return a signature of nobody under a key whose t1 is 0: the challenge does not matter, so z may be 0."""
+    nothing = [[0] * N for _ in range(ROWS)]
+    challenge = answer(public, nothing, message, context, bytes(CHALLENGE), nothing[:COLUMNS], nothing)
+    zeros = sum(GAMMA_1 << 20 * i for i in range(N)).to_bytes(640, "little")
+    return challenge + zeros * COLUMNS + bytes(OMEGA + ROWS)
