@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,11 +17,12 @@ from round_log import ORIGIN, Consortium, private
 
 from privet.client.rounds.witness import Stale, Witness
 from privet.common.audit.verify import verify_bundle
-from privet.common.log.checkpoint import verify_leaf
+from privet.common.log.checkpoint import least_quorum, verify_leaf
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope, verify_envelope
 from privet.common.log.note import witness_lines
-from privet.server.log.roundlog import RoundLog, create_log, open_log
+from privet.server.log.journal import NEWCOMERS
+from privet.server.log.roundlog import RoundLog, create_log, lean, open_log
 
 SITES = (9, 30)
 
@@ -34,12 +35,16 @@ class Costs:
         milliseconds: Of a site's processor.
         statements: Their bytes.
         checkpoint: Bytes of a cosigned checkpoint.
+        before: Bytes of the checkpoints that a site would get in a round, if both proofs had all cosignatures.
+        sent: Bytes of those that it gets: one to cosign, and one with each proof.
         verification: Milliseconds of an auditor's processor, for each statement of the whole log.
     """
 
     milliseconds: float
     statements: int
     checkpoint: int
+    before: int
+    sent: int
     verification: float
 
 
@@ -61,7 +66,8 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
         directory / site, policy.log, f"{site}.example", key, durable=False, pq=consortium.second(site)
     )
     coordinator, pq = private(seed, "coordinator").public_key().public_bytes_raw(), policy.log.pq
-    spent, sizes, notes = list[float](), list[int](), list[int]()
+    spent, sizes = list[float](), list[int]()
+    notes, sent, before = list[int](), list[int](), list[int]()
     history = consortium.rounds()
     with open_log(directory / "log", ORIGIN, private(seed, "log"), pq=consortium.second("coordinator")) as log:
         begun = next(history)
@@ -73,6 +79,11 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
             cosigned(log, consortium, number)
             seconds = cosign(log, witness, policy.needed)
             proof = log.prove_leaf(log.size - 1, policy)
+            full, few = proof.checkpoint, least_quorum(len(policy.witnesses) + NEWCOMERS, 0)
+            bare = len(lean(full, policy.log, (), 0))
+            proof = replace(proof, checkpoint=lean(full, policy.log, policy.witnesses, few))
+            sent.append(2 * bare + len(proof.checkpoint))
+            before.append(bare + 2 * len(full))
             started = time.process_time()
             verify_leaf(proof, leaves[0], policy)
             for leaf in (begun[-1], leaves[0]):
@@ -87,7 +98,7 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
             seconds += cosign(log, witness, policy.needed)
             spent.append(seconds)
             sizes.append(sum(map(len, leaves)))
-            notes.append(len(proof.checkpoint))
+            notes.append(len(full))
         cosigned(log, consortium, rounds)
         started = time.process_time()
         verdict = verify_bundle(lambda: whole, log.note(log.size), policy)
@@ -95,7 +106,10 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
         if not verdict.ok:
             raise ValueError(str(verdict))
     spent_on_a_round = 1000 * statistics.median(spent)
-    return Costs(spent_on_a_round, round(statistics.mean(sizes)), round(statistics.mean(notes)), 1000 * verification)
+    leaves_of_a_round, note, with_all, with_few = (
+        round(statistics.mean(each)) for each in (sizes, notes, before, sent)
+    )
+    return Costs(spent_on_a_round, leaves_of_a_round, note, with_all, with_few, 1000 * verification)
 
 
 def cosign(log: RoundLog, witness: Witness, number: int) -> float:
@@ -133,6 +147,8 @@ def main() -> None:
             Check(f"{count} sites: with Ed25519 alone", old.verification, "ms", "", None),
             Check(f"{count} sites: a cosigned checkpoint", new.checkpoint / 1000, "kB", "", None),
             Check(f"{count} sites: with Ed25519 alone", old.checkpoint / 1000, "kB", "", None),
+            Check(f"{count} sites: checkpoints to a site in a round", new.sent / 1000, "kB", "", None),
+            Check(f"{count} sites: saved by sending few cosignatures", (new.before - new.sent) / 1000, "kB", "", None),
         ]
     bench.finish(checks, details)
 

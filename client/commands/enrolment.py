@@ -123,21 +123,57 @@ def renew(
     force: Annotated[
         bool, typer.Option("--force", help="Renew the certificate even if less than two thirds of its life are over.")
     ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Instead, give a site that signs with Ed25519 alone an ML-DSA-65 key.")
+    ] = False,
 ) -> None:
     """Renew this site's certificate, with a new key, if two thirds of its life are over.
 
     If the certificate has expired, or the service no longer accepts it, the request is signed with the identity key.
     `privet site serve` renews the certificate by itself while it runs.
+
+    With --keys, a site that joined with an earlier version gets an ML-DSA-65 key beside its keys, and stays a member.
+    Read the words to the coordinator's operator, who approves them. Run the command again: it takes the key into use
+    once the round log states it. Then read the words to the other sites' operators, who confirm them.
     """
     from privet.common.pki.certificates import due_for_renewal
 
     service = _service(site)
+    if keys:
+        _gain_second_key(site, service)
+        return
     current = _usable(service.enrolment)
     if current is None or due_for_renewal(current, now()) or force:
         current = _renewed(service, current)
         typer.echo(f"renewed: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
         typer.echo(f"not due: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def _gain_second_key(site: Path, service: ConsortiumClient) -> None:
+    from privet.client.second_key import gain_second_key
+    from privet.common.log.note import NoteKey
+
+    own, used = gain_second_key(site, service)
+    typer.echo(folded(f"words        {own.words}", 13))
+    if not used:
+        typer.echo("The round log does not state the new key yet.")
+        typer.echo(folded("Call the coordinator's operator and read out the words: "
+                          f"`privet coordinator approve {own.site} --words WORDS`."))  # fmt: skip
+        typer.echo("Run this command again after that.")
+        return
+    typer.echo("in use       statements and cosignatures are signed with Ed25519 and with ML-DSA-65 from here on")
+    others = [each.site for each in service.enrolment.terms.members if not NoteKey.parse(each.witness).pq]
+    if others:
+        typer.echo(
+            folded(
+                f"still        with Ed25519 alone: {', '.join(others)}. Until they have renewed theirs, this site "
+                "takes part only with classical_signatures = true under [floor] of its file",
+                13,
+            )
+        )
+    typer.echo("next: restart `privet site serve`, and read the words to each other site's operator: each types them")
+    typer.echo(f"into `privet site trust SITE {own.site}`, and takes part in no round before")
 
 
 def _usable(enrolment: Enrolment) -> Certificate | None:

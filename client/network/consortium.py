@@ -36,6 +36,7 @@ from privet.common.pki.enrolment import (
     InclusionRequest,
     JoinReply,
     JoinRequest,
+    KeysRequest,
     LeavesReply,
     LeavesRequest,
     Nothing,
@@ -155,6 +156,10 @@ class ConsortiumClient:
             As `call`.
         """
         return self._replaced(lambda wanted: self.call("Renew", RenewRequest(request=wanted), RenewReply))
+
+    def renew_keys(self, asked: KeysRequest) -> JoinReply:
+        """Ask for an ML-DSA-65 key beside this site's keys, and return how far that is."""
+        return self.call("RenewKeys", asked, JoinReply)
 
     def come_back(self) -> Certificate:
         """Get a new certificate with the identity key, as after the present one expired. Raises as `call`."""

@@ -153,15 +153,15 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
                 f"{directory} belongs to site {found.keys.site} already",
                 "join in a new, empty directory: `privet site join @TOKEN DIRECTORY`",
             )
-        second = _own_mldsa(directory) if NoteKey.parse(found.keys.witness).pq else None
+        second = own_mldsa(directory) if NoteKey.parse(found.keys.witness).pq else None
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"), second)
         write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
-        write_durably(kept, asked.encode(), 0o600)
+        keep_request(directory, asked)
         return asked
     for part in ("keys", "consortium", "state"):
         (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
     identity, witness = (_own_key(directory / f"keys/{name}.pem") for name in ("identity", "witness"))
-    pq = _own_mldsa(directory)
+    pq = own_mldsa(directory)
     tls, node = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1())
     # These two leave the site only with the request. Until it is written, what a crash left of them can be replaced.
     write_durably(directory / "keys/tls.pem", key_pem(tls), 0o600)
@@ -310,6 +310,21 @@ def migrate_site(file: Path) -> Path:
     return kept
 
 
+def keep_request(directory: Path, asked: JoinRequest) -> None:
+    """Store the request that names this site's keys. It holds the token, so only its owner may read it.
+
+    Raises:
+        StateError: It cannot be written.
+    """
+    file = directory / "consortium/request.json"
+    try:
+        write_durably(file, asked.encode(), 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{file} cannot be written ({error.strerror})", "check the disk space and the permissions"
+        ) from None
+
+
 def member_of(terms: Terms, name: str) -> SiteKeys:
     """Return a member's keys as the coordinator states them.
 
@@ -352,7 +367,7 @@ def _own_key(path: Path) -> Ed25519PrivateKey:
     return read_key(path, path.stem) if path.exists() else make_key(path)
 
 
-def _own_mldsa(directory: Path) -> MLDSA65PrivateKey:
+def own_mldsa(directory: Path) -> MLDSA65PrivateKey:
     """Return the ML-DSA-65 key of a site's directory. Make the file if it does not exist."""
     path = directory / "keys" / MLDSA_KEY
     return read_mldsa_key(path, path.stem) if path.exists() else write_key(path, mldsa.new_key())

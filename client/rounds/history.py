@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from privet.common.log.checkpoint import Checkpoint, Policy, least_quorum
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay, admit
+from privet.common.log.statements import Member
 from privet.common.log.tiles import MAX_LEAF_BYTES
 from privet.common.pki.charter import Charter
 
@@ -185,7 +186,20 @@ def policy_of(history: Replay, trusted: Trusted, site: str, size: int) -> Policy
         )
     strangers = sorted(name for name, member in history.members.items() if trusted.stated.get(name) != member)
     if site in strangers:
-        raise VerificationError("the round log names other keys for this site than its own", _STOP)
+        hint = _STOP
+        if _gained(trusted.stated.get(site), own):
+            hint = (
+                "if this site's operator asked for it, finish it with `privet site renew SITE --keys`; otherwise "
+                + _STOP
+            )
+        raise VerificationError("the round log names other keys for this site than its own", hint)
+    gained = [name for name in strangers if _gained(trusted.stated.get(name), history.members[name])]
+    if strangers and strangers == gained:
+        raise VerificationError(
+            f"by the round log, these members have an ML-DSA-65 key now, which this site's operator has not confirmed: "
+            f"{', '.join(gained)}",
+            "have the operator of each read out the words of its keys, and type them: `privet site trust SITE NAME`",
+        )
     if strangers:
         raise VerificationError(
             f"the round log names members whose keys this site's operator has not confirmed: {', '.join(strangers)}",
@@ -204,6 +218,13 @@ def policy_of(history: Replay, trusted: Trusted, site: str, size: int) -> Policy
             "ask the operator of each whether that is true, and confirm it: `privet site trust SITE NAME --withdraw`",
         )
     return Policy(history.epoch_at(size).log, tuple(sorted(witnesses, key=lambda key: key.name)), needed)
+
+
+def _gained(known: Member | None, logged: Member) -> bool:
+    """Return whether the log has an ML-DSA-65 key beside a member's confirmed keys, and else the same ones."""
+    if known is None or logged.witness is None:
+        return False
+    return known == logged.model_copy(update={"witness": replace(NoteKey.parse(logged.witness), pq=b"").text})
 
 
 def _check_epochs(history: Replay, trusted: Trusted, charter: Charter) -> None:

@@ -376,11 +376,7 @@ def refusal_of(keys: Sequence[NoteKey]) -> RefusedError | None:
     if not keys[0].pq:
         hint = "ask the coordinator's operator to run `privet coordinator rotate --keys`"
     else:
-        name = classical[0]
-        hint = (
-            f"let {name} join again: `privet coordinator revoke {name} --reason left`, then `privet coordinator invite "
-            f"{name}`"
-        )
+        hint = f"let the operator of {classical[0]} run `privet site renew SITE --keys` there"
     error = RefusedError(
         f"the round log is signed with Ed25519 alone by {', '.join(classical)}: who breaks it can forge the log later",
         f"{hint}; or set classical_signatures = true under [floor] of this site's file",

@@ -15,6 +15,7 @@ from privet.common.log.statements import (
     Genesis,
     Join,
     Refusal,
+    Renew,
     Revoke,
     Rotate,
     RoundAbort,
@@ -48,6 +49,7 @@ MODELS: dict[str, type[StatementPart]] = {
     "genesis": Genesis,
     "join": Join,
     "revoke": Revoke,
+    "renew": Renew,
     "rotate": Rotate,
     "run-open": RunOpen,
     "round-open": RoundOpened,
@@ -117,6 +119,13 @@ FIELDS: dict[str, dict[str, Field]] = {
         "key": Field("that member's identity key"),
         "reason": Field(word="the reason"),
         "quorum": _QUORUM,
+    },
+    "renew": _HEAD
+    | {
+        "member.site": Field("a member"),
+        "member.key": Field("that member's identity key, as before"),
+        "member.witness": Field("its cosigning key, as before, with a new ML-DSA-65 key, which has signed this"),
+        "proof": Field("signatures by identity key and new key over what changes"),
     },
     "rotate": _HEAD
     | {

@@ -13,6 +13,7 @@ from privet.common.log.statements import (
     Genesis,
     Join,
     Refusal,
+    Renew,
     Revoke,
     Rotate,
     RoundAbort,
@@ -48,6 +49,10 @@ def _lines(statement: Statement) -> list[str]:
             return [f"{statement.member.site} joins; {statement.quorum} witnesses must cosign from here on"]
         case Revoke():
             return [f"{statement.site} is revoked: {statement.reason}; {statement.quorum} witnesses must cosign"]
+        case Renew():
+            return [
+                f"{statement.member.site} has an ML-DSA-65 key from here on; each site's operator confirms its words"
+            ]
         case Rotate():
             return [
                 f"the keys of log and coordinator are replaced; log {NoteKey.parse(statement.log).shown}",

@@ -133,6 +133,8 @@ def _classical(history: Replay, cosigners: Sequence[NoteKey]) -> tuple[str, ...]
         found.append(f"the coordinator's statements before leaf {first}, but for the checkpoints after it")
     if names := sorted({name for key, name in history.owners.items() if not history.pq_of(key)}):
         found.append(f"statements of {', '.join(names)}")
+    for key, leaf in history.renewed.items():
+        found.append(f"statements of {history.owners[key]} before leaf {leaf}, but for the checkpoints after it")
     if names := sorted(key.name for key in cosigners if not key.pq):
         found.append(f"the cosignatures of {', '.join(names)}")
     return tuple(found)

@@ -29,6 +29,7 @@ class Use(Enum):
     STATEMENT = b"privet-statement/2"
     ROTATION = b"privet-rotate/1"
     JOINING = b"privet-join/1"
+    RENEWAL = b"privet-renew/1"
 
 
 def new_key() -> MLDSA65PrivateKey:

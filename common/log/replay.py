@@ -9,6 +9,9 @@ statement               is allowed if
 ======================  ==========================================================================================
 genesis                 it is leaf 0
 join, revoke            the site is new (join) or a member (revoke); no key was used before; the new quorum is safe
+renew                   the site is a member without ML-DSA-65 key; its new one was not used before; the identity key
+                        and the new key have signed the change, which changes nothing else. From the next leaf on, its
+                        statements need both signatures
 rotate                  no round is open; both keys are new in the log's history, and each has signed this leaf's place;
                         the log's name stays. From the next leaf on, the coordinator's statements count under the new
                         key
@@ -50,6 +53,7 @@ from privet.common.log.envelope import Envelope
 from privet.common.log.epochs import KeyEpoch, RotationPlace, check_possession, epoch_at
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
+from privet.common.log.renewal import check_renewal
 from privet.common.log.statements import (
     AdapterState,
     Charge,
@@ -58,6 +62,7 @@ from privet.common.log.statements import (
     Join,
     Member,
     Refusal,
+    Renew,
     Revoke,
     Rotate,
     RoundAbort,
@@ -171,6 +176,7 @@ class Replay:
         epsilon: Epsilon spent, and delta, by site and account.
         owners: Names of all members that there ever were, by identity key.
         witnesses: Cosigning keys that a member ever had, as vkeys.
+        renewed: Numbers of the leaves that gave members an ML-DSA-65 key, by identity key.
         refusals: Refused study and its refusal, by site, run and round.
         epochs: The keys of log and coordinator, and from which number of leaves on they count; the present ones last.
     """
@@ -184,6 +190,7 @@ class Replay:
         self.epsilon: dict[tuple[str, str], tuple[float, float]] = {}
         self.owners: dict[bytes, str] = {}
         self.witnesses: set[str] = set()
+        self.renewed: dict[bytes, int] = {}
         self.refusals: dict[tuple[str, str, int], Refusal] = {}
         self.epochs: list[KeyEpoch] = []
         self._sites: dict[str, Standing] = {}
@@ -235,6 +242,8 @@ class Replay:
                 self._join(statement)
             case Revoke():
                 self._revoke(statement)
+            case Renew():
+                self._renew(leaf, statement)
             case Rotate():
                 self._rotate(leaf, statement, root_at)
             case RunOpen():
@@ -310,6 +319,19 @@ class Replay:
         del self.members[revoke.site]
         self.revoked |= set(member.publics())
         del self._owners[bytes.fromhex(member.key)]
+
+    def _renew(self, leaf: Leaf, renew: Renew) -> None:
+        present = self.members.get(renew.member.site)
+        if present is None:
+            raise VerificationError(f"statement renew: the log has no member {renew.member.site}")
+        consortium = self.genesis.consortium if self.genesis is not None else ""
+        if check_renewal(consortium, present, renew.member, renew.proof) in self._keys:
+            raise VerificationError(
+                f"statement renew: the new key of site {present.site} was used before in this round log"
+            )
+        self.members[present.site] = renew.member
+        self.renewed[bytes.fromhex(present.key)] = leaf.index
+        self._enter(renew.member)
 
     def _rotate(self, leaf: Leaf, rotate: Rotate, root_at: RootAt) -> None:
         present, log, coordinator = self.epochs[-1], NoteKey.parse(rotate.log), bytes.fromhex(rotate.coordinator)
@@ -547,7 +569,7 @@ class Replay:
             run.published[export.round],
             export.adapter,
         )
-        # Released again, also by another run, it is the same adapter: it keeps its state, or a revoked one would be back.
+        # Released again, also by another run, it is the same adapter. Without its state, a revoked one would be back.
         earlier = [
             each.change
             for name, run_of_it in self.runs.items()

@@ -1,4 +1,4 @@
-"""The statements of the round log: twelve kinds of in-toto statements, frozen and strictly validated.
+"""The statements of the round log: thirteen kinds of in-toto statements, frozen and strictly validated.
 
 Each is the predicate of an in-toto Statement v1. Its `type` and `format` give the predicate's type, and its
 subject is the artifact that it is about. `parse_statement` accepts exactly the bytes that `encode_statement`
@@ -233,6 +233,22 @@ class Revoke(StatementPart):
     def subject(self) -> dict[str, str]:
         """The site's key."""
         return {self.site: _key_digest(bytes.fromhex(self.key))}
+
+
+class Renew(StatementPart):
+    """A member has an ML-DSA-65 key from the next leaf on, beside its Ed25519 keys, which stay; by the coordinator."""
+
+    type: Literal["renew"] = "renew"
+    format: Literal[1] = 1
+    time: Time
+    member: Member
+    """With the new key in the vkey of its witness."""
+    proof: Proof
+    """Signatures by the member's identity key and by the new key (`privet.common.log.renewal`)."""
+
+    def subject(self) -> dict[str, str]:
+        """The site's key."""
+        return {self.member.site: _key_digest(bytes.fromhex(self.member.key))}
 
 
 class Rotate(StatementPart):
@@ -515,6 +531,7 @@ Statement = (
     Genesis
     | Join
     | Revoke
+    | Renew
     | Rotate
     | RunOpen
     | RoundOpened

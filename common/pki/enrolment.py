@@ -29,6 +29,7 @@ from privet.common.log.encoding import one_line
 from privet.common.log.mldsa import Use
 from privet.common.log.note import COSIGNATURE, VKEY_CHARACTERS, NoteKey, is_weak
 from privet.common.log.proofs import prove, proves
+from privet.common.log.renewal import check_renewal, renewal_text
 from privet.common.log.statements import LATER, Hex32, Label, Member, Proof
 from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
@@ -230,6 +231,36 @@ class RenewRequest(Spoken):
     """A member with a valid certificate asks for a new one."""
 
     request: Short
+
+
+class KeysRequest(Spoken):
+    """A member that joined with Ed25519 keys alone asks to have an ML-DSA-65 key besides."""
+
+    witness: Short
+    """Its cosigning vkey, with the new key in it."""
+    proof: Proof
+    """Signatures by the member's identity key and by the new key (`privet.common.log.renewal`)."""
+
+    @classmethod
+    def make(
+        cls, consortium: str, present: SiteKeys, witness: str, identity: Ed25519PrivateKey, pq: MLDSA65PrivateKey
+    ) -> KeysRequest:
+        """Make the request of a member that holds both keys."""
+        renewed = present.model_copy(update={"witness": witness})
+        proof = prove(renewal_text(consortium, present.member, renewed.member), identity, pq, Use.RENEWAL)
+        return cls(witness=witness, proof=proof)
+
+    def keys(self, consortium: str, present: SiteKeys) -> SiteKeys:
+        """Return the member's keys with the new one.
+
+        Raises:
+            ProtocolError: They are no keys of a site.
+            VerificationError: As `privet.common.log.renewal.check_renewal`.
+        """
+        renewed = SiteKeys.decode(canonical_json({**present.model_dump(mode="json"), "witness": self.witness}))
+        if renewed != present:  # otherwise they were renewed before, and the reply was lost
+            check_renewal(consortium, present.member, renewed.member, self.proof)
+        return renewed
 
 
 class ReturnRequest(Spoken):

@@ -54,7 +54,7 @@ from privet.common.pki.certificates import (
     to_pem,
 )
 from privet.common.pki.charter import Charter
-from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
+from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, KeysRequest, ReturnRequest, SiteKeys
 from privet.common.pki.keyfile import KEPT, MLDSA_KEY, public_key, read_key, read_mldsa_key
 from privet.common.pki.token import Token
 from privet.common.study.reading import read_toml, validate
@@ -211,7 +211,13 @@ class Coordinator:
 
     def answer(self, request: JoinRequest, now: datetime) -> JoinReply:
         """Answer a request to join, from the network or from a file. Raises as `Members.ask`."""
-        row = self.members.ask(request, now)
+        return self._reply(self.members.ask(request, now))
+
+    def renew_keys(self, site: str, asked: KeysRequest, now: datetime) -> JoinReply:
+        """Answer a member that asks to have an ML-DSA-65 key. Raises as `Members.ask_renewal`."""
+        return self._reply(self.members.ask_renewal(site, asked, now))
+
+    def _reply(self, row: Row) -> JoinReply:
         if row.certificate is None:
             return JoinReply(state="pending", fingerprint=row.keys.fingerprint)
         return JoinReply(

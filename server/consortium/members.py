@@ -24,15 +24,16 @@ from typing import Any, Literal
 
 from cryptography.x509 import Certificate
 
-from privet.common.errors import RefusedError, StateError
+from privet.common.canonical import digest
+from privet.common.errors import RefusedError, StateError, VerificationError
 from privet.common.files import sync_directory
 from privet.common.log.checkpoint import Policy
 from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.envelope import MAX_STATEMENT_BYTES
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Genesis, Join, Member, Revoke, StatedFloor, Statement
+from privet.common.log.statements import Genesis, Join, Member, Renew, Revoke, StatedFloor, Statement
 from privet.common.pki.certificates import read_certificate, to_pem
-from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
+from privet.common.pki.enrolment import JoinRequest, KeysRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
 from privet.common.pki.words import mistyped
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
@@ -133,6 +134,41 @@ class Members:
             raise RefusedError(NO_TOKEN, "ask the coordinator for a new one")
         return _row(found)
 
+    def ask_renewal(self, site: str, asked: KeysRequest, now: datetime) -> Row:
+        """Take a member's request for an ML-DSA-65 key, and return its state: pending until it is approved and logged.
+
+        Raises:
+            RefusedError: The site is not a member, the key was used before, the request changes more, or a key has not
+                signed it.
+        """
+        with self._transaction() as database:
+            member = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'member'", site)
+            if member is None:
+                raise RefusedError(f"{site} is not a member", "join with `privet site join @TOKEN DIRECTORY`")
+            present = _keys(member)
+            try:
+                keys = asked.keys(self.consortium.name, present)
+            except VerificationError as error:
+                raise RefusedError(error.message, "use this site's own keys: `privet site renew SITE --keys`") from None
+            if keys == present and not _renewal_waits(database, keys):
+                return _row(member)
+            found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
+            if keys != present and (found is None or _keys(found) != keys):
+                check_new_keys(keys, _others(database, site), self.consortium.reserved)
+                database.execute(
+                    "UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,)
+                )
+                # The proof stands where a revoked member has its reason, until the statement holds it.
+                row = (
+                    digest(asked.encode()), site, keys.encode().decode("ascii"), int(now.timestamp()), asked.proof,
+                )  # fmt: skip
+                database.execute(
+                    "INSERT OR REPLACE INTO requests (digest, site, keys, received, state, reason) "
+                    "VALUES (?, ?, ?, ?, 'pending', ?)",
+                    row,
+                )
+        return Row(keys, "pending", int(now.timestamp()), "", None)
+
     def approve(self, site: str, told: str, certify: Callable[[SiteKeys], Certificate], now: datetime) -> Row:
         """Make a site a member, after its operator and the coordinator's operator compared the fingerprint of its keys.
 
@@ -161,10 +197,11 @@ class Members:
                     f"`privet coordinator invite {site}` again",
                 )
             # Again: a rotation may have brought one since. The log would refuse such a member, and all that follows.
-            rest = _all(
-                database, "SELECT keys FROM requests WHERE state <> 'withdrawn' AND digest <> ?", found["digest"]
-            )
-            check_new_keys(keys, [_keys(row) for row in rest], self.consortium.reserved)
+            check_new_keys(keys, _others(database, site), self.consortium.reserved)
+            member = _one(database, "SELECT * FROM requests WHERE site = ? AND state = 'member'", site)
+            if member is not None:
+                _renew_keys(database, member, found, int(now.timestamp()))
+                return _row(_one(database, f"{_ROWS} WHERE r.digest = ?", found["digest"]) or found)
             # Member, certificate and statement in one transaction: no member is ever missing from the log.
             time = int(now.timestamp())
             database.execute(
@@ -388,7 +425,31 @@ def _keys(row: Mapping[str, Any]) -> SiteKeys:
 
 def _row(row: Mapping[str, Any]) -> Row:
     certificate = None if row["pem"] is None else read_certificate(row["pem"])
-    return Row(_keys(row), row["state"], row["decided"] or row["received"], row["reason"] or "", certificate)
+    reason = row["reason"] or "" if row["state"] == "revoked" else ""
+    return Row(_keys(row), row["state"], row["decided"] or row["received"], reason, certificate)
+
+
+def _others(database: sqlite3.Connection, site: str) -> list[SiteKeys]:
+    """Return the keys of all other sites, and those that a site had when it was revoked."""
+    query = "SELECT keys FROM requests WHERE state = 'revoked' OR (state <> 'withdrawn' AND site <> ?)"
+    return [_keys(row) for row in _all(database, query, site)]
+
+
+def _renew_keys(database: sqlite3.Connection, member: Mapping[str, Any], wanted: Mapping[str, Any], time: int) -> None:
+    """Replace a member's keys by those of a pending request. Its certificates stay: the key for TLS is the same."""
+    database.execute("UPDATE requests SET state = 'withdrawn', decided = ? WHERE digest = ?", (time, member["digest"]))
+    database.execute(
+        "UPDATE requests SET state = 'member', decided = ?, reason = NULL WHERE digest = ?", (time, wanted["digest"])
+    )
+    database.execute("UPDATE certificates SET request = ? WHERE request = ?", (wanted["digest"], member["digest"]))
+    if _founded(database):
+        _say(database, Renew(time=time, member=_keys(wanted).member, proof=wanted["reason"]))
+
+
+def _renewal_waits(database: sqlite3.Connection, keys: SiteKeys) -> bool:
+    """Return whether the statement that gave a member its present keys is not in the round log yet."""
+    waiting = [parse_statement(row["body"]) for row in _all(database, "SELECT body FROM statements WHERE logged = 0")]
+    return any(isinstance(each, Renew) and each.member == keys.member for each in waiting)
 
 
 def _founded(database: sqlite3.Connection) -> bool:

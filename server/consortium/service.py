@@ -49,6 +49,7 @@ from privet.common.pki.enrolment import (
     InclusionRequest,
     JoinReply,
     JoinRequest,
+    KeysRequest,
     LeavesReply,
     LeavesRequest,
     Nothing,
@@ -139,6 +140,10 @@ class Service:
         """Issue a new certificate with the name of the old one."""
         certificate = self.coordinator.renew(caller.site, request.request, self.clock(), caller.certificate)
         return RenewReply(certificate=to_pem(certificate))
+
+    def renew_keys(self, request: KeysRequest, caller: Caller) -> JoinReply:
+        """Take the caller's request for an ML-DSA-65 key, and return its state."""
+        return self.coordinator.renew_keys(caller.site, request, self.clock())
 
     def roster(self, request: Nothing, caller: Caller) -> Terms:
         """Return all members' public keys and the log's policy."""
@@ -319,6 +324,7 @@ def _for_members(service: Service) -> dict[str, Any]:
     return {
         "Status": _member(service, Nothing, service.status),
         "Renew": _member(service, RenewRequest, service.renew),
+        "RenewKeys": _member(service, KeysRequest, service.renew_keys),
         "Roster": _member(service, Nothing, service.roster),
         "Checkpoint": _member(service, Nothing, service.checkpoint),
         "Proposals": _member(service, Nothing, service.proposals),

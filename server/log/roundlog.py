@@ -499,6 +499,24 @@ def with_cosignatures(note: Note, rows: Sequence[str]) -> bytes:
     return Note(note.text, (*note.signatures, *lines)).encode()
 
 
+def lean(note: bytes, log: NoteKey, witnesses: Sequence[NoteKey], most: int) -> bytes:
+    """Return a checkpoint with the signature of its log and at most `most` of its cosignatures, and nothing else.
+
+    Args:
+        note: The checkpoint's note.
+        log: The log's key for its size.
+        witnesses: Whose cosignatures count.
+        most: Number of cosigners.
+
+    Raises:
+        ProtocolError, VerificationError: It is no note, or a cosignature does not match.
+    """
+    whole = parse_note(note)
+    keys = (log, *verify_note(whole, witnesses)[:most])
+    kept = {(key.name, key_id) for key in keys for key_id in key.ids}
+    return Note(whole.text, tuple(each for each in whole.signatures if (each.name, each.key_id) in kept)).encode()
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None)
     # With FULL a commit is on the disk when it returns (sqlite.org/pragma.html, synchronous).

@@ -246,7 +246,7 @@ def test_a_site_that_has_an_mldsa_key_takes_part_where_all_have() -> None:
     refused = refusal_of((LOG, witness_key("berlin"), OSLO))
     assert refused is not None
     assert "Ed25519 alone by berlin.example:" in refused.message
-    assert "join again" in refused.hint
+    assert "privet site renew SITE --keys" in refused.hint
 
 
 @pytest.mark.parametrize(
