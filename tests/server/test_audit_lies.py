@@ -27,14 +27,17 @@ from privet.common.audit.receipts import receipts_file
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import VerificationError
-from privet.common.log import note
+from privet.common.log import mldsa, note
 from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.epochs import KeyEpoch, RotationPlace
 from privet.common.log.merkle import leaf_hash
+from privet.common.log.mldsa import Use
 from privet.common.log.note import Note, NoteKey
+from privet.common.log.proofs import prove
+from privet.common.log.renewal import renewal_text
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     AdapterState,
@@ -46,6 +49,7 @@ from privet.common.log.statements import (
     Member,
     Privacy,
     Refusal,
+    Renew,
     Revoke,
     Rotate,
     RoundAbort,
@@ -59,7 +63,7 @@ from privet.common.privacy.accounting import PrivacyEvent, epsilon, plan
 from privet.server.log.journal import Keys, rotation
 from privet.server.rounds.archive import bundle_files
 from tests.conftest import Run
-from tests.support.log_world import MECHANISM, ORIGIN, World, member, private, public
+from tests.support.log_world import MECHANISM, ORIGIN, World, member, private, public, second
 from tests.support.logged_world import RELEASE_KEY, world_of
 from tests.support.masked_world import masked_study
 from tests.support.secagg_world import identity
@@ -103,9 +107,19 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     said.append(
         AdapterState(time=1, run=export.run, adapter=export.adapter, state="revoked", by=None, reason="wrong labels")
     )
+    said.append(renewal(next(each for each in said if isinstance(each, Genesis))))
     return Archive(
         files, tuple((each, getattr(each, "site", "") if signs(each) else "") for each in said), world.policy
     )
+
+
+def renewal(genesis: Genesis) -> Renew:
+    """Return what gives the first site an ML-DSA-65 key: the coordinator states it, the site's keys have signed it."""
+    present, pq = genesis.members[0], second("site-0001")
+    vkey = replace(NoteKey.parse(str(present.witness)), pq=mldsa.public_of(pq)).text
+    renewed = present.model_copy(update={"witness": vkey})
+    text = renewal_text(genesis.consortium, present, renewed)
+    return Renew(time=1, member=renewed, proof=prove(text, key_of(present.site), pq, Use.RENEWAL))
 
 
 @pytest.fixture(scope="module")
@@ -330,10 +344,12 @@ def test_a_lie_about_a_field_is_refused_or_the_field_is_its_authors_word(
 
 
 # Fields that nothing contradicts in this archive, whose author may say what it likes: so lies do get as far as this.
+# The consortium's name is one where no member has renewed its keys: they sign it.
 BELIEVED = {
-    "genesis": {"time", "consortium", "floor.min_sites", "floor.max_epsilon"},
+    "genesis": {"time", "floor.min_sites", "floor.max_epsilon"},
     "join": {"time", "quorum"},
     "revoke": {"time", "reason"},
+    "renew": {"time"},
     "rotate": {"time", "charter"},
     "run-open": {"time"},
     "round-open": {"time", "nonce"},
