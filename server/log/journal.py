@@ -389,24 +389,13 @@ class Journal:
         leaves = [next(iter(self._log.leaves(place))) for place in places]
         proofs = [self._log.prove_leaf(place, policy) for place in places]
         log = self.history.epoch_at(Checkpoint.parse(parse_note(proofs[1].checkpoint).text).size).log
+        left = set(self.history.owners.values()) - set(self.history.members)
+        most = convincing(len(policy.witnesses), policy.needed, len(left))
         started, stated = (
-            replace(proof, checkpoint=lean(proof.checkpoint, log, policy.witnesses, most)).encode()
-            for proof, most in zip(proofs, (0, self._convincing), strict=True)
+            replace(proof, checkpoint=lean(proof.checkpoint, log, policy.witnesses, count)).encode()
+            for proof, count in zip(proofs, (0, most), strict=True)
         )
         return Evidence(leaves[0], started, leaves[1], stated)
-
-    @property
-    def _convincing(self) -> int:
-        """Number of cosignatures that every member accepts.
-
-        A member counts those who left until its operator has withdrawn them, and those who were approved as soon as
-        its operator has confirmed them, which may be before the log has them.
-        """
-        policy, history = self.policy, self.history
-        count = len(policy.witnesses)
-        left = len(set(history.owners.values()) - set(history.members))
-        colluding = Quorum(count, policy.needed).colluding
-        return max(policy.needed, least_quorum(count + left + NEWCOMERS, colluding))
 
     def for_site(self, evidence: Evidence, site: str) -> Evidence:
         """Add the position of the site's ledger from its last statement in the log."""
@@ -417,6 +406,20 @@ class Journal:
     def publish(self, directory: Path) -> Checkpoint:
         """Write the log as static files up to the newest accepted checkpoint. Raises as `RoundLog.publish`."""
         return self._log.publish(directory, self.policy)
+
+
+def convincing(witnesses: int, needed: int, left: int) -> int:
+    """Return how many cosignatures convince every member, as its site counts them (`client/rounds/history.py`).
+
+    A site counts who left until its operator has withdrawn them, and who was approved as soon as its operator has
+    confirmed them, which may be before the log has them.
+
+    Args:
+        witnesses: Number of members.
+        needed: How many must cosign by the log.
+        left: Number of sites that ever left.
+    """
+    return max(needed, least_quorum(witnesses + left + NEWCOMERS, Quorum(witnesses, needed).colluding))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,12 +24,14 @@ from privet.common.audit.verify import Verdict, verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
 from privet.common.files import Step
 from privet.common.log import envelope, tiles
-from privet.common.log.checkpoint import Checkpoint, open_checkpoint, verify_leaf
+from privet.common.log.checkpoint import Checkpoint, accept_checkpoint, least_quorum, open_checkpoint, verify_leaf
 from privet.common.log.merkle import check_consistency
-from privet.common.log.note import Signature, parse_note
+from privet.common.log.note import Note, Signature, parse_note
 from privet.common.log.replay import Replay, admit
-from privet.server.log.roundlog import RoundLog, create_log, open_log
-from tests.support.log_world import ORIGIN, in_memory, log_key, private, public, sign_head, story, witness_key
+from privet.server.consortium.membership import next_quorum
+from privet.server.log.journal import NEWCOMERS, convincing
+from privet.server.log.roundlog import RoundLog, create_log, lean, open_log
+from tests.support.log_world import ORIGIN, World, in_memory, log_key, private, public, sign_head, story, witness_key
 
 WORLD = story()
 LEAVES, POLICY = WORLD.leaves, WORLD.policy
@@ -558,3 +561,29 @@ def test_what_an_audit_would_refuse_never_enters(tmp_path: Path) -> None:
             log.root_at(29)
     assert again.runs.keys() == history.runs.keys() == {"flu", "copd"}
     assert again.epsilon == history.epsilon
+
+
+def test_a_lean_checkpoint_convinces_and_has_nothing_else() -> None:
+    world = World(sites=tuple(f"site-{number}" for number in range(9)), hybrid=True)
+    world.say(world.genesis())
+    note, policy = world.checkpoint(), world.policy
+    few = lean(note, policy.log, policy.witnesses, policy.needed)
+    assert len(accept_checkpoint(few, policy)[1]) == policy.needed == 5
+    assert len(parse_note(few).signatures) == 2 * (1 + 5)
+    bare = parse_note(lean(note, policy.log, (), 0))
+    assert bare.signatures == parse_note(note).signatures[:2]
+    assert lean(note, policy.log, policy.witnesses, 99) == note
+    with pytest.raises(TooFewSitesError):
+        accept_checkpoint(lean(note, policy.log, policy.witnesses, policy.needed - 1), policy)
+    strange = Note(bare.text, (*parse_note(note).signatures, Signature("nobody", b"1234", b"x" * 64))).encode()
+    assert lean(strange, policy.log, policy.witnesses, 99) == note
+
+
+@pytest.mark.parametrize("colluding", [0, 1, 2, 5])
+def test_so_many_cosignatures_are_sent_as_the_most_cautious_site_counts(colluding: int) -> None:
+    for count, left, newcomers in product(range(1, 35), range(5), range(NEWCOMERS + 1)):
+        sent = convincing(count, next_quorum(count, colluding), left)
+        # As `policy_of` counts at a site that has confirmed everybody, and withdrawn nobody.
+        whole = count + left + newcomers
+        needed = least_quorum(whole, min(colluding, max(whole - 1, 0)))
+        assert sent >= needed or needed > count
