@@ -23,6 +23,7 @@ from privet.common.errors import (
     StateError,
     TooFewSitesError,
 )
+from privet.common.log.checkpoint import LeafProof
 from privet.common.log.envelope import commit
 from privet.common.log.statements import Export, Refusal, RoundAbort, RoundClose, SiteRound, Statement
 from privet.common.study.messages import Evidence, Failure, Message, RoundOpen, Secured, Shown
@@ -241,6 +242,12 @@ def other_adapter(opened: RoundOpen) -> RoundOpen:
     return replace(opened, adapter=data, adapter_digest=digest(data))
 
 
+def proof_of_run(evidence: Evidence) -> bytes:
+    """Return the proof of the run with the cosignatures of the other one: it is sent without any."""
+    checkpoint = LeafProof.parse(evidence.opened_proof).checkpoint
+    return replace(LeafProof.parse(evidence.run_proof), checkpoint=checkpoint).encode()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -255,11 +262,12 @@ def other_adapter(opened: RoundOpen) -> RoundOpen:
         ),
         (
             lambda o: replace(
-                o, evidence=replace(o.evidence, opened=o.evidence.run, opened_proof=o.evidence.run_proof)
+                o, evidence=replace(o.evidence, opened=o.evidence.run, opened_proof=proof_of_run(o.evidence))
             ),
             "run-open and round-open as proof of the round, found run-open and run-open",
         ),
-        (lambda o: replace(o, evidence=replace(o.evidence, opened_proof=o.evidence.run_proof)), "inclusion"),
+        (lambda o: replace(o, evidence=replace(o.evidence, opened_proof=proof_of_run(o.evidence))), "inclusion"),
+        (lambda o: replace(o, evidence=replace(o.evidence, opened_proof=o.evidence.run_proof)), "found 0"),
         (lambda o: replace(o, evidence=replace(o.evidence, opened=b"x")), "inclusion"),
     ],
 )
