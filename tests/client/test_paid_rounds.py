@@ -54,6 +54,12 @@ STUDIES: dict[str, dict[str, Any]] = {
     "no privacy": {"privacy": {"mode": "none"}, **ROUNDS},
 }
 
+HEAD = {"training.head_start": "class-means"}
+HEAD_STARTS: dict[str, dict[str, Any]] = {
+    "plain": {"privacy": private(), **HEAD, "training.rounds": 20, "training.local_steps": 1},
+    "distributed": {**STUDIES["distributed"], **HEAD},
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -66,8 +72,9 @@ class Place:
         return worker_of(self.file)
 
 
-def place(folder: Path, base: Path, name: str) -> Place:
-    study = tiny_study(base, **STUDIES[name])
+def place(folder: Path, base: Path, name: str, studies: dict[str, dict[str, Any]] = STUDIES) -> Place:
+    folder.mkdir(exist_ok=True)
+    study = tiny_study(base, **studies[name])
     keys = {site: public_key(make_key(folder / f"{site}.pem")) for site in SITES}
     limit = {"unit": "record", "epsilon": 50.0, "delta": 1e-3} if study.private else None
     more: dict[str, Any] = {"studies": [study.digest], "declared_count": 30, "limit": limit, "identity": "ash.pem"}
@@ -121,6 +128,32 @@ def test_a_round_that_fails_anywhere_is_drawn_once_and_paid(
     assert len(points) > 140 / every
     if here.study.private:  # some fail before the first draw or after the charge, some in between
         assert {(3, ()), (0, ("SpentRoundError",) * 3)} <= outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEAD_STARTS)
+def test_a_head_start_that_fails_anywhere_is_drawn_once_and_paid(
+    bert: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one round of its own, so each attempt has a site of its own: some fail before the draw, and some after."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    here = place(tmp_path / "whole", bert, name, HEAD_STARTS)
+    assert here.study.is_head_start(1)
+    points = path_of(here.worker(), asked(here.study, here.worker(), 1, SITES))
+    begins = next(n for n, point in enumerate(points) if point[0].endswith("Releases.begin"))
+    charges = next(n for n, point in enumerate(points) if point[0].endswith("Releases.charge"))
+    outcomes = []
+    for number in (begins - 1, begins + 1, (begins + charges) // 2, charges, len(points) - 1):
+        here = place(tmp_path / str(number), bert, name, HEAD_STARTS)
+        worker, found = here.worker(), Attempts()
+        opened = asked(here.study, worker, 1, SITES)
+        attempt(worker, opened, found, failing_at(points[number]))
+        for _ in range(3):
+            attempt(worker, opened, found)
+        check(worker, 1, found, points[number], private=True)
+        outcomes.append(len(found.sent))
+    assert outcomes[0] == outcomes[-1] == 3
+    assert 0 in outcomes
 
 
 def test_the_checks_find_a_worker_that_draws_unpaid(
