@@ -45,10 +45,17 @@ def head_of(spec: AdapterSpec, sums: NDArray[np.float64], deviation: float) -> d
 
 
 def started(study: Study, adapter: Adapter, total: RoundSum) -> Adapter:
-    """Return the adapter with the head that the sums of a head start give."""
+    """Return the adapter with the head that the sums of a head start give.
+
+    Raises:
+        DivergedError: A value of it is not finite.
+    """
     clip_norm = study.privacy.promise.clip_norm if study.private else 1.0
     deviation = deviation_of_sums(study, total) / clip_norm
-    return adapter.replace(head_of(adapter.spec, total.update / clip_norm, deviation))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite then is found by the check
+        found = adapter.replace(head_of(adapter.spec, total.update / clip_norm, deviation))
+    found.check_finite("the head of the head start")
+    return found
 
 
 def deviation_of_sums(study: Study, total: RoundSum) -> float:

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from privet.common.errors import DivergedError
 from privet.common.masking.vector import COUNT_WEIGHT
-from privet.common.study.adapter import AdapterSpec, TensorSpec
-from privet.server.rounds.headstart import class_means, head_of
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
+from privet.server.rounds.headstart import class_means, head_of, started
+from privet.server.rounds.participants import RoundSum
+from tests.support.masked_world import masked_study
 
 CLASSES, WIDTH, UNITS = 4, 64, 400
 Array = NDArray[np.float64]
@@ -97,3 +100,15 @@ def test_the_values_are_those_of_the_heads_tensors(sums: Array, bias: bool) -> N
 def test_an_adapter_without_a_head_has_no_class_sums() -> None:
     with pytest.raises(ValueError, match="one head"):
         AdapterSpec.of([TensorSpec("x.lora_A.w", (2, 4), "lora_A")]).class_sums()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_sums_that_give_no_finite_head_end_the_run(value: float) -> None:
+    """Attack: sums that no check before has refused. A head of NaN would be published, and all would carry it on."""
+    tensor = TensorSpec("base_model.model.classifier.weight", (CLASSES, WIDTH), "full")
+    spec = AdapterSpec.of([tensor])
+    adapter = Adapter(spec, {tensor.name: np.zeros(tensor.shape, np.float32)})
+    sums = np.full(spec.class_sums().size, value)
+    total = RoundSum(1.0, sums, np.empty(0), ("a", "b"), {})
+    with pytest.raises(DivergedError, match="the head of the head start"):
+        started(masked_study(privacy={"mode": "none"}), adapter, total)
