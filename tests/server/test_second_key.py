@@ -25,10 +25,12 @@ from privet.client.rounds.logbook import create_witness, open_witness
 from privet.client.second_key import gain_second_key
 from privet.client.site import load_site
 from privet.client.trust import read_trusted
+from privet.common.audit.receipts import check_receipts, receipts_file
 from privet.common.audit.verify import verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, VerificationError
 from privet.common.log import mldsa
 from privet.common.log.checkpoint import Policy
+from privet.common.log.envelope import sign_envelope
 from privet.common.log.mldsa import Use
 from privet.common.log.note import Note, NoteKey, log_lines, parse_note, verify_note, witness_lines
 from privet.common.log.proofs import prove
@@ -139,6 +141,19 @@ def test_an_auditor_counts_both_signatures_and_names_what_is_older() -> None:
     half = Note(text, lines[:-1]).encode()
     assert "cosignatures of members" in verify_bundle(lambda: world.leaves, half, world.policy).reason
     assert history.renewed == {public("oslo"): 1}
+
+
+def test_receipts_of_before_still_count() -> None:
+    world, history = log_of(renewed())
+    refusal = world.refusal("oslo", "flu")
+    key, pq = private("oslo"), second("oslo")
+    for signed in (sign_envelope(refusal, key), sign_envelope(refusal, key, pq)):
+        assert check_receipts(receipts_file("oslo", [signed]), history).later
+    with pytest.raises(VerificationError, match="does not match"):
+        check_receipts(receipts_file("oslo", [sign_envelope(refusal, key, second("lyon"))]), history)
+    _, always = log_of(hybrid=True)
+    with pytest.raises(VerificationError, match="found one"):
+        check_receipts(receipts_file("oslo", [sign_envelope(refusal, key)]), always)
 
 
 # --- a consortium ---------------------------------------------------------------------------------------------
