@@ -101,11 +101,15 @@ def follow(history: Replay, folder: Path) -> tuple[Received, ...]:
     """Bring what the site knows of its received adapters up to the log, and return those that changed.
 
     Raises:
-        StateError: A file cannot be read or written.
+        StateError: A file cannot be read or written. All others were brought up to the log.
     """
-    changed = []
+    changed, unreadable = list[Received](), None
     for path in sorted(folder.glob(f"*/{RECEIVED}")):
-        kept = read_received(path.parent)
+        try:
+            kept = read_received(path.parent)
+        except StateError as error:  # its adapter is refused; the others may be revoked
+            unreadable = unreadable or error
+            continue
         run = None if kept is None else history.runs.get(kept.run)
         if kept is None or run is None:
             continue
@@ -117,6 +121,8 @@ def follow(history: Replay, folder: Path) -> tuple[Received, ...]:
         now = _changed(kept, change)
         keep_received(path.parent, now)
         changed.append(now)
+    if unreadable is not None:
+        raise unreadable
     return tuple(changed)
 
 

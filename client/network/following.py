@@ -38,23 +38,26 @@ class Follower:
     file: Path
     config: SiteConfig
     clock: Callable[[], datetime] = now
-    _seen: bytes = b""
+    _seen: tuple[bytes, tuple[Path, ...]] = (b"", ())
 
     def look(self) -> None:
         """Bring the received adapters up to the log, and log what changed. Never raises."""
         folder = self.file.parent / FOLDER
-        if self.config.log is None or not any(folder.glob(f"*/{RECEIVED}")):
+        held = tuple(sorted(folder.glob(f"*/{RECEIVED}")))
+        if self.config.log is None or not held:
             return
         try:
             service = ConsortiumClient(Enrolment(self.file.parent), self.clock)
             head = service.checkpoint()
-            if head == self._seen:
-                return  # the whole log is fetched only where it has grown, or was cosigned since
+            # The whole log is fetched only where it has grown, or was cosigned since; or where an adapter has arrived:
+            # it may have been revoked while it was fetched.
+            if (head, held) == self._seen:
+                return
             log = newest_log(self.config, service, open_witness(self.config, self.config.log))
             for each in () if log is None else follow(log.history, folder):
                 extra = {"event": "adapter-state", "run": each.run, "state": each.state}
                 _log.warning("the adapter of run %s is %s: %s", each.run, each.state, each.reason, extra=extra)
-            self._seen = head
+            self._seen = head, held
         except Exception as error:  # any error: the thread must go on. Only our own errors have texts safe to log
             said = error.message if isinstance(error, PrivetError) else type(error).__name__
             _log.warning("the states of received adapters are not known: %s", said, extra={"event": "adapters-unknown"})

@@ -385,6 +385,28 @@ def test_no_revoked_adapter_comes_back(deciding_world: World) -> None:
         open_release(path)
 
 
+def test_an_adapter_that_was_revoked_while_it_arrived_is_found(deciding_world: World) -> None:
+    world = deciding_world
+    own, file, path = world.coordinator, site_file(world), folder_of(world) / "flu"
+    run(commands.get, file, "flu-2")
+    run(commands.get, file, "flu")
+    follower = Follower(file, load_site(file))
+    path.rename(home_of(world) / "arriving")
+    run(deciding.revoke, "flu", "--reason", "a canary was found", "--directory", own.directory)
+    follower.look()
+    (home_of(world) / "arriving").rename(path)
+    follower.look()
+    with pytest.raises(RefusedError, match="revoked this adapter"):
+        open_release(path)
+    # Nor does a damaged file of one adapter keep the site from hearing of another.
+    (path / "received.json").write_text("{}")
+    run(deciding.revoke, "flu-2", "--reason", "so is its origin", "--directory", own.directory)
+    follower.look()
+    for damaged, error in (("flu", StateError), ("flu-2", RefusedError)):
+        with pytest.raises(error):
+            open_release(folder_of(world) / damaged)
+
+
 def test_an_adapter_is_revoked_in_every_run_that_releases_it() -> None:
     for first in (True, False):
         log = LogWorld(private=False)
