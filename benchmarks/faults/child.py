@@ -40,8 +40,8 @@ from privet.common.masking.vector import words_of
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, derive_seed
 from privet.common.secagg.coordinator import Aggregator as Unmasking
-from privet.common.secagg.encoding import decode, is_kind
-from privet.common.secagg.messages import Delivery, Parameters, Proof, Roster, Survivors
+from privet.common.secagg.encoding import asks_for_keys, decode, is_kind
+from privet.common.secagg.messages import BlockParameters, Delivery, LinkDelivery, Parameters, Proof, Roster, Survivors
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.server import studies
 from privet.server.consortium.coordinator import open_coordinator
@@ -54,6 +54,7 @@ from privet.server.rounds.timing import Timing
 _STAGES: Sequence[tuple[Any, str]] = (
     (Roster, "share"),
     (Delivery, "mask"),
+    (LinkDelivery, "mask"),
     (Survivors, "confirm"),
     (Proof, "reveal"),
 )
@@ -65,7 +66,7 @@ deployed._POLL = 0.1
 def stage_of(asked: Message) -> str:
     """Return the step of a round that a message of the coordinator asks for."""
     if isinstance(asked, RoundOpen):
-        return "advertise" if asked.masking else "update"
+        return ("advertise" if asks_for_keys(asked.masking) else "mask") if asked.masking else "update"
     if isinstance(asked, Secured):
         return next((name for kind, name in _STAGES if is_kind(kind, asked.body)), "")
     return asked.kind
@@ -225,8 +226,9 @@ def _exchange(asked: Message, reply: Message) -> dict[str, object]:
     found: dict[str, object] = {"reply": reply.kind, "asked": _digest_of(asked), "said": _digest_of(reply)}
     if isinstance(asked, RoundOpen | Secured):
         found["nonce"] = asked.nonce
-    if isinstance(asked, RoundOpen) and asked.masking:
-        terms = decode(Parameters, asked.masking)
+    if isinstance(asked, RoundOpen) and asks_for_keys(asked.masking):
+        block = is_kind(BlockParameters, asked.masking)
+        terms = decode(BlockParameters if block else Parameters, asked.masking)
         found |= {"threshold": terms.threshold, "least": terms.min_survivors}
     if isinstance(asked, Secured) and is_kind(Survivors, asked.body):
         found["survivors"] = list(decode(Survivors, asked.body).survivors)

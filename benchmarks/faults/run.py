@@ -112,7 +112,8 @@ def small_disk(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(directory)], check=True)
+        # Detached at once, and unmounted when the last file is closed: a killed process may take a moment to end.
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 def can_mount(folder: Path) -> bool:

@@ -1,5 +1,7 @@
 """A site's part in the secure aggregation of a round: one live round per study, and one answer to each message.
 
+In a block of rounds, the pairs' secrets outlive a round, and a later `RoundOpen` is answered with the masked vector.
+
 The protocol's steps are in `privet.common.secagg.site`; this module keeps the state between them. A `RoundOpen` begins
 a round and ends the one before. A message that comes again gets the same bytes again. The protocol refuses a different
 message in its place. The secrets are in memory only: a site that restarts has dropped out of the round.
@@ -12,14 +14,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from privet.common.errors import ProtocolError, RefusedError
-from privet.common.masking.parameters import check_proposal, inputs_of
+from privet.common.masking.parameters import check_proposal, check_step, inputs_of
 from privet.common.masking.vector import words_of
+from privet.common.secagg import block as blocks
 from privet.common.secagg import site as protocol
-from privet.common.secagg.encoding import decode, encode
-from privet.common.secagg.messages import Delivery, Parameters, Proof, ProtocolMessage, Roster, Survivors
+from privet.common.secagg.encoding import decode, encode, is_kind
+from privet.common.secagg.messages import (
+    BlockParameters,
+    Delivery,
+    LinkDelivery,
+    Masked,
+    Parameters,
+    Proof,
+    ProtocolMessage,
+    Roster,
+    Step,
+    Survivors,
+)
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.suites import MLKEM, Kem
-from privet.common.secagg.terms import Floor, Pins
+from privet.common.secagg.terms import Floor, Pins, check_parameters
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import Contribution, RoundOpen, Secured
 from privet.common.study.study import Study
@@ -34,7 +48,15 @@ State = Callable[[RoundOpen, bytes], bytes]
 """Returns the site's signed statement for the round log, from the round and the masked vector."""
 
 _OVER = "the coordinator must open a new round: a site answers nothing in a round after revealing its shares"
-_State = protocol.Advertised | protocol.Shared | protocol.MaskedState | protocol.Confirmed | None
+_State = (
+    protocol.Advertised
+    | protocol.Shared
+    | protocol.MaskedState
+    | protocol.Confirmed
+    | blocks.Linked
+    | blocks.Block
+    | None
+)
 
 
 @dataclass
@@ -42,7 +64,7 @@ class _Round:
     """The live round of a study.
 
     Attributes:
-        state: State of the protocol; None once the site has revealed.
+        state: State of the protocol; None once the site has revealed. That of a block outlives its rounds.
         steps: Number of messages answered.
         answers: Answers, by SHA-256 of the message answered.
     """
@@ -82,13 +104,22 @@ class MaskedRounds:
     _live: dict[str, _Round] = field(default_factory=dict)
 
     def open(
-        self, study: Study, spec: AdapterSpec, opened: RoundOpen, declared: int, random_bytes: RandomBytes
+        self,
+        study: Study,
+        spec: AdapterSpec,
+        opened: RoundOpen,
+        declared: int,
+        random_bytes: RandomBytes,
+        contribute: Contribute,
     ) -> Secured:
         """Accept a round whose adapter has been checked, and return this site's keys for it.
+
+        In a later round of a block, return the masked vector.
 
         Raises:
             ProtocolError, RefusedError, VerificationError: The study, the pinned keys or this site's floor do not
                 allow the round.
+            PrivetError: As `contribute` raises it, in a later round of a block.
         """
         study_digest = study.digest
         live = self._live.get(study_digest)
@@ -100,7 +131,14 @@ class MaskedRounds:
                 "set `declared_count` in the site file, so that new data does not change the count",
             )
         check_known(opened, self.pins)
-        parameters = decode(Parameters, opened.masking)
+        if is_kind(Step, opened.masking):
+            parameters, block = self._kept(live, study, spec, opened, declared)
+            live = _Round(study, study_digest, spec, opened, parameters, random_bytes, block)
+            answer = _answer(live, opened.masking, *self._in_block(live, block, contribute))
+            # Not before: if training fails, the coordinator may ask for this round again.
+            self._live[study_digest] = live
+            return answer
+        parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
@@ -110,6 +148,36 @@ class MaskedRounds:
         live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
+
+    def _kept(
+        self, live: _Round | None, study: Study, spec: AdapterSpec, opened: RoundOpen, declared: int
+    ) -> tuple[Parameters, blocks.Block]:
+        """Return the parameters of a later round of the block that this site has keys for, and the block.
+
+        Raises:
+            ProtocolError, RefusedError, VerificationError: As `open`; or this site has no keys for the block.
+        """
+        block = None if live is None else live.state
+        if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, opened.masking).roster:
+            raise ProtocolError(
+                f"round {opened.round}: this site has no keys for this block of rounds, or has restarted since it "
+                "began",
+                "set up a new block: without this site, the round has no result",
+            )
+        parameters = check_step(study, spec, opened, live.parameters, declared)
+        # Again for each round: a pinned key or the floor may have changed since the block began.
+        check_parameters(parameters, self.pins, self.floor)
+        return parameters, block
+
+    def _in_block(self, live: _Round, block: blocks.Block, contribute: Contribute) -> tuple[Masked, bytes]:
+        """Train for a round of a block, and return the masked vector and this site's statement of the round."""
+        opened = live.opened
+        # Before training, which costs the dataset privacy.
+        block.check(opened.round)
+        words = words_of(live.study, live.spec, contribute(opened), live.parameters.layout, live.random_bytes)
+        inputs = inputs_of(live.study_digest, opened.round, opened.adapter_digest)
+        message = block.mask(opened.round, inputs, words, self.record)
+        return message, self.state(opened, encode(message))
 
     def _again(self, live: _Round) -> Secured:
         answer = live.answers.get(_key(live.opened.masking))
@@ -131,7 +199,9 @@ class MaskedRounds:
         return live.opened
 
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
-        """Return this site's answer to one message of the coordinator. Only the answer to a `Delivery` takes training.
+        """Return this site's answer to one message of the coordinator.
+
+        Only the answer to a `Delivery` or `LinkDelivery` takes training.
 
         Raises:
             ProtocolError: The round is not this site's live one, or the message is not the next one.
@@ -151,17 +221,24 @@ class MaskedRounds:
         message: ProtocolMessage
         statement = b""
         match live.state:
+            case protocol.Advertised() if isinstance(live.parameters, BlockParameters):
+                live.state, message = blocks.link(live.state, decode(Roster, asked.body))
+            case blocks.Linked() | blocks.Block():
+                delivery = decode(LinkDelivery, asked.body)
+                if isinstance(live.state, blocks.Linked):
+                    live.state = blocks.join(live.state, delivery)
+                message, statement = self._in_block(live, live.state, contribute)
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, decode(Roster, asked.body))
             case protocol.Shared():
-                delivery = decode(Delivery, asked.body)
+                shares = decode(Delivery, asked.body)
                 # Before training: a delivery that does not verify must not cost the dataset any privacy.
-                protocol.open_delivery(live.state, delivery)
+                protocol.open_delivery(live.state, shares)
                 layout = live.parameters.layout
                 words = words_of(live.study, live.spec, contribute(live.opened), layout, live.random_bytes)
                 # `mask` stores durably, before it returns the vector, that this round is masked. Two vectors under one
                 # set of masks would give their difference away, also after a restart.
-                live.state, message = protocol.mask(live.state, delivery, words, self.record)
+                live.state, message = protocol.mask(live.state, shares, words, self.record)
                 statement = self.state(live.opened, encode(message))
             case protocol.MaskedState():
                 live.state, message = protocol.confirm(live.state, decode(Survivors, asked.body))

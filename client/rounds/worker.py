@@ -225,6 +225,8 @@ class Worker:
     def advertise(self, opened: RoundOpen) -> Secured:
         """Begin one round under secure aggregation: check the message, and return this site's keys.
 
+        In a later round of a block, train and return the masked vector.
+
         Raises:
             ProtocolError: The study does not mask updates, this site is not in the round's cohort, the adapter
                 does not fit, or the parameters do not follow from the study.
@@ -240,7 +242,9 @@ class Worker:
             )
         random_bytes = self.site.random_bytes(opened.round)
         with self._turn(study.digest):
-            return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
+            return self._masking(study).open(
+                study, host.spec, opened, data.training.declared, random_bytes, self._contribution
+            )
 
     def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost, RoundOpen]:
         """Check a round before any training. Return its study, data and model, and the message with a whole adapter."""

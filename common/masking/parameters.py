@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import ProtocolError, RefusedError, StudyError
@@ -10,7 +11,7 @@ from privet.common.masking.groups import corrupt_sites, groups_of, survivors_of
 from privet.common.masking.noise_shares import bits_of
 from privet.common.masking.vector import segments_of, step_segments
 from privet.common.secagg import graph
-from privet.common.secagg.messages import CohortMember, Parameters
+from privet.common.secagg.messages import BlockParameters, CohortMember, Parameters
 from privet.common.secagg.suites import DEFAULT, Suite
 from privet.common.secagg.terms import fraction_of
 from privet.common.study.adapter import AdapterSpec
@@ -65,9 +66,15 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
             "with the coordinator)",
             'gather more sites, lower secure_aggregation.corrupt, or set secure_aggregation.mode = "plain"',
         )
+    block = study.secure_aggregation.block
     dropouts = fraction_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
-    choice = graph.choose(sites, corrupt, dropouts, study.secure_aggregation.security)
-    return Parameters(
+    security = study.secure_aggregation.security
+    if block is None:
+        choice = graph.choose(sites, corrupt, dropouts, security)
+    else:
+        # All sites of a block mask with each other, and share nothing: the threshold only has to satisfy the rules.
+        choice = graph.Choice(0, graph.least_threshold(sites, corrupt, 0, security))
+    parameters = Parameters(
         session=session_of(study.digest),
         round=opened.round,
         inputs=inputs_of(study.digest, opened.round, opened.adapter_digest),
@@ -75,7 +82,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         degree=choice.degree,
         threshold=choice.threshold,
         corrupt=corrupt,
-        security=study.secure_aggregation.security,
+        security=security,
         min_survivors=survivors_of(study, sites, len(opened.cohort)),
         bits=bits_of(study, sites, head=head),
         segments=step_segments(study, spec, sites, head=head)
@@ -83,6 +90,39 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         else segments_of(study, spec, head=head),
         suite=suite_of(study),
     )
+    if block is None:
+        return parameters
+    # The sums of a head start have another layout, so its round has a set-up of its own.
+    rounds = 1 if head else min(block, study.rounds - opened.round + 1)
+    return BlockParameters(**vars(parameters), rounds=rounds)
+
+
+def check_step(study: Study, spec: AdapterSpec, opened: RoundOpen, begun: Parameters, declared: int) -> BlockParameters:
+    """Check a later round of a block against the study, and return its parameters, as if a block began with it.
+
+    Args:
+        study: The study.
+        spec: Layout of the adapter.
+        opened: The round.
+        begun: What the site accepted when the block began.
+        declared: Units that the site declared.
+
+    Raises:
+        RefusedError, ProtocolError: As `check_proposal`: the round has another cohort or form than the block.
+    """
+    members = {member.name: member.identity for member in begun.cohort}
+    expected = parameters_of(study, spec, opened, members)
+    check_proposal(study, spec, opened, expected, declared)
+    if (
+        not isinstance(expected, BlockParameters)
+        or not isinstance(begun, BlockParameters)
+        or (replace(expected, round=begun.round, inputs=begun.inputs, rounds=begun.rounds) != begun)
+    ):
+        raise ProtocolError(
+            f"round {opened.round}: its parameters of secure aggregation differ from those of the block that it is in",
+            "set up a new block for this round",
+        )
+    return expected
 
 
 def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed: Parameters, declared: int) -> None:

@@ -32,6 +32,7 @@ from privet.common.secagg.messages import (
     Advertise,
     Confirm,
     Delivery,
+    Links,
     Masked,
     Parameters,
     Proof,
@@ -51,7 +52,7 @@ from privet.common.secagg.transcript import Binding, lists_digest, parameters_di
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
 # Sets of shares that are tried if some are wrong. After that the round is given up: the number of sets is exponential.
 _MOST_TRIES = 512
-_LEFT_OUT = "install the same version of privet at that site; if it happens again, leave the site out of the cohort"
+LEFT_OUT = "install the same version of privet at that site; if it happens again, leave the site out of the cohort"
 
 
 class BrokenPromiseError(VerificationError):
@@ -81,15 +82,17 @@ class Total:
     transcript: bytes
 
 
-class Aggregator:
-    """The coordinator's state of one round.
+class Collector:
+    """What the coordinator does in a round and in a block alike: admit signed messages, step by step.
 
     Args:
         parameters: As sent to the sites.
+        steps: Kinds of the sites' messages, in order.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, steps: tuple[type[Signed], ...]) -> None:
         self.parameters = parameters
+        self._steps = steps
         self._binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
         self._words, self._sent = parameters.layout.words, parameters.sent_words
         self._step = 0
@@ -97,19 +100,8 @@ class Aggregator:
         self._keys: set[bytes] = set()
         # A private key of no importance: agreeing with it fails for a public key of low order.
         self._probe = suites.private_key(parameters.suite, bytes(parameters.suite.seed_bytes))
-        self._shares: dict[int, Shares] = {}
-        self._promised: dict[int, dict[int, bytes]] = {}
-        self._wraps: dict[int, dict[int, bytes]] = {}
-        self._tags: dict[int, dict[int, bytes]] = {}
         self._signatures: dict[int, bytes] = {}
-        self._confirms: dict[int, Confirm] = {}
-        self._reveals: dict[int, dict[int, bytes]] = {}
         self._sum: Words = np.zeros(0, WORD)
-        self._graph = graph.Graph((), 0, 0)
-        self._sharers: tuple[int, ...] = ()
-        self._survivors: tuple[int, ...] = ()
-        self._lists = b""
-        self._weights: dict[tuple[int, ...], list[int]] = {}
         self._transcript = hashlib.sha256(self._binding.parameters)
 
     def admit(self, message: Signed) -> None:
@@ -120,13 +112,13 @@ class Aggregator:
                 different from one that the site sent before in this step.
             VerificationError: Its signature is wrong.
         """
-        if self._step == len(_STEPS) or type(message) is not _STEPS[self._step]:
-            raise ProtocolError(f"the round {self._expects()} now, got a message {type(message).__name__}", _LEFT_OUT)
+        if self._step == len(self._steps) or type(message) is not self._steps[self._step]:
+            raise ProtocolError(f"the round {self._expects()} now, got a message {type(message).__name__}", LEFT_OUT)
         if not 0 <= message.site < len(self.parameters.cohort):
             raise ProtocolError(
                 f"the cohort has {len(self.parameters.cohort)} sites, numbered from 0; got a message from site "
                 f"number {message.site}",
-                _LEFT_OUT,
+                LEFT_OUT,
             )
         self._check_round(message)
         self._check_suite(message)
@@ -137,20 +129,15 @@ class Aggregator:
             if known != message.signature:
                 raise ProtocolError(
                     f"{self._name(message.site)} sent two different {type(message).__name__} messages in one round",
-                    _LEFT_OUT,
+                    LEFT_OUT,
                 )
             return
-        if isinstance(message, Advertise):
-            self._admit_advert(message)
-        elif isinstance(message, Shares):
-            self._admit_shares(message)
-        elif isinstance(message, Masked):
-            self._admit_masked(message)
-        elif isinstance(message, Confirm):
-            self._admit_confirm(message)
-        else:
-            self._admit_reveal(message)
+        self._admit(message)
         self._signatures[message.site] = message.signature
+
+    def _admit(self, message: Signed) -> None:
+        """Keep a message of the present step whose signature is right."""
+        raise NotImplementedError
 
     def _check_round(self, message: Signed) -> None:
         if isinstance(message, Advertise):
@@ -158,25 +145,25 @@ class Aggregator:
                 raise ProtocolError(
                     f"{self._name(message.site)} sent keys for other parameters of secure aggregation than this "
                     "round has",
-                    _LEFT_OUT,
+                    LEFT_OUT,
                 )
         elif message.roster != self._binding.roster:
             raise ProtocolError(
                 f"{self._name(message.site)} sent a message for another list of keys (roster) than this round has",
-                _LEFT_OUT,
+                LEFT_OUT,
             )
 
     def _check_suite(self, message: Signed) -> None:
         # A site that signs keys of another suite could weaken the round for its neighbours.
-        if isinstance(message, Advertise | Shares | Masked) and message.suite is not self.parameters.suite:
+        if isinstance(message, Advertise | Links | Shares | Masked) and message.suite is not self.parameters.suite:
             raise ProtocolError(
                 f"{self._name(message.site)} sent a message of the suite {message.suite.value}, the round has "
                 f"{self.parameters.suite.value}",
-                _LEFT_OUT,
+                LEFT_OUT,
             )
 
     def _expects(self) -> str:
-        return f"expects {_STEPS[self._step].__name__} messages" if self._step < len(_STEPS) else "is over"
+        return f"expects {self._steps[self._step].__name__} messages" if self._step < len(self._steps) else "is over"
 
     def _name(self, site: int) -> str:
         return self.parameters.cohort[site].name
@@ -191,93 +178,22 @@ class Aggregator:
         else:
             suites.agree(self._probe, message.mask_key, whose=name)
         if len(keys) < 2 or keys & self._keys:
-            raise ProtocolError(
-                f"{name} sent a key for this round that another site, or itself, sent before", _LEFT_OUT
-            )
+            raise ProtocolError(f"{name} sent a key for this round that another site, or itself, sent before", LEFT_OUT)
         self._keys |= keys
         self._adverts[message.site] = message
 
-    def _admit_shares(self, message: Shares) -> None:
-        if message.site not in self._adverts:
-            raise ProtocolError(f"{self._name(message.site)} sent shares, but no keys for this round before", _LEFT_OUT)
-        if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
-            raise ProtocolError(
-                f"{self._name(message.site)} must send one encrypted item of shares to each of its neighbours, in "
-                "ascending order",
-                _LEFT_OUT,
-            )
-        self._shares[message.site] = message
-        if message.suite.hybrid:
-            self._promised[message.site] = {
-                item.site: item.data[CIPHERTEXT_BYTES : CIPHERTEXT_BYTES + DIGEST_BYTES] for item in message.sealed
-            }
-
-    def _admit_masked(self, message: Masked) -> None:
+    def _add(self, message: Masked) -> None:
+        """Add a vector. It is not kept: memory does not grow with the sites, and no single vector lies around."""
         name = self._name(message.site)
-        if message.site not in self._sharers:
-            raise ProtocolError(f"{name} sent a masked vector, but no shares before it", _LEFT_OUT)
-        if message.sharers != sharers_digest(self._binding.roster, self._sharers):
-            raise ProtocolError(
-                f"{name} masked its vector for another list of sharing sites than the coordinator sent", _LEFT_OUT
-            )
-        peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
-        if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(
-                f"{name} must send one confirmation tag to each of its {len(peers)} neighbours that sent shares",
-                _LEFT_OUT,
-            )
-        higher = [other for other in peers if other > message.site] if message.suite.hybrid else []
-        if [wrap.site for wrap in message.wraps] != higher:
-            raise ProtocolError(
-                f"{name} must send the encrypted secret of the common mask with each of its {len(higher)} neighbours "
-                "of higher number that sent shares",
-                _LEFT_OUT,
-            )
         if message.words.shape != (self._sent,):
             raise ProtocolError(
                 f"{name} must send a masked vector of {self._sent} words of 64 bits, got {message.words.size}",
-                _LEFT_OUT,
+                LEFT_OUT,
             )
-        # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
         if self.parameters.packed:
             masks.add_packed(self._sum, message.words, whose=name)
         else:
             np.add(self._sum, message.words, out=self._sum)
-        self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
-        self._wraps[message.site] = {wrap.site: wrap.data for wrap in message.wraps}
-
-    def _admit_confirm(self, message: Confirm) -> None:
-        if message.site not in self._survivors:
-            raise ProtocolError(
-                f"{self._name(message.site)} confirmed the survivors, but is not one of them", _LEFT_OUT
-            )
-        if message.lists != self._lists:
-            raise ProtocolError(
-                f"{self._name(message.site)} confirmed other lists of sharing sites and survivors than the "
-                "coordinator sent",
-                _LEFT_OUT,
-            )
-        peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
-        if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(
-                f"{self._name(message.site)} must send one confirmation tag to each of its {len(peers)} surviving "
-                "neighbours",
-                _LEFT_OUT,
-            )
-        self._confirms[message.site] = message
-
-    def _admit_reveal(self, message: Reveal) -> None:
-        if message.site not in self._confirms or message.lists != self._lists:
-            raise ProtocolError(
-                f"{self._name(message.site)} revealed shares for a list of survivors that it did not confirm", _LEFT_OUT
-            )
-        owners = [site for site in self._graph.holders(message.site) if site in self._shares]
-        if [item.site for item in message.shares] != owners:
-            raise ProtocolError(
-                f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites, in ascending order",
-                _LEFT_OUT,
-            )
-        self._reveals[message.site] = {item.site: item.data for item in message.shares}
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
         if self._step != step:
@@ -307,7 +223,116 @@ class Aggregator:
         self._close(0, len(self._adverts), least, "sent their keys")
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
         self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
-        p = self.parameters
+        return roster
+
+
+class Aggregator(Collector):
+    """The coordinator's state of one round.
+
+    Args:
+        parameters: As sent to the sites.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters, _STEPS)
+        self._shares: dict[int, Shares] = {}
+        self._promised: dict[int, dict[int, bytes]] = {}
+        self._wraps: dict[int, dict[int, bytes]] = {}
+        self._tags: dict[int, dict[int, bytes]] = {}
+        self._confirms: dict[int, Confirm] = {}
+        self._reveals: dict[int, dict[int, bytes]] = {}
+        self._graph = graph.Graph((), 0, 0)
+        self._sharers: tuple[int, ...] = ()
+        self._survivors: tuple[int, ...] = ()
+        self._lists = b""
+        self._weights: dict[tuple[int, ...], list[int]] = {}
+
+    def _admit(self, message: Signed) -> None:
+        if isinstance(message, Advertise):
+            self._admit_advert(message)
+        elif isinstance(message, Shares):
+            self._admit_shares(message)
+        elif isinstance(message, Masked):
+            self._admit_masked(message)
+        elif isinstance(message, Confirm):
+            self._admit_confirm(message)
+        elif isinstance(message, Reveal):
+            self._admit_reveal(message)
+
+    def _admit_shares(self, message: Shares) -> None:
+        if message.site not in self._adverts:
+            raise ProtocolError(f"{self._name(message.site)} sent shares, but no keys for this round before", LEFT_OUT)
+        if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
+            raise ProtocolError(
+                f"{self._name(message.site)} must send one encrypted item of shares to each of its neighbours, in "
+                "ascending order",
+                LEFT_OUT,
+            )
+        self._shares[message.site] = message
+        if message.suite.hybrid:
+            self._promised[message.site] = {
+                item.site: item.data[CIPHERTEXT_BYTES : CIPHERTEXT_BYTES + DIGEST_BYTES] for item in message.sealed
+            }
+
+    def _admit_masked(self, message: Masked) -> None:
+        name = self._name(message.site)
+        if message.site not in self._sharers:
+            raise ProtocolError(f"{name} sent a masked vector, but no shares before it", LEFT_OUT)
+        if message.sharers != sharers_digest(self._binding.roster, self._sharers):
+            raise ProtocolError(
+                f"{name} masked its vector for another list of sharing sites than the coordinator sent", LEFT_OUT
+            )
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
+        if [tag.site for tag in message.tags] != peers:
+            raise ProtocolError(
+                f"{name} must send one confirmation tag to each of its {len(peers)} neighbours that sent shares",
+                LEFT_OUT,
+            )
+        higher = [other for other in peers if other > message.site] if message.suite.hybrid else []
+        if [wrap.site for wrap in message.wraps] != higher:
+            raise ProtocolError(
+                f"{name} must send the encrypted secret of the common mask with each of its {len(higher)} neighbours "
+                "of higher number that sent shares",
+                LEFT_OUT,
+            )
+        self._add(message)
+        self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
+        self._wraps[message.site] = {wrap.site: wrap.data for wrap in message.wraps}
+
+    def _admit_confirm(self, message: Confirm) -> None:
+        if message.site not in self._survivors:
+            raise ProtocolError(f"{self._name(message.site)} confirmed the survivors, but is not one of them", LEFT_OUT)
+        if message.lists != self._lists:
+            raise ProtocolError(
+                f"{self._name(message.site)} confirmed other lists of sharing sites and survivors than the "
+                "coordinator sent",
+                LEFT_OUT,
+            )
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
+        if [tag.site for tag in message.tags] != peers:
+            raise ProtocolError(
+                f"{self._name(message.site)} must send one confirmation tag to each of its {len(peers)} surviving "
+                "neighbours",
+                LEFT_OUT,
+            )
+        self._confirms[message.site] = message
+
+    def _admit_reveal(self, message: Reveal) -> None:
+        if message.site not in self._confirms or message.lists != self._lists:
+            raise ProtocolError(
+                f"{self._name(message.site)} revealed shares for a list of survivors that it did not confirm", LEFT_OUT
+            )
+        owners = [site for site in self._graph.holders(message.site) if site in self._shares]
+        if [item.site for item in message.shares] != owners:
+            raise ProtocolError(
+                f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites, in ascending order",
+                LEFT_OUT,
+            )
+        self._reveals[message.site] = {item.site: item.data for item in message.shares}
+
+    def roster(self) -> Roster:
+        """End the first step and return the keys of all sites that advertised. Raises as `Collector.roster`."""
+        roster, p = super().roster(), self.parameters
         self._graph = graph.build_graph(
             self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
         )

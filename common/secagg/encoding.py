@@ -24,7 +24,9 @@ from privet.common.secagg.codec import (
 )
 from privet.common.secagg.messages import (
     DIGEST_BYTES,
+    HYBRID_LINK_BYTES,
     HYBRID_SEALED_BYTES,
+    LINK_BYTES,
     MAX_CONTROL_BYTES,
     MAX_SEGMENTS,
     MAX_SITES,
@@ -34,9 +36,12 @@ from privet.common.secagg.messages import (
     TAG_BYTES,
     VERSION,
     Advertise,
+    BlockParameters,
     CohortMember,
     Confirm,
     Delivery,
+    LinkDelivery,
+    Links,
     Masked,
     Parameters,
     Proof,
@@ -46,6 +51,7 @@ from privet.common.secagg.messages import (
     Sealed,
     Share,
     Shares,
+    Step,
     Survivors,
     Tag,
     Wrap,
@@ -55,7 +61,23 @@ from privet.common.secagg.shamir import SHARE_BYTES
 from privet.common.secagg.suites import KEM_KEY_BYTES, Suite
 
 _MAGIC = b"PSA"
-_M = TypeVar("_M", Parameters, Advertise, Roster, Shares, Delivery, Masked, Survivors, Confirm, Proof, Reveal)
+_M = TypeVar(
+    "_M",
+    Parameters,
+    BlockParameters,
+    Advertise,
+    Roster,
+    Links,
+    LinkDelivery,
+    Step,
+    Shares,
+    Delivery,
+    Masked,
+    Survivors,
+    Confirm,
+    Proof,
+    Reveal,
+)
 
 
 class _Words:
@@ -135,6 +157,10 @@ KIND_NUMBERS: dict[type[Any], int] = {
     Confirm: 8,
     Proof: 9,
     Reveal: 10,
+    BlockParameters: 11,
+    Links: 12,
+    LinkDelivery: 13,
+    Step: 14,
 }
 
 
@@ -144,11 +170,11 @@ def _table(suite: Suite) -> dict[type[Any], Struct[Any]]:
     second: dict[str, Codec[Any]] = {"mask_key": _KEY, "kem_key": Constant(b"")}
     seed: Codec[Any] = Constant(b"")
     wraps: Codec[Any] = Constant(())
-    sealed = _per_site(Sealed, SEALED_BYTES)
+    sealed, linked = _per_site(Sealed, SEALED_BYTES), _per_site(Sealed, LINK_BYTES)
     if suite.hybrid:
         second = {"mask_key": Constant(b""), "kem_key": Bytes(KEM_KEY_BYTES)}
         seed, wraps = Bytes(DIGEST_BYTES), _per_site(Wrap, SECRET_BYTES)
-        sealed = _per_site(Sealed, HYBRID_SEALED_BYTES)
+        sealed, linked = _per_site(Sealed, HYBRID_SEALED_BYTES), _per_site(Sealed, HYBRID_LINK_BYTES)
     advertise: dict[str, Codec[Any]] = {
         **named,
         "parameters": _DIGEST,
@@ -181,11 +207,14 @@ def _table(suite: Suite) -> dict[type[Any], Struct[Any]]:
     }
     return {
         Parameters: Struct(Parameters, {**named, **_PARAMETERS}),
+        BlockParameters: Struct(BlockParameters, {**named, **_PARAMETERS, "rounds": _U16}),
         Advertise: Struct(Advertise, advertise),
         Roster: Struct(Roster, {"adverts": adverts}),
         Shares: Struct(Shares, shares),
         Delivery: Struct(Delivery, {**named, "roster": _DIGEST, "site": _U16, "sharers": _SITES, "sealed": sealed}),
         Masked: Struct(Masked, masked),
+        Links: Struct(Links, {**named, "roster": _DIGEST, "site": _U16, "sealed": linked, "signature": _SIGNATURE}),
+        LinkDelivery: Struct(LinkDelivery, {**named, "roster": _DIGEST, "site": _U16, "sealed": linked}),
     }
 
 
@@ -193,6 +222,7 @@ _BY_SUITE = {suite: _table(suite) for suite in Suite}
 _SUITES = {suite.version: suite for suite in Suite}
 # The same in all suites.
 _COMMON: dict[type[Any], Struct[Any]] = {
+    Step: Struct(Step, {"roster": _DIGEST}),
     Survivors: Struct(Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
     Confirm: Struct(Confirm, _CONFIRM),
     Proof: Struct(
@@ -298,6 +328,11 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     if reader.left:
         raise ProtocolError(f"a {kind.__name__} message has {reader.left} bytes too many at its end", MALFORMED)
     return message
+
+
+def asks_for_keys(masking: bytes) -> bool:
+    """Return whether a round that opens with this message begins with keys: it is masked, and no block's later one."""
+    return bool(masking) and not is_kind(Step, masking)
 
 
 def kind_of(data: bytes) -> type[ProtocolMessage] | None:

@@ -17,12 +17,13 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from privet.common.errors import ProtocolError, VerificationError
 from privet.common.secagg import masks, suites
 from privet.common.secagg.codec import MALFORMED
-from privet.common.secagg.messages import DIGEST_BYTES, HYBRID_SEALED_BYTES, SECRET_BYTES, Advertise
+from privet.common.secagg.messages import DIGEST_BYTES, HYBRID_LINK_BYTES, SECRET_BYTES, Advertise
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.signatures import pair_commitment
 from privet.common.secagg.suites import CIPHERTEXT_BYTES, ClassicalKey, Kem, Suite
 
-_HELD = 2 * SHARE_BYTES
+HELD = 2 * SHARE_BYTES
+"""Bytes of the two shares in an item; an item of a block has none."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,10 +93,10 @@ class Links(Protocol):
     """A site's agreement with each of its neighbours."""
 
     def seal(self, other: int, shares: bytes) -> bytes:
-        """Return the item with `shares` (66 bytes) for a neighbour. Call it once for each."""
+        """Return the item with `shares` (66 bytes; none in a block) for a neighbour. Call it once for each."""
 
-    def open(self, other: int, data: bytes) -> Link:
-        """Read the item of a neighbour.
+    def open(self, other: int, data: bytes, held: int = HELD) -> Link:
+        """Read the item of a neighbour, with `held` bytes of shares.
 
         Raises:
             VerificationError: It was altered, belongs elsewhere, or does not fit the sender's commitment.
@@ -142,9 +143,9 @@ class _Classical:
     def seal(self, other: int, shares: bytes) -> bytes:
         return self._channels[other][0].seal(shares)
 
-    def open(self, other: int, data: bytes) -> Link:
+    def open(self, other: int, data: bytes, held: int = HELD) -> Link:
         there, back = self._channels[other]
-        return Link(_sized(back.open(data), _HELD, other), there, back, self._pairs[other], b"")
+        return Link(_sized(back.open(data), held, other), there, back, self._pairs[other], b"")
 
 
 class _Hybrid:
@@ -175,18 +176,18 @@ class _Hybrid:
         committed = pair_commitment(self._roster, self._me, other, own)
         return self._ciphertexts[other] + committed + self._there[other].seal(shares + own, committed)
 
-    def open(self, other: int, data: bytes) -> Link:
-        if len(data) != HYBRID_SEALED_BYTES:
+    def open(self, other: int, data: bytes, held: int = HELD) -> Link:
+        expected = HYBRID_LINK_BYTES + held
+        if len(data) != expected:
             raise ProtocolError(
-                f"the encrypted shares of site number {other}: expected {HYBRID_SEALED_BYTES} bytes, got {len(data)}",
-                MALFORMED,
+                f"the encrypted item of site number {other}: expected {expected} bytes, got {len(data)}", MALFORMED
             )
         ciphertext, rest = data[:CIPHERTEXT_BYTES], data[CIPHERTEXT_BYTES:]
         committed, box = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
         secret = self._kem.decapsulate(self._key, ciphertext)
         back = self._channel(secret, other, other, self._me, ciphertext)
-        plain = _sized(back.open(box, committed), _HELD + SECRET_BYTES, other)
-        theirs, own = plain[_HELD:], self._own[other]
+        plain = _sized(back.open(box, committed), held + SECRET_BYTES, other)
+        theirs, own = plain[held:], self._own[other]
         if not hmac.compare_digest(committed, pair_commitment(self._roster, other, self._me, theirs)):
             raise VerificationError(
                 f"the secret that {self._name_of(other)} sent this site for their common mask is not the one that it "
@@ -198,7 +199,7 @@ class _Hybrid:
         pair = own if lower else theirs
         wrap = masks.exclusive_or(own, theirs) if lower else b""
         key = masks.pair_mask_key(pair, self._roster, self._me, other)
-        return Link(plain[:_HELD], self._there[other], back, key, wrap)
+        return Link(plain[:held], self._there[other], back, key, wrap)
 
 
 def _sized(plain: bytes, length: int, sender: int) -> bytes:

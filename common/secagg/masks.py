@@ -63,6 +63,12 @@ def pair_mask_key(secret: bytes, roster: bytes, first: int, second: int) -> byte
     return derive(secret, roster, "pair mask", min(first, second), max(first, second), VECTOR)
 
 
+def next_link(link: bytes, roster: bytes, round_number: int, first: int, second: int) -> bytes:
+    """Return what two sites of a block share after a round, given what they shared in it. There is no way back."""
+    numbers = min(first, second), max(first, second)
+    return derive(link, roster, "next link", *numbers, bound=round_number.to_bytes(8, "big"))
+
+
 def pair_secret(seed: bytes, roster: bytes, sender: int, receiver: int) -> bytes:
     """Return the secret, 32 bytes, that `sender` sends to `receiver` in a hybrid suite, given the seed of its masks.
 

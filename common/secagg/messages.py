@@ -32,9 +32,13 @@ MAX_CONTROL_BYTES: Final = 64 * 2**20
 # A share of the seed of the self mask and one of the seed of the mask key, and the tag of AES-GCM.
 SEALED_BYTES: Final = 2 * SHARE_BYTES + 16
 SECRET_BYTES: Final = 32
+# In a block no secret is shared: the item for another site holds its authentication and, in a hybrid suite, as above.
+LINK_BYTES: Final = 16
 DIGEST_BYTES: Final = 32
 # In a hybrid suite also a secret for the receiver. Before the box come its ciphertext and the secret's commitment.
 HYBRID_SEALED_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + SEALED_BYTES + SECRET_BYTES
+HYBRID_LINK_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + LINK_BYTES + SECRET_BYTES
+MAX_BLOCK: Final = 65_535
 TAG_BYTES: Final = 16
 NO_SIGNATURE: Final = bytes(64)
 # Words of 63 bits that are sent in one word less: each of the others has room for one bit.
@@ -109,6 +113,20 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class BlockParameters(Parameters):
+    """What the coordinator proposes for a block: consecutive rounds of one cohort, in which nobody may drop out.
+
+    `round` and `inputs` are those of the first round. The rules demand that `min_survivors` is the whole cohort and
+    `degree` is 0.
+
+    Attributes:
+        rounds: Number of rounds, from 1 to 65,535.
+    """
+
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
 class Advertise:
     """A site's keys for one round (site to coordinator).
 
@@ -163,6 +181,53 @@ class Sealed:
 
     site: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class Links:
+    """A site's items for all others, with which each pair agrees on a secret for a block (site to coordinator).
+
+    Attributes:
+        roster: Digest of the roster.
+        site: The sender.
+        sealed: For each other site, an item that authenticates the pair's keys, without any share.
+        signature: Ed25519.
+        suite: The block's suite.
+    """
+
+    roster: bytes
+    site: int
+    sealed: tuple[Sealed, ...]
+    signature: bytes = NO_SIGNATURE
+    suite: Suite = Suite.X25519
+
+
+@dataclass(frozen=True)
+class LinkDelivery:
+    """The items for one site (coordinator to that site). They begin the block's first round.
+
+    Attributes:
+        roster: Digest of the roster.
+        site: The receiver.
+        sealed: The items from all other sites.
+        suite: The block's suite.
+    """
+
+    roster: bytes
+    site: int
+    sealed: tuple[Sealed, ...]
+    suite: Suite = Suite.X25519
+
+
+@dataclass(frozen=True)
+class Step:
+    """Begins a later round of a block (coordinator to all sites), beside the round's number and model.
+
+    Attributes:
+        roster: Digest of the block's roster.
+    """
+
+    roster: bytes
 
 
 @dataclass(frozen=True)
@@ -233,11 +298,11 @@ class Masked:
     Attributes:
         roster: Digest of the roster.
         site: The sender.
-        sharers: Digest of U2 as the site received it.
-        tags: For each neighbour in U2, a MAC on that digest.
+        sharers: Digest of U2 as the site received it; in a block, the digest of the round (`transcript.step_digest`).
+        tags: For each neighbour in U2, a MAC on that digest; none in a block.
         words: The masked vector as it is sent, shape (parameters.sent_words,), little-endian.
         signature: Ed25519.
-        wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519.
+        wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519 and in a block.
         suite: The round's suite.
     """
 
@@ -334,5 +399,5 @@ class Reveal:
     signature: bytes = NO_SIGNATURE
 
 
-Signed = Advertise | Shares | Masked | Confirm | Reveal
-ProtocolMessage = Parameters | Roster | Delivery | Survivors | Proof | Signed
+Signed = Advertise | Links | Shares | Masked | Confirm | Reveal
+ProtocolMessage = Parameters | Roster | Delivery | LinkDelivery | Step | Survivors | Proof | Signed

@@ -29,6 +29,7 @@ from privet.common.secagg.codec import ascends
 from privet.common.secagg.links import Keys, Link, Links, make_keys, make_links
 from privet.common.secagg.messages import (
     Advertise,
+    BlockParameters,
     Confirm,
     Delivery,
     Masked,
@@ -96,16 +97,17 @@ Recorder = Callable[[RecordedStep], None]
 """Stores the entry durably; raises StateError if an entry of the same session, round and step exists."""
 
 
-_TAKE_NO_PART = "take part in no further round until the coordinator runs the same version of privet and explains it"
+TAKE_NO_PART = "take part in no further round until the coordinator runs the same version of privet and explains it"
 
 
-class _Once:
+class Once:
     """Lets exactly one caller pass, also among threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
     def take(self, step: str) -> None:
+        """Pass, the first time; raise `ProtocolError` afterwards."""
         if not self._lock.acquire(blocking=False):
             raise ProtocolError(
                 f"this site has already answered in the {step} step of this round, and answers once",
@@ -113,7 +115,7 @@ class _Once:
             )
 
 
-class _Secret:
+class Secret:
     """Base of all states. They are never copied, stored or printed: a copy could answer a second time."""
 
     def __reduce__(self) -> NoReturn:
@@ -127,8 +129,8 @@ class _Secret:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class _Context(_Secret):
-    """The part of a state that stays the same throughout a round."""
+class Context(Secret):
+    """The part of a state that stays the same throughout a round, or a block of rounds."""
 
     parameters: Parameters
     binding: Binding
@@ -139,54 +141,54 @@ class _Context(_Secret):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Advertised(_Secret):
+class Advertised(Secret):
     """After `advertise`: the site has sent its keys."""
 
-    context: _Context
+    context: Context
     keys: Keys
     advert: Advertise
-    once: _Once = field(default_factory=_Once)
+    once: Once = field(default_factory=Once)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Shared(_Secret):
+class Shared(Secret):
     """After `share`: the site has sent its shares. `links` are its agreements with its neighbours."""
 
-    context: _Context
+    context: Context
     graph: graph.Graph
     roster: frozenset[int]
     self_seed: bytes
     own_shares: bytes
     links: Links
-    once: _Once = field(default_factory=_Once)
+    once: Once = field(default_factory=Once)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class MaskedState(_Secret):
+class MaskedState(Secret):
     """After `mask`: the site has sent its masked vector. `shares` are the shares that it holds, by owner.
 
     `channels` (to, from) are by neighbour.
     """
 
-    context: _Context
+    context: Context
     graph: graph.Graph
     sharers: tuple[int, ...]
     sharers_digest: bytes
     shares: dict[int, bytes]
     channels: dict[int, tuple[masks.Channel, masks.Channel]]
-    once: _Once = field(default_factory=_Once)
+    once: Once = field(default_factory=Once)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Confirmed(_Secret):
+class Confirmed(Secret):
     """After `confirm`: the site has signed one pair of lists."""
 
-    context: _Context
+    context: Context
     survivors: tuple[int, ...]
     lists: bytes
     shares: dict[int, bytes]
     channels: dict[int, tuple[masks.Channel, masks.Channel]]
-    once: _Once = field(default_factory=_Once)
+    once: Once = field(default_factory=Once)
 
 
 def advertise(
@@ -240,7 +242,7 @@ def advertise(
             "check the site's own key in [peers] of the site file",
         )
     binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
-    context = _Context(parameters, binding, site, identity, random_bytes, kem)
+    context = Context(parameters, binding, site, identity, random_bytes, kem)
     keys = make_keys(parameters.suite, binding.parameters, random_bytes)
     share_key, mask_key, kem_key = keys.public()
     advert = Advertise(
@@ -252,7 +254,7 @@ def advertise(
         kem_key=kem_key,
         suite=parameters.suite,
     )
-    advert = replace(advert, signature=_sign(context, advert))
+    advert = replace(advert, signature=sign(context, advert))
     return Advertised(context, keys, advert), advert
 
 
@@ -266,10 +268,12 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         VerificationError: A signature is not that of the pinned key (substituted keys), this site's own keys
             were changed, or a key is not usable.
     """
-    _expect(state, Advertised)
+    expect(state, Advertised)
     context, parameters = state.context, state.context.parameters
+    if isinstance(parameters, BlockParameters):
+        raise ProtocolError("in a block of rounds, a site shares no secret", TAKE_NO_PART)
     me = context.site
-    adverts = _check_roster(state, roster)
+    adverts = check_roster(state, roster)
     # From here on every key and signature is bound to the roster's digest. Sites that were given different rosters
     # derive different masks, and their messages do not verify.
     binding = context.binding.with_roster(roster_digest(context.binding.parameters, roster))
@@ -298,11 +302,11 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         seed_commitment=seed_commitment(binding.roster, me, state.keys.seed) if suite.hybrid else b"",
         suite=suite,
     )
-    message = replace(message, signature=_sign(context, message))
+    message = replace(message, signature=sign(context, message))
     return Shared(context, masking, frozenset(adverts), self_seed, plain[me], links), message
 
 
-def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
+def check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     """Check all adverts and return them by site."""
     context, parameters = state.context, state.context.parameters
     sites = [advert.site for advert in roster.adverts]
@@ -317,7 +321,7 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     if any(advert.suite is not parameters.suite for advert in roster.adverts):
         raise ProtocolError(
             f"the round's list of keys (roster) holds keys of another suite than {parameters.suite.value}",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
     keys = [key for advert in roster.adverts for key in advert.keys]
     if len(set(keys)) != len(keys):
@@ -358,14 +362,7 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     context, parameters = state.context, state.context.parameters
     me, roster = context.site, context.binding.roster
     peers = [item.site for item in delivery.sealed]
-    flags = words.flags
-    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
-        raise ProtocolError(
-            f"the site's vector must be {parameters.layout.words} writable little-endian 64-bit words, got an array "
-            "of shape "
-            f"{words.shape} and type {words.dtype}",
-            "report this as a bug",
-        )
+    check_words(parameters, words)
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
     # On disk before the vector is masked. After a restart the site must refuse to mask for this round again: one vector
@@ -381,10 +378,25 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     tags = tuple(Tag(other, links[other].there.tag(what)) for other in peers)
     wraps = tuple(Wrap(other, links[other].wrap) for other in peers if links[other].wrap)
     message = Masked(roster, me, what, tags, words, wraps=wraps, suite=parameters.suite)
-    message = replace(message, signature=_sign(context, message))
+    message = replace(message, signature=sign(context, message))
     held = {me: state.own_shares, **{other: link.shares for other, link in links.items()}}
     channels = {other: (link.there, link.back) for other, link in links.items()}
     return MaskedState(context, state.graph, delivery.sharers, what, held, channels), message
+
+
+def check_words(parameters: Parameters, words: Words) -> None:
+    """Check that a vector fits the layout and can be masked in place.
+
+    Raises:
+        ProtocolError: It does not.
+    """
+    flags = words.flags
+    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
+        raise ProtocolError(
+            f"the site's vector must be {parameters.layout.words} writable little-endian 64-bit words, got an array "
+            f"of shape {words.shape} and type {words.dtype}",
+            "report this as a bug",
+        )
 
 
 def open_delivery(state: Shared, delivery: Delivery) -> dict[int, Link]:
@@ -395,16 +407,16 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, Link]:
     Raises:
         ProtocolError, TooFewSitesError, VerificationError: As `mask`.
     """
-    _expect(state, Shared)
+    expect(state, Shared)
     context, parameters = state.context, state.context.parameters
     me = context.site
-    _check_address(context, delivery.roster, delivery.site)
+    check_address(context, delivery.roster, delivery.site)
     _check_ascending(delivery.sharers, len(parameters.cohort))
     sharers = frozenset(delivery.sharers)
     if not sharers <= state.roster or me not in sharers:
         raise ProtocolError(
             "the coordinator's list of the sites that sent shares must include this site, and only sites of the roster",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
     _check_list(context, state.graph, sharers, "sent shares")
     peers = [other for other in state.graph.neighbours(me) if other in sharers]
@@ -413,11 +425,11 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, Link]:
             f"the coordinator must deliver the shares of the {len(peers)} neighbours that sent any, in ascending "
             "order, got "
             f"those of {len(delivery.sealed)} sites",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
     if delivery.suite is not parameters.suite:
         raise ProtocolError(
-            f"the coordinator delivered shares of another suite than {parameters.suite.value}", _TAKE_NO_PART
+            f"the coordinator delivered shares of another suite than {parameters.suite.value}", TAKE_NO_PART
         )
     return {item.site: state.links.open(item.site, item.data) for item in delivery.sealed}
 
@@ -431,15 +443,15 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
         VerificationError: A neighbour masked for other sharers, or the survivors may fall apart into groups
             whose sums the coordinator would learn separately.
     """
-    _expect(state, MaskedState)
+    expect(state, MaskedState)
     context = state.context
     me = context.site
-    _check_address(context, survivors.roster, survivors.site)
+    check_address(context, survivors.roster, survivors.site)
     _check_ascending(survivors.survivors, len(context.parameters.cohort))
     alive = frozenset(survivors.survivors)
     if not alive <= frozenset(state.sharers) or me not in alive:
         raise ProtocolError(
-            "the coordinator's list of survivors must include this site, and only sites that sent shares", _TAKE_NO_PART
+            "the coordinator's list of survivors must include this site, and only sites that sent shares", TAKE_NO_PART
         )
     _check_list(context, state.graph, alive, "survived")
     peers = [other for other in state.graph.neighbours(me) if other in alive]
@@ -448,7 +460,7 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
             f"the coordinator must deliver one confirmation tag of each of the {len(peers)} surviving neighbours, in "
             "ascending "
             f"order, got {len(survivors.tags)}",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
     # The coordinator could give a neighbour another list of sharers, to leave it alone with corrupt sites. Then the tag
     # does not match, and this site reveals no share of that neighbour's self mask.
@@ -459,7 +471,7 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     lists = lists_digest(state.sharers_digest, survivors.survivors)
     tags = tuple(Tag(other, state.channels[other][0].tag(lists)) for other in peers)
     message = Confirm(context.binding.roster, me, lists, tags)
-    message = replace(message, signature=_sign(context, message))
+    message = replace(message, signature=sign(context, message))
     return Confirmed(context, survivors.survivors, lists, state.shares, state.channels), message
 
 
@@ -481,7 +493,7 @@ def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
         VerificationError: A confirmation is for other lists, or its signature is wrong.
         StateError: `record` found that this round was revealed before.
     """
-    _expect(state, Confirmed)
+    expect(state, Confirmed)
     context = state.context
     _check_proof(state, proof)
     state.once.take("reveal")
@@ -494,12 +506,12 @@ def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
         for owner, held in sorted(state.shares.items())
     )
     message = Reveal(binding.roster, context.site, state.lists, shares)
-    return replace(message, signature=_sign(context, message))
+    return replace(message, signature=sign(context, message))
 
 
 def _check_proof(state: Confirmed, proof: Proof) -> None:
     context, parameters = state.context, state.context.parameters
-    _check_address(context, proof.roster, proof.site)
+    check_address(context, proof.roster, proof.site)
     tagged, signed = [tag.site for tag in proof.tags], [message.site for message in proof.confirms]
     _check_ascending(tagged, len(parameters.cohort))
     _check_ascending(signed, len(parameters.cohort))
@@ -510,7 +522,7 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
         raise ProtocolError(
             "the coordinator delivered a confirmation of a site that is no survivor, or a tag of a site that is no "
             "neighbour",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
     _check_enough(len(senders), quorum, "confirmed the survivors")
@@ -526,11 +538,13 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
         check_signature(parameters, context.binding, message)
 
 
-def _sign(context: _Context, message: Signed) -> bytes:
+def sign(context: Context, message: Signed) -> bytes:
+    """Return the site's signature of a message."""
     return context.identity.key.sign(signed_bytes(message, context.binding))
 
 
-def _expect(state: object, kind: type) -> None:
+def expect(state: object, kind: type) -> None:
+    """Raise `ProtocolError` unless a step is given the state that it needs."""
     if not isinstance(state, kind):
         raise ProtocolError(
             f"this step of secure aggregation needs the state {kind.__name__}, but the site is in the state "
@@ -539,7 +553,8 @@ def _expect(state: object, kind: type) -> None:
         )
 
 
-def _check_address(context: _Context, roster: bytes, site: int) -> None:
+def check_address(context: Context, roster: bytes, site: int) -> None:
+    """Raise `ProtocolError` unless a message is for this roster and this site."""
     if roster != context.binding.roster:
         raise ProtocolError(
             f"the coordinator's message is for the list of keys (roster) {roster.hex()[:16]}, this round has "
@@ -550,7 +565,7 @@ def _check_address(context: _Context, roster: bytes, site: int) -> None:
     if site != context.site:
         raise ProtocolError(
             f"the coordinator's message is for site number {site} of the cohort, this is number {context.site}",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
 
 
@@ -560,7 +575,7 @@ def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
         raise ProtocolError(
             "a list of sites in the coordinator's message must be ascending, name each site once and only sites of "
             "the cohort",
-            _TAKE_NO_PART,
+            TAKE_NO_PART,
         )
 
 
@@ -572,7 +587,7 @@ def _check_enough(count: int, least: int, what: str) -> None:
         )
 
 
-def _check_list(context: _Context, masking: graph.Graph, present: frozenset[int], what: str) -> None:
+def _check_list(context: Context, masking: graph.Graph, present: frozenset[int], what: str) -> None:
     """Check that `present` are enough sites, in all and around this site, and that they stay connected."""
     parameters = context.parameters
     _check_enough(len(present), parameters.min_survivors, what)

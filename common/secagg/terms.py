@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from privet.common.errors import PrivetError, RefusedError, VerificationError
 from privet.common.secagg import graph
-from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
+from privet.common.secagg.messages import MAX_BLOCK, MAX_SITES, MAX_WORDS, BlockParameters, Parameters
 from privet.common.secagg.quantize import MIN_BITS
 from privet.common.secagg.suites import Suite
 
@@ -99,6 +99,12 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
     _at_least("least number of survivors", parameters.min_survivors, max(least_survivors(n, c), floor.survivors))
     _at_most("least number of survivors", parameters.min_survivors, n)
     _at_least("number of bits for one value", parameters.bits, floor.bits)
+    if isinstance(parameters, BlockParameters):
+        # Each pair's mask cancels only if both sites are in the sum, and nothing could remove the mask of a drop-out.
+        _at_least("least number of survivors in a block", parameters.min_survivors, n)
+        _at_most("number of neighbours that are fewer than all others (degree), in a block,", parameters.degree, 0)
+        _at_least("number of rounds in a block", parameters.rounds, 1)
+        _at_most("number of rounds in a block", parameters.rounds, MAX_BLOCK)
     try:
         words = parameters.layout.words
     except PrivetError as error:

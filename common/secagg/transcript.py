@@ -32,6 +32,11 @@ def sharers_digest(roster: bytes, sharers: Iterable[int]) -> bytes:
     return transcript_digest("sharers", roster, _list(sharers))
 
 
+def step_digest(roster: bytes, round_number: int, inputs: bytes) -> bytes:
+    """Return the digest of one round of a block, bound to the roster's: its number and the digest of its inputs."""
+    return transcript_digest("step", roster, round_number.to_bytes(8, "big"), inputs)
+
+
 def lists_digest(sharers: bytes, survivors: Iterable[int]) -> bytes:
     """Return the digest of U3 (ascending), bound to that of U2."""
     return transcript_digest("lists", sharers, _list(survivors))

@@ -138,6 +138,27 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _block_loses_nobody(self) -> Self:
+        if self.secure_aggregation.block is None:
+            return self
+        privacy = self.privacy
+        if not self.distributed or privacy.dropouts or privacy.dropout_fraction:
+            raise ValueError(
+                "secure_aggregation.block: no site may drop out of a block's rounds, as nothing removes its masks; set "
+                'privacy.mode = "distributed", privacy.dropouts = 0 and privacy.dropout_fraction = 0, or remove block'
+            )
+        if privacy.band is not None:
+            raise ValueError(
+                "secure_aggregation.block: in a block a site does not learn whether a round's noise is in a sum, which "
+                'privacy.noise = "banded" needs; remove one of the two'
+            )
+        if self.cohort.fraction < 1:
+            raise ValueError(
+                "secure_aggregation.block: a block needs the same sites in every round; set cohort.fraction = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _band_fits(self) -> Self:
         band = self.privacy.band
         if band is None:

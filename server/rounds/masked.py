@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,20 @@ from privet.common.masking.groups import groups_of
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import read_step, read_sums
+from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.coordinator import Aggregator, BrokenPromiseError
 from privet.common.secagg.encoding import decode as read
 from privet.common.secagg.encoding import encode
-from privet.common.secagg.messages import Advertise, Confirm, Masked, Parameters, Reveal, Shares, Signed
+from privet.common.secagg.messages import (
+    Advertise,
+    Confirm,
+    Links,
+    Masked,
+    Parameters,
+    Reveal,
+    Shares,
+    Signed,
+)
 from privet.common.secagg.quantize import dequantise
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import Failure, Message, RoundOpen, Secured
@@ -48,7 +58,7 @@ _LATE = Failure(
     "check that the site is running and online, or allow more time for a round",
 )
 _VERSION = "run the same version of privet at the site and at the coordinator"
-AnswerKind = type[Advertise] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
+AnswerKind = type[Advertise] | type[Links] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,11 @@ class Waits:
     training: float
 
 
+_A = TypeVar("_A", Aggregator, BlockAggregator)
+
+
 @dataclass(eq=False)
-class _Group:
+class Group(Generic[_A]):
     """The sites of one sum, and what each of the five exchanges asks of them.
 
     Attributes:
@@ -82,7 +95,7 @@ class _Group:
     opened: RoundOpen
     study_digest: str
     parameters: Parameters
-    coordinator: Aggregator
+    coordinator: _A
     failures: dict[str, Failure] = field(default_factory=dict)
     lost: ProtocolError | VerificationError | None = None
     spoiled: frozenset[str] = frozenset()
@@ -102,11 +115,11 @@ class _Group:
         """Return the encrypted shares that the sites sent each other, by receiver."""
         return {site: self._secured(body) for site, body in self.coordinator.deliveries().items()}
 
-    def survivors(self) -> dict[int, Message]:
+    def survivors(self: Group[Aggregator]) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
         return {site: self._secured(body) for site, body in self.coordinator.survivors().items()}
 
-    def proofs(self) -> dict[int, Message]:
+    def proofs(self: Group[Aggregator]) -> dict[int, Message]:
         """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""
         return {site: self._secured(body) for site, body in self.coordinator.proofs().items()}
 
@@ -115,7 +128,7 @@ class _Group:
 
 
 @dataclass(frozen=True, eq=False)
-class _GroupSum:
+class GroupSum:
     """A group's result. Sums as in `RoundSum`."""
 
     weight: float
@@ -147,43 +160,61 @@ def collect_masked(
         DivergedError: No site delivered, because training diverged at every one.
     """
     names_of_groups = groups_of(study, opened.round, tuple(cohort))
-    groups = [_group(study, spec, opened, names, cohort) for names in names_of_groups]
+    groups = [
+        group_of(study, spec, opened, {name: cohort[name] for name in names}, Aggregator) for names in names_of_groups
+    ]
     # Sites reveal shares last, after enough of them have confirmed one set of survivors. A coordinator that could name
     # two sets would get both secrets of a site, and read its update.
-    _take(exchange, groups, Advertise, _Group.proposal, waits.step)
-    _take(exchange, groups, Shares, _Group.roster, waits.step)
-    _take(exchange, groups, Masked, _Group.deliveries, waits.training)
-    _take(exchange, groups, Confirm, _Group.survivors, waits.step)
-    _take(exchange, groups, Reveal, _Group.proofs, waits.step)
-    return _combine(study, [(group, _finish(study, spec, group, cohort)) for group in groups], opened)
+    take(exchange, groups, Advertise, Group.proposal, waits.step)
+    take(exchange, groups, Shares, Group.roster, waits.step)
+    take(exchange, groups, Masked, Group.deliveries, waits.training)
+    take(exchange, groups, Confirm, Group.survivors, waits.step)
+    take(exchange, groups, Reveal, Group.proofs, waits.step)
+    return combine(study, [(group, finish(study, spec, group, cohort)) for group in groups], opened)
 
 
-def _group(
-    study: Study, spec: AdapterSpec, opened: RoundOpen, names: tuple[str, ...], cohort: Mapping[str, Participant]
-) -> _Group:
-    identities = {name: bytes.fromhex(cohort[name].consent.identity) for name in names}
+def group_of(
+    study: Study,
+    spec: AdapterSpec,
+    opened: RoundOpen,
+    members: Mapping[str, Participant],
+    coordinator: Callable[[Any], _A],
+) -> Group[_A]:
+    """Return the state of one sum of a round, over `members` in name order.
+
+    Args:
+        study: The study.
+        spec: Layout of the adapter.
+        opened: How the round is opened.
+        members: The sites of the sum, by name.
+        coordinator: Makes the coordinator's side of the protocol from its parameters.
+
+    Raises:
+        StudyError: As `parameters_of`.
+    """
+    identities = {name: bytes.fromhex(member.consent.identity) for name, member in members.items()}
     parameters = parameters_of(study, spec, opened, identities)
-    return _Group(
-        names=names,
-        nodes=tuple(cohort[name].node for name in names),
-        declared=tuple(cohort[name].consent.weight for name in names),
+    return Group(
+        names=tuple(members),
+        nodes=tuple(member.node for member in members.values()),
+        declared=tuple(member.consent.weight for member in members.values()),
         opened=opened,
         study_digest=study.digest,
         parameters=parameters,
-        coordinator=Aggregator(parameters),
+        coordinator=coordinator(parameters),
     )
 
 
-def _take(
+def take(
     exchange: Exchange,
-    groups: Sequence[_Group],
+    groups: Sequence[Group[_A]],
     kind: AnswerKind,
-    requests: Callable[[_Group], Mapping[int, Message]],
+    requests: Callable[[Group[_A]], Mapping[int, Message]],
     timeout: float,
 ) -> None:
     """Run one exchange with all groups at once. A group with too few sites for it is lost for this round."""
     asked: dict[int, Message] = {}
-    awaited: dict[int, tuple[_Group, int]] = {}
+    awaited: dict[int, tuple[Group[_A], int]] = {}
     for group in groups:
         if group.lost is None:
             try:
@@ -205,7 +236,7 @@ def _take(
         group.failures[group.names[site]] = _LATE
 
 
-def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failure | None:
+def _admit(group: Group[_A], site: int, kind: AnswerKind, reply: Message) -> Failure | None:
     """Pass a site's answer to the protocol; return why the site dropped out, if it did."""
     if isinstance(reply, Failure):
         return reply
@@ -226,7 +257,7 @@ def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failur
     return None
 
 
-def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum | None:
+def finish(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[str, Participant]) -> GroupSum | None:
     """Unmask a group's sum, or return None where too few sites are left or a site sent values that spoil it."""
     if group.lost is not None:
         return None
@@ -243,7 +274,7 @@ def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     return None
 
 
-def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum:
+def _unmask(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[str, Participant]) -> GroupSum:
     """Unmask a group's sum.
 
     Raises:
@@ -256,7 +287,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     survivors = tuple(group.names[site] for site in total.survivors)
     declared = study.aggregation.weighting == "declared"
     expected = float(sum(cohort[name].consent.weight if declared else 1 for name in survivors))
-    document = {
+    document: dict[str, Any] = {
         "sites": list(group.names),
         "survivors": list(survivors),
         "threshold": p.threshold,
@@ -267,19 +298,21 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "suite": p.suite.value,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
+    if isinstance(group.coordinator, BlockAggregator):
+        document["block"] = group.coordinator.parameters.round
     if study.distributed:
         # The sum is divided by the expected number of units, which is public; the number drawn is private. That of
         # a step is negative, because sites step against the gradient.
         sums = read_step(study, total.words, p.layout, head=head)
         document["noise"] = shared_noise(study, len(group.names), head=head).document(len(survivors))
         if head:
-            return _GroupSum(expected, 0, sums, np.empty(0), survivors, document)
-        return _GroupSum(study.training.sampling_rate * expected, 0, -sums, np.empty(0), survivors, document)
+            return GroupSum(expected, 0, sums, np.empty(0), survivors, document)
+        return GroupSum(study.training.sampling_rate * expected, 0, -sums, np.empty(0), survivors, document)
     cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)), head=head)
-    return _GroupSum(expected, cut, update, metrics, survivors, {**document, "values_cut": cut})
+    return GroupSum(expected, cut, update, metrics, survivors, {**document, "values_cut": cut})
 
 
-def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
+def _without_outliers(sums: Sequence[GroupSum]) -> list[GroupSum]:
     """Return the sums without those far longer than the median group's; all of them where there are fewer than three.
 
     Noise makes the mean update of a group with little weight long, so the sum of such a group is compared with that of
@@ -293,7 +326,7 @@ def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
     return [total for total in sums if total.norm * total.weight <= limit * max(total.weight, usual)]
 
 
-def _combine(study: Study, finished: Sequence[tuple[_Group, _GroupSum | None]], opened: RoundOpen) -> RoundSum:
+def combine(study: Study, finished: Sequence[tuple[Group[_A], GroupSum | None]], opened: RoundOpen) -> RoundSum:
     """Add the sums of all groups, without those far longer than the median."""
     failures = {name: failure for group, _ in finished for name, failure in group.failures.items()}
     sums = [total for _, total in finished if total is not None]

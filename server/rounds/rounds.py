@@ -25,6 +25,7 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from privet.server.exchange import Exchange
+from privet.server.rounds.blocks import Blocks
 from privet.server.rounds.collect import Shape, collect
 from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.frozen import Copies
@@ -82,7 +83,7 @@ def run_study(
         exchange = watch.over(exchange)
     give_up = partial(given_up, run.study)
     participants: dict[str, Participant] = {}
-    copies = Copies()
+    copies, blocks = Copies(), Blocks()
     # One process for each run: two would open the same round, each with a nonce of its own.
     with run.locked():
         loaded = run.load()
@@ -107,7 +108,7 @@ def run_study(
             asked = log.open(exchange, participants, opened, timing.gathering)
             log.publish(state)
             asked = copies.over(asked, state, run.study.aggregation.method, participants)
-            state = run_round(run.study, state, asked, participants, opened, timing)
+            state = run_round(run.study, state, asked, participants, opened, timing, blocks)
             # State first, then its end in the log. After a crash in between, `settle` takes the end from the state; in
             # the other order the log would have a closed round whose adapter is lost.
             run.store(state)
@@ -199,6 +200,7 @@ def run_round(
     participants: Mapping[str, Participant],
     opened: RoundOpen,
     timing: Timing,
+    blocks: Blocks | None = None,
 ) -> RunState:
     """Run one round and return the state after it. Raises as `run_study`.
 
@@ -210,7 +212,7 @@ def run_round(
     cohort = {name: participants[name] for name in opened.cohort}
     total: RoundSum | None = None
     try:
-        total = collect_sum(study, state, exchange, cohort, opened, timing)
+        total = collect_sum(study, state, exchange, cohort, opened, timing, blocks)
         check_norm(study, state, total)
     except ProtocolError as error:
         # Without masks nothing is lost with the round: it is opened again when the run is resumed. But where too many
@@ -230,9 +232,12 @@ def collect_sum(
     cohort: Mapping[str, Participant],
     opened: RoundOpen,
     timing: Timing,
+    blocks: Blocks | None = None,
 ) -> RoundSum:
     """Collect the round's sum, masked unless the study asks for plain aggregation."""
     spec = state.adapter.spec
+    if study.secure_aggregation.block is not None:
+        return (blocks or Blocks()).collect(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
     if study.secure_aggregation.mode == "masked":
         return collect_masked(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
     validates = study.data.validation_fraction > 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from privet.common.log.encoding import shown
 from privet.common.progress import duration
-from privet.common.secagg.encoding import is_kind
-from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
+from privet.common.secagg.encoding import asks_for_keys, is_kind
+from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
 
@@ -17,6 +17,7 @@ CONSENT, COSIGN, TRAIN = "consent", "cosign the round log", "train"
 _SECURED = {
     Roster: "exchange shares of the masks",
     Delivery: TRAIN,
+    LinkDelivery: TRAIN,
     Survivors: "confirm whose updates arrived",
     Proof: "reveal shares of the masks",
 }
@@ -110,7 +111,7 @@ def _stage(request: Message | None) -> tuple[str, int]:
         case Shown():
             return COSIGN, 0
         case RoundOpen():
-            return ("send keys for the masks" if request.masking else TRAIN), request.round
+            return ("send keys for the masks" if asks_for_keys(request.masking) else TRAIN), request.round
         case Secured():
             return next((name for kind, name in _SECURED.items() if is_kind(kind, request.body)), ""), request.round
     return "", 0

@@ -225,6 +225,11 @@ def run_simulation(
             "leave --engine out",
         )
     check_engine(engine, workers)
+    if engine == "ray" and plan.study.secure_aggregation.block is not None:
+        raise StudyError(
+            "--engine: Ray's sites keep nothing between two rounds, which secure_aggregation.block of the study needs",
+            "leave --engine out",
+        )
     tell("loading the base and the test records", 0, None)
     evaluator = simulated.evaluator()
     fleet = simulated.fleet()

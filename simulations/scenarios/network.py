@@ -17,12 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.secagg.encoding import kind_of
-from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
+from privet.common.secagg.encoding import asks_for_keys, kind_of
+from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.simulations.data.scenario import Network, Range, Stage
 
-_ASKED: dict[type, Stage] = {Roster: "share", Delivery: "train", Survivors: "confirm", Proof: "reveal"}
+_ASKED: dict[type, Stage] = {
+    Roster: "share",
+    Delivery: "train",
+    LinkDelivery: "train",
+    Survivors: "confirm",
+    Proof: "reveal",
+}
 _BITS = 8e-6  # megabits in a byte
 
 
@@ -84,7 +90,7 @@ def exchange_seconds(
 def stage_of(asked: Message) -> Stage | None:
     """Return the stage of a round that a message to a site begins; None for messages outside of rounds."""
     if isinstance(asked, RoundOpen):
-        return "advertise" if asked.masking else "train"
+        return "advertise" if asks_for_keys(asked.masking) else "train"
     if isinstance(asked, Secured):
         kind = kind_of(asked.body)
         return None if kind is None else _ASKED.get(kind)

@@ -24,8 +24,9 @@ from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 from privet.simulations.terminal.lengths import training_lengths
 
-EXCHANGES = {"masked": 5, "plain": 1}
-"""Exchanges of a round: in each, a message goes from the coordinator to a site and an answer comes back."""
+_EXCHANGES = {"masked": 5, "plain": 1}
+# Of a block, before its first round.
+_SET_UP = 2
 NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02), "1 Gbit/s, 2 ms": (1000.0, 0.002)}
 """Example networks by name: (Mbit/s, seconds of a round trip)."""
 
@@ -50,7 +51,8 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
     down, up = bytes_down(study, host.spec), bytes_up(study, trainable)
-    sent = EXCHANGES[study.secure_aggregation.mode], down + up
+    exchanges = exchanges_of(study)
+    sent = exchanges, down + up
     meaning: dict[str, Any] = {
         "study": study.name,
         "digest": study.digest,
@@ -68,7 +70,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         "secure_aggregation": study.secure_aggregation.mode,
         "bytes_down_per_round_and_site": down,
         "bytes_up_per_round_and_site": up,
-        "exchanges_per_round": EXCHANGES[study.secure_aggregation.mode],
+        "exchanges_per_round": exchanges,
         "network_seconds_per_round": {
             name: round(seconds_on(*network, *sent), 3) for name, network in NETWORKS.items()
         },
@@ -166,7 +168,18 @@ def _banded(study: Study, band: Band, less: float) -> dict[str, Any]:
     }
 
 
-def seconds_on(megabits: float, delay: float, exchanges: int, size: int) -> float:
+def exchanges_of(study: Study) -> float:
+    """Return the exchanges of a round: in each, a message goes to a site and an answer comes back.
+
+    With `secure_aggregation.block`, the mean over a block: one for each round, and the set-up.
+    """
+    block = study.secure_aggregation.block
+    if block is None:
+        return _EXCHANGES[study.secure_aggregation.mode]
+    return 1 + _SET_UP / min(block, study.rounds)
+
+
+def seconds_on(megabits: float, delay: float, exchanges: float, size: int) -> float:
     """Return the seconds that a site's messages of a round take on a network.
 
     Args:

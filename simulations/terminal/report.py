@@ -189,7 +189,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
     )
     table.add_row(
         "network",
-        f"{meaning['exchanges_per_round']} exchanges per round: "
+        f"{meaning['exchanges_per_round']:.3g} exchanges per round: "
         + "; ".join(f"{seconds} s at {name}" for name, seconds in meaning["network_seconds_per_round"].items()),
     )
     table.add_row(

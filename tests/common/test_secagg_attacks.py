@@ -577,7 +577,7 @@ def test_a_restarted_worker_reveals_nothing_twice() -> None:
             keep(state)
     site.reveal(state, play.proofs[0], play.journals[0])
     # Had a restart brought the state back by force, the durable record would still stand.
-    revived = dataclasses.replace(state, once=site._Once())
+    revived = dataclasses.replace(state, once=site.Once())
     with pytest.raises(StateError, match="on record already"):
         site.reveal(revived, play.proofs[0], play.journals[0])
 

@@ -27,6 +27,8 @@ COMPLEX = 21
 SHARED_BY_NATURE = {
     "privet.common.cli": "the command itself",
     "privet.common.audit": "an auditor is a third side, who has this package alone",
+    "privet.common.secagg.block": "the other half of the protocol in `privet.common.secagg.block_sums`",
+    "privet.common.secagg.block_sums": "the other half of the protocol in `privet.common.secagg.block`",
     "privet.common.secagg.coordinator": "the other half of the protocol in `privet.common.secagg.site`",
     "privet.common.secagg.site": "the other half of the protocol in `privet.common.secagg.coordinator`",
 }

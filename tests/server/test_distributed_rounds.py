@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ from privet.common.masking.groups import survivors_of
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.privacy.accounting import epsilon, plan
-from privet.common.privacy.noise import SecretRandomness, cut
-from privet.common.privacy.shared_noise import Integers, contribute
 from privet.common.secagg.encoding import decode, encode
 from privet.common.secagg.messages import Masked, Parameters, Survivors
 from privet.common.secagg.quantize import lane_bits
@@ -40,23 +38,22 @@ from privet.common.study.messages import Contribution, Failure, Message, RoundOp
 from privet.common.study.study import Study
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
-from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.state import RunDirectory
 from tests.support.logged_world import world_of
 from tests.support.masked_world import (
     QUICK,
     REVEAL,
     STEP,
-    MaskedSite,
-    Relay,
     kind_of,
     masked_study,
     one_round,
     sharing_study,
     stage_of,
 )
+from tests.support.noise_world import moved, shared, sharing, sites_of
 from tests.support.secagg_world import identity, pins
 from tests.support.sharing_world import SITES, Workers, initial, real_sites, worker_study
-from tests.support.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
+from tests.support.synthetic import PEFT_CONFIG, SPEC, size, start_adapter
 from tests.support.tiny import private, worker_of, write_policy
 
 Array = NDArray[np.float64]
@@ -67,62 +64,6 @@ MASKED = 6  # the type of the message that brings a vector
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut is not the subject here."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@dataclass
-class SharingSite(MaskedSite):
-    """A site that sends its gradient towards its optimum with a share of the noise; `silent` leaves the noise out."""
-
-    silent: bool = False
-    sent: dict[int, Integers] = field(default_factory=dict)
-    gradients: dict[int, Array] = field(default_factory=dict)
-
-    def contribute(self, opened: RoundOpen) -> Contribution:
-        study = Study.parse(dict(opened.study))
-        gradient = gradient_of(self, opened)
-        contribution = shared(self, opened)
-        if self.silent:
-            numbers = np.rint(gradient / shared_noise(study, len(opened.cohort)).level).astype(np.int64)
-            contribution = replace(contribution, update=numbers)
-        self.trained.append(opened.round)
-        self.sent[opened.round], self.gradients[opened.round] = contribution.update.astype(np.int64), gradient
-        return contribution
-
-
-def gradient_of(site: MaskedSite, opened: RoundOpen) -> Array:
-    return -site.learn(Study.parse(dict(opened.study)), Adapter.read(SPEC, opened.adapter))
-
-
-def shared(site: MaskedSite, opened: RoundOpen) -> Contribution:
-    """Return a site's gradient with its share of the noise."""
-    shares = shared_noise(Study.parse(dict(opened.study)), len(opened.cohort))
-    numbers = contribute(cut(gradient_of(site, opened), shares.lattice), shares, SecretRandomness())
-    return Contribution(site.name, opened.round, opened.nonce, float(site.weight), numbers, np.empty(0))
-
-
-def sharing(study: Study, count: int, silent: int = 0) -> Relay:
-    """Return `count` sites with weights 10 to 60, the last `silent` of which add no noise."""
-    known = pins(count)
-    sites = [
-        SharingSite(
-            identity(i).name,
-            towards(optimum, 0.2),
-            10 * (i % 6 + 1),
-            number=i,
-            pins=known,
-            silent=i >= count - silent,
-        )
-        for i, optimum in enumerate(optima(study, count))
-    ]
-    return Relay(dict(enumerate(sites, start=2)))
-
-
-def sites_of(exchange: Relay) -> list[SharingSite]:
-    return [site for site in exchange.sites.values() if isinstance(site, SharingSite)]
-
-
-def moved(study: Study, state: RunState) -> Array:
-    return flat(study, state.adapter) - flat(study, start_adapter())
 
 
 # --- the step --------------------------------------------------------------------------------------------

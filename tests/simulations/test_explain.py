@@ -21,7 +21,6 @@ from privet.common.secagg.quantize import lane_bits
 from privet.simulations.data.federation import load_plan
 from privet.simulations.terminal import explain
 from privet.simulations.terminal.explain import (
-    EXCHANGES,
     NETWORKS,
     bytes_up,
     explain_study,
@@ -90,12 +89,21 @@ def test_a_head_start_is_explained_beside_training_and_alone(tmp_path: Path, ber
     assert "no sampling" in alone
 
 
+def test_a_block_of_rounds_takes_an_exchange_each_and_two_for_its_set_up(tmp_path: Path, bert: Path) -> None:
+    alone = {"privacy.dropouts": 0, "privacy.dropout_fraction": 0.0, "training.rounds": 8}
+    found = explained(tmp_path / "blocks", bert, {**SHARED, **alone, "secure_aggregation.block": 4})
+    assert found["exchanges_per_round"] == 1.5
+    assert "1.5 exchanges per round" in printed(found)
+    short = explained(tmp_path / "short", bert, {**SHARED, **alone, "secure_aggregation.block": 400})
+    assert short["exchanges_per_round"] == 1.25
+
+
 def test_traffic_is_that_of_the_messages(tmp_path: Path, bert: Path) -> None:
     masked = explained(tmp_path / "masked", bert)
     plain = explained(tmp_path / "plain", bert, {"secure_aggregation.mode": "plain"})
     assert plain["bytes_up_per_round_and_site"] == 4 * plain["trainable_parameters"]
     assert masked["bytes_down_per_round_and_site"] == 4 * masked["adapter_parameters"]
-    assert (masked["exchanges_per_round"], plain["exchanges_per_round"]) == (EXCHANGES["masked"], EXCHANGES["plain"])
+    assert (masked["exchanges_per_round"], plain["exchanges_per_round"]) == (5, 1)
     assert set(masked["network_seconds_per_round"]) == set(NETWORKS)
     assert "plain: the coordinator sees the update of each site" in printed(plain)
 

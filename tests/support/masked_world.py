@@ -155,7 +155,7 @@ class MaskedSite(Site):
         if not opened.masking:
             return super().honest(opened)
         opened = completed(self, study, opened, self.first)
-        return self.rounds.open(study, SPEC, opened, self.weight, self._random_bytes(opened.round))
+        return self.rounds.open(study, SPEC, opened, self.weight, self._random_bytes(opened.round), self.contribute)
 
     def contribute(self, opened: RoundOpen) -> Contribution:
         contribution = super().honest(opened)

@@ -1,0 +1,356 @@
+"""A block of rounds: exact sums with one set-up, and nothing but the one sum of each round, whatever is tried."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
+from privet.common.secagg import block, encoding, masks, messages, site, transcript
+from privet.common.secagg.block_sums import BlockAggregator
+from privet.common.secagg.messages import LinkDelivery, Roster, Sealed
+from privet.common.secagg.suites import Suite
+
+world = importlib.import_module("tests.support.secagg_world")
+blocks = importlib.import_module("tests.support.block_world")
+SUITES = list(Suite)
+
+
+@pytest.fixture(params=SUITES, ids=lambda suite: suite.value)
+def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Every attack is tried in every suite."""
+    monkeypatch.setattr(world, "SUITE", request.param)
+    chosen: Suite = request.param
+    return chosen
+
+
+def begun(sites: int = 3, rounds: int = 4, seed: bytes = b"block", **changes: Any) -> Any:
+    """A block that has been set up."""
+    return blocks.BlockWorld(blocks.block_parameters(sites, rounds, **changes), seed).join()
+
+
+def equal(total: Any, play: Any, number: int) -> bool:
+    low = masks.LOW if play.parameters.packed else np.uint64(2**64 - 1)
+    return bool(np.array_equal(total.words & low, play.expected(number) & low))
+
+
+@pytest.mark.parametrize("sites", [2, 3, 5])
+@pytest.mark.parametrize("bits", [16, 14])
+def test_every_round_of_a_block_has_the_exact_sum(suite: Suite, sites: int, bits: int) -> None:
+    play = begun(sites, rounds=5, bits=bits, size=200)
+    for number in (1, 2, 4, 5):  # the third is left out
+        total = play.play(number)
+        assert equal(total, play, number)
+        assert total.survivors == tuple(range(sites))
+    assert [entry.round for entry in play.journals[0].entries] == [1, 2, 4, 5]
+
+
+def test_some_layout_is_packed_and_some_is_not() -> None:
+    assert {begun(3, bits=bits, size=200).parameters.packed for bits in (16, 14)} == {True, False}
+
+
+def test_a_round_that_one_site_misses_has_no_sum_and_the_next_one_has(suite: Suite) -> None:
+    play = begun(4)
+    with pytest.raises(TooFewSitesError, match="3 sites of a block sent a masked vector, the round needs at least 4"):
+        play.play(1, missing={2})
+    assert equal(play.play(2), play, 2)
+
+
+def test_transcripts_of_rounds_differ_and_are_reproducible() -> None:
+    first, again = begun(3), begun(3)
+    found = [first.play(number).transcript for number in (1, 2, 3)]
+    assert len(set(found)) == 3
+    # ML-KEM draws from the operating system, so only the digests' form can be compared between two set-ups.
+    assert all(len(each) == 32 for each in [*found, again.play(1).transcript])
+
+
+# ---- what a site refuses
+
+
+def test_a_round_is_masked_once_and_never_an_earlier_one(suite: Suite) -> None:
+    play = begun(3, rounds=4)
+    play.mask(0, 2)
+    for number in (2, 1, 0, 5, 6):
+        with pytest.raises(ProtocolError, match=f"round {number}: this site has keys for rounds 3 to 4"):
+            play.mask(0, number)
+    play.mask(0, 4)
+    with pytest.raises(ProtocolError):
+        play.mask(0, 4)
+
+
+def test_a_round_on_record_is_not_masked_in_a_second_block(suite: Suite) -> None:
+    play, second = begun(3), begun(3)
+    play.mask(0, 1)
+    second.journals[0] = play.journals[0]
+    with pytest.raises(StateError, match="on record"):
+        second.mask(0, 1)
+    # After that error the round is lost in this block as well: its keys are gone.
+    second.journals[0] = world.Journal()
+    with pytest.raises(ProtocolError):
+        second.mask(0, 1)
+
+
+def test_nothing_leaves_before_the_record_is_durable() -> None:
+    play = begun(3)
+
+    def fails(entry: site.RecordedStep) -> None:
+        raise StateError("the disk is full")
+
+    words = play.words(0, 1)
+    with pytest.raises(StateError, match="disk"):
+        play.blocks[0].mask(1, world.INPUTS, words, fails)
+    assert np.array_equal(words, play.words(0, 1))
+
+
+def test_secrets_are_neither_copied_nor_stored_nor_printed() -> None:
+    play = begun(3)
+    for secret in (play.blocks[0], play.linked[0]):
+        for attempt in (copy.copy, copy.deepcopy, type(secret).__reduce__):
+            with pytest.raises(StateError):
+                attempt(secret)
+        assert repr(secret) == f"<{type(secret).__name__} of one round>"
+
+
+def test_steps_of_a_round_and_of_a_block_do_not_mix(suite: Suite) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(3))
+    with pytest.raises(ProtocolError, match="shares no secret"):
+        site.share(play.advertised[0], play.roster)
+    single = world.World(world.parameters(3, corrupt=1)).advertise()
+    with pytest.raises(ProtocolError, match="is no block"):
+        block.link(single.advertised[0], single.roster)
+    assert transcript.parameters_digest(play.parameters) != transcript.parameters_digest(
+        world.parameters(3, corrupt=1, min_survivors=3, degree=0)
+    )
+
+
+def test_each_state_answers_once(suite: Suite) -> None:
+    play = begun(3)
+    with pytest.raises(ProtocolError, match="answers once"):
+        block.link(play.advertised[0], play.roster)
+    with pytest.raises(ProtocolError, match="answers once"):
+        block.join(play.linked[0], play.deliveries[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_survivors": 3}, "least number of survivors in a block must be at least 4"),
+        ({"degree": 2, "threshold": 3, "corrupt": 0, "min_survivors": 4}, "degree"),
+        ({"rounds": 0}, "number of rounds in a block must be at least 1"),
+    ],
+)
+def test_parameters_that_a_block_cannot_have_are_refused(changes: dict[str, Any], words: str) -> None:
+    parameters = blocks.block_parameters(4, **changes)
+    with pytest.raises(RefusedError, match=words):
+        site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(4), world.LOW, world.Drbg(b""))
+
+
+def test_a_roster_without_one_site_is_refused(suite: Suite) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(4))
+    with pytest.raises(TooFewSitesError):
+        block.link(play.advertised[0], Roster(play.roster.adverts[:3]))
+
+
+def tampered(play: Any, change: Callable[[list[Sealed]], list[Sealed]]) -> LinkDelivery:
+    delivery = play.deliveries[0]
+    return dataclasses.replace(delivery, sealed=tuple(change(list(delivery.sealed))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda items: items[:1],
+        lambda items: items[::-1],
+        lambda items: [Sealed(1, items[1].data), Sealed(2, items[0].data)],
+        lambda items: [Sealed(1, items[0].data[:-1] + bytes([items[0].data[-1] ^ 1])), items[1]],
+        lambda items: [Sealed(1, items[0].data[:-1]), items[1]],
+        lambda items: [Sealed(1, bytes([items[0].data[0] ^ 1]) + items[0].data[1:]), items[1]],
+    ],
+)
+def test_items_that_were_changed_are_refused_and_the_true_ones_accepted_after(
+    suite: Suite, change: Callable[[list[Sealed]], list[Sealed]]
+) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(3)).link()
+    with pytest.raises((ProtocolError, VerificationError)):
+        block.join(play.linked[0], tampered(play, change))
+    assert block.join(play.linked[0], play.deliveries[0]).roster == play.deliveries[0].roster
+
+
+def test_an_item_of_another_block_is_refused(suite: Suite) -> None:
+    play, second = (blocks.BlockWorld(blocks.block_parameters(3), seed).link() for seed in (b"block", b"second"))
+    with pytest.raises(ProtocolError, match="list of keys"):
+        block.join(play.linked[0], second.deliveries[0])
+    foreign = dataclasses.replace(second.deliveries[0], roster=play.deliveries[0].roster)
+    with pytest.raises(VerificationError):
+        block.join(play.linked[0], foreign)
+
+
+# ---- what the coordinator refuses
+
+
+def test_the_coordinator_names_a_site_that_breaks_the_protocol(suite: Suite) -> None:
+    play = begun(3)
+    key = world.identity(0).key
+
+    def signed(message: Any) -> Any:
+        return dataclasses.replace(
+            message, signature=key.sign(transcript.signed_bytes(message, play.coordinator._binding))
+        )
+
+    good = play.mask(0, 1)
+    for changes, words in (
+        ({"sharers": bytes(32)}, "another round or model"),
+        ({"tags": (messages.Tag(1, bytes(16)),)}, "tags or secrets"),
+        ({"words": good.words[:-1]}, "must send a masked vector of"),
+    ):
+        with pytest.raises(ProtocolError, match=f"site-0000.*{words}"):
+            play.coordinator.admit(signed(dataclasses.replace(good, **changes)))
+    with pytest.raises(VerificationError, match="signature"):
+        play.coordinator.admit(dataclasses.replace(good, signature=bytes(64)))
+    play.coordinator.admit(good)
+    play.coordinator.admit(good)  # again: changes nothing
+    for i in (1, 2):
+        play.coordinator.admit(play.mask(i, 1))
+    assert equal(play.coordinator.total(), play, 1)
+
+
+def test_a_vector_of_an_earlier_round_does_not_enter_a_later_one(suite: Suite) -> None:
+    play = begun(3)
+    late = play.mask(0, 1)
+    play.coordinator.begin(2, blocks.inputs_of(2))
+    with pytest.raises(ProtocolError, match="another round or model"):
+        play.coordinator.admit(late)
+
+
+def test_a_coordinator_begins_only_rounds_that_the_block_holds() -> None:
+    play = begun(3, rounds=3)
+    assert not play.coordinator.holds(1)
+    assert play.coordinator.holds(3)
+    assert not BlockAggregator(play.parameters).holds(2)
+    for number in (1, 4):
+        with pytest.raises(ProtocolError):
+            play.coordinator.begin(number, world.INPUTS)
+
+
+# ---- what a coordinator can compute
+
+
+def test_a_site_that_was_given_another_model_is_in_no_sum(suite: Suite) -> None:
+    """Model inconsistency (Pasquini et al. 2022): the update of one site must not come out."""
+    play = begun(4)
+    total = np.zeros(play.parameters.sent_words, masks.WORD)
+    for i in range(4):
+        words = play.mask(i, 1, b"\x01" * 32 if i == 2 else None).words
+        np.add(total, words, out=total)
+    # No signed sum of the four vectors is free of masks: `rank` shows it for the keys, this for the numbers.
+    low = masks.LOW if play.parameters.packed else np.uint64(2**64 - 1)
+    assert not np.array_equal(total & low, play.expected(1)[: total.size] & low)
+
+
+class Captured:
+    """The keys that each site adds and subtracts, in place of masks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.keys: list[tuple[list[bytes], list[bytes]]] = []
+        monkeypatch.setattr(masks, "apply", lambda words, plus, minus: self.keys.append((list(plus), list(minus))))
+
+
+def combinations_free_of_masks(rows: list[tuple[list[bytes], list[bytes]]], known: set[bytes]) -> np.ndarray:
+    """Return a basis of the combinations of vectors in which no unknown mask is left: shape (basis, sites)."""
+    unknown = sorted({key for plus, minus in rows for key in (*plus, *minus)} - known)
+    place = {key: column for column, key in enumerate(unknown)}
+    matrix = np.zeros((len(rows), len(unknown)))
+    for row, (plus, minus) in enumerate(rows):
+        for keys, sign in ((plus, 1), (minus, -1)):
+            for key in keys:
+                if key in place:
+                    matrix[row, place[key]] += sign
+    u, s, _ = np.linalg.svd(matrix)
+    rank = int((s > 1e-9).sum())
+    return u[:, rank:].T
+
+
+@pytest.mark.parametrize(("sites", "corrupt"), [(3, 0), (3, 1), (4, 1), (4, 2), (5, 2)])
+def test_only_the_sum_of_all_honest_vectors_is_free_of_masks(
+    monkeypatch: pytest.MonkeyPatch, sites: int, corrupt: int
+) -> None:
+    """By enumeration: the coordinator gives each honest site one of two rosters and one of two models.
+
+    A roster can differ only in the keys of corrupt sites, as an honest site signs one advert. Masks between an honest
+    and a corrupt site are known. Of the honest vectors, at most their whole sum can be computed, and only if all were
+    given the same.
+    """
+    monkeypatch.setattr(world, "SUITE", Suite.X25519)  # keys follow from the roster alone, so sites can be mixed
+    honest = list(range(corrupt, sites))
+    parameters = blocks.block_parameters(sites, corrupt=corrupt, min_survivors=sites)
+    for rosters in itertools.product([0, 1] if corrupt else [0], repeat=len(honest)):
+        play = blocks.BlockWorld(parameters)
+        lists = [play.roster, play.roster]
+        if corrupt:
+            _, other = site.advertise(
+                world.identity(0), parameters, world.INPUTS, world.pins(sites), world.LOW, world.Drbg(b"second")
+            )
+            lists[1] = Roster((other, *play.roster.adverts[1:]))
+        linked = {i: block.link(play.advertised[i], lists[which])[0] for i, which in zip(honest, rosters, strict=True)}
+        for models in itertools.product([0, 1], repeat=len(honest)):
+            captured = Captured(monkeypatch)
+            for i, model in zip(honest, models, strict=True):
+                # Between two rosters no item opens, and a site would stop. Here it goes on, with the keys that it has.
+                joined = block.Block(linked[i].context, dict(linked[i].links._pairs))
+                joined.mask(1, bytes([model]) * 32, play.words(i, 1), world.Journal())
+            # Corrupt sites have the lowest numbers, so a site subtracts the masks that it shares with them first.
+            known = {key for _, minus in captured.keys for key in minus[:corrupt]}
+            free = combinations_free_of_masks(captured.keys, known)
+            if len({*rosters}) == len({*models}) == 1:
+                assert len(free) == 1
+                assert np.allclose(free[0], free[0][0])
+            else:
+                assert len(free) == 0
+
+
+def test_what_a_site_holds_after_a_round_does_not_open_it(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    play = begun(3, rounds=6)
+    captured = Captured(monkeypatch)
+    play.mask(0, 1)
+    play.mask(0, 3)
+    seized = dict(play.blocks[0]._links)
+    found = set()
+    for number in range(4, 7):
+        what = transcript.step_digest(play.blocks[0].roster, number, blocks.inputs_of(number))
+        for other, key in seized.items():
+            found.add(masks.pair_mask_key(key, what, 0, other))
+            seized[other] = masks.next_link(key, play.blocks[0].roster, number, 0, other)
+    earlier = {key for plus, minus in captured.keys for key in (*plus, *minus)}
+    assert len(earlier) == 4
+    assert not earlier & found
+
+
+def test_masks_of_rounds_models_and_blocks_are_all_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = begun(3), begun(3, seed=b"second")
+    captured = Captured(monkeypatch)
+    for play, number, inputs in ((first, 1, None), (first, 2, None), (first, 3, world.INPUTS), (second, 1, None)):
+        for i in range(3):
+            play.mask(i, number, inputs)
+    keys = [key for plus, minus in captured.keys for key in (*plus, *minus)]
+    # Each key is used by the two sites of its pair, and by nobody else.
+    assert sorted(map(keys.count, set(keys))) == [2] * 12
+
+
+def test_messages_of_a_block_have_one_encoding(suite: Suite) -> None:
+    play = begun(3)
+    step = play.coordinator.begin(2, blocks.inputs_of(2))
+    for message in (play.parameters, play.items[0], play.deliveries[0], step, play.mask(0, 2)):
+        data = encoding.encode(message)
+        assert encoding.encode(encoding.decode(type(message), data)) == data
+        for cut in (data[:-1], data + b"\0"):
+            with pytest.raises(ProtocolError):
+                encoding.decode(type(message), cut)
+    with pytest.raises(ProtocolError):
+        encoding.decode(messages.Parameters, encoding.encode(play.parameters))

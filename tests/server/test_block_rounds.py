@@ -1,0 +1,300 @@
+"""Rounds of a block: the same sums as with a set-up each, in one exchange, whoever restarts, leaves or lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privet.client.rounds.worker import Worker
+from privet.common.audit.bundle import history_of, read_archive
+from privet.common.errors import ProtocolError, RefusedError, StudyError
+from privet.common.log.statements import SiteRound
+from privet.common.masking.noise_shares import shared_noise
+from privet.common.masking.parameters import check_step, parameters_of
+from privet.common.secagg.encoding import decode, encode, kind_of
+from privet.common.secagg.messages import BlockParameters, Step
+from privet.common.study.messages import Message, RoundOpen, Secured
+from privet.common.study.study import Study
+from privet.server.rounds.blocks import Blocks
+from privet.server.rounds.masked import Waits
+from privet.server.rounds.participants import Participant
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
+from privet.server.rounds.state import RunDirectory, RunState
+from tests.support.logged_world import world_of
+from tests.support.masked_world import QUICK, Relay, members_of, sharing_study
+from tests.support.noise_world import moved, shared, sharing, sites_of
+from tests.support.secagg_world import pins
+from tests.support.sharing_world import SITES, Workers, initial, real_sites, worker_study
+from tests.support.site_log import logged
+from tests.support.synthetic import PEFT_CONFIG, SPEC, start_adapter
+from tests.support.tiny import worker_of
+
+SET_UP = ["BlockParameters", "Roster", "LinkDelivery"]
+NOBODY_LEAVES = {"dropouts": 0, "dropout_fraction": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What survives a power cut is not the subject here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def block_study(rounds: int = 6, block: int | None = 4, **more: Any) -> Study:
+    return sharing_study(
+        training={"rounds": rounds},
+        privacy={**NOBODY_LEAVES, **more.pop("privacy", {})},
+        secure_aggregation={"block": block, **more.pop("secure_aggregation", {})},
+        **more,
+    )
+
+
+def run(folder: Path, study: Study, exchange: Relay) -> RunState:
+    directory = RunDirectory.create(folder / "run", study, start_adapter(), PEFT_CONFIG)
+    return run_study(Unlogged(directory), exchange, timing=QUICK)
+
+
+def asked(exchange: Relay) -> dict[int, list[str]]:
+    """The kinds of message that the coordinator sent in each round, in order."""
+    found: dict[int, list[str]] = {}
+    for requests in exchange.asked:
+        first = next(iter(requests.values()), None)
+        if isinstance(first, RoundOpen | Secured):
+            kind = kind_of(first.masking if isinstance(first, RoundOpen) else first.body)
+            found.setdefault(first.round, []).append("" if kind is None else kind.__name__)
+    return found
+
+
+def ends(state: RunState) -> list[str]:
+    return [statement["type"].removeprefix("round-") for statement in state.statements]
+
+
+def sum_of_rounds(study: Study, exchange: Relay, rounds: list[int]) -> Any:
+    """The sum of the steps that these rounds' integers make."""
+    sites = sites_of(exchange)
+    level = shared_noise(study, len(sites)).level
+    batch = study.training.sampling_rate * sum(site.weight for site in sites)
+    return -level / batch * np.sum([site.sent[number] for site in sites for number in rounds], axis=0)
+
+
+def test_a_run_sets_up_once_for_a_block_and_every_sum_is_exact(tmp_path: Path) -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    state = run(tmp_path, study, exchange)
+    assert ends(state) == ["close"] * 6
+    assert asked(exchange) == {1: SET_UP, 2: ["Step"], 3: ["Step"], 4: ["Step"], 5: SET_UP, 6: ["Step"]}
+    assert moved(study, state) == pytest.approx(sum_of_rounds(study, exchange, [1, 2, 3, 4, 5, 6]), rel=1e-4, abs=1e-6)
+    masking = [statement["masking"][0] for statement in state.statements]
+    assert [each["block"] for each in masking] == [1, 1, 1, 1, 5, 5]
+    assert len({each["transcript"] for each in masking}) == 6
+    assert {each["min_survivors"] for each in masking} == {4}
+
+
+def restart(exchange: Relay) -> None:
+    sites_of(exchange)[1].restart()
+
+
+def sleep(exchange: Relay) -> None:
+    # The tests' stage of every `RoundOpen`.
+    sites_of(exchange)[1].asleep = ("advertise",)
+
+
+@pytest.mark.parametrize("happens", [restart, sleep])
+def test_a_round_that_a_site_misses_is_aborted_and_the_next_one_sets_up_anew(
+    happens: Callable[[Relay], None], tmp_path: Path
+) -> None:
+    study = block_study(rounds=5)
+    exchange = sharing(study, 4)
+
+    def alter(node: int, message: Message) -> Message:
+        if isinstance(message, RoundOpen) and node == 2:
+            if message.round == 2:
+                happens(exchange)
+            if message.round == 3:
+                sites_of(exchange)[1].asleep = ()
+        return message
+
+    exchange.alter = alter
+    state = run(tmp_path, study, exchange)
+    assert ends(state) == ["close", "abort", "close", "close", "close"]
+    found = asked(exchange)
+    # A site that has lost the frozen part of the adapter is sent the round once more.
+    assert (set(found[2]), found[3], found[4]) == ({"Step"}, SET_UP, ["Step"])
+    assert moved(study, state) == pytest.approx(sum_of_rounds(study, exchange, [1, 3, 4, 5]), rel=1e-4, abs=1e-6)
+    reason = state.statements[1]["reason"]
+    assert "3 sites of a block sent a masked vector" in reason or "delivered" in reason, reason
+
+
+def test_a_coordinator_that_restarts_begins_a_new_block(tmp_path: Path) -> None:
+    study = block_study(rounds=4)
+    exchange = sharing(study, 4)
+    directory = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(statement: Any, published: Any) -> None:
+        if statement["round"] == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_study(Unlogged(directory), exchange, kill, QUICK)
+    state = run_study(Unlogged(RunDirectory.open(tmp_path / "run")), exchange, timing=QUICK)
+    assert ends(state) == ["close"] * 4
+    assert asked(exchange)[3] == SET_UP
+
+
+def test_sites_that_were_given_two_models_leave_no_sum(tmp_path: Path) -> None:
+    study = block_study(rounds=3)
+    exchange = sharing(study, 4)
+    other = start_adapter(7)
+
+    def alter(node: int, message: Message) -> Message:
+        if isinstance(message, RoundOpen) and message.round == 2 and node == 3:
+            return replace(message, adapter=other.data, adapter_digest=other.digest)
+        return message
+
+    exchange.alter = alter
+    state = run(tmp_path, study, exchange)
+    # The site masks for the model that it was given, so its masks cancel with nobody's.
+    assert ends(state)[:2] == ["close", "abort"]
+    assert "masked its vector for another round or model" in state.statements[1]["reason"]
+
+
+def begun(study: Study, exchange: Relay) -> dict[int, RoundOpen]:
+    """Play the first round of a block, and return how a second one opens, by node."""
+    blocks = Blocks()
+    start = start_adapter()
+    members = members_of(study, exchange)
+    first, second = (
+        RoundOpen(study.document(), number, f"{number:032x}", start.digest, tuple(members), start.data)
+        for number in (1, 2)
+    )
+    blocks.collect(exchange, study, SPEC, members, first, Waits(60, 60))
+    live = blocks._live
+    assert live is not None
+    step = encode(live[0].begin(2, bytes(32)))
+    return {each.node: replace(second, masking=step, declared=each.consent.weight) for each in members.values()}
+
+
+def test_a_step_that_comes_again_gets_the_same_bytes_and_no_other_is_answered() -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    opened = begun(study, exchange)[2]
+    site = exchange.sites[2]
+    answer = site.respond(opened)
+    assert isinstance(answer, Secured)
+    assert site.respond(opened) == answer
+    assert site.trained.count(2) == 1
+    with pytest.raises(ProtocolError, match="a round is masked once"):
+        site.respond(replace(opened, nonce="0" * 32))
+    assert site.trained.count(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"masking": encode(Step(bytes(32)))}, ProtocolError, "no keys for this block"),
+        ({"cohort": ("site-0000", "site-0001", "site-0002")}, ProtocolError, "not a group"),
+        ({"declared": 99}, RefusedError, "declared count has changed"),
+        ({"round": 5}, ProtocolError, "a round is masked once"),
+        ({"round": 1}, ProtocolError, "a round is masked once"),
+    ],
+)
+def test_a_site_refuses_a_step_that_is_not_of_its_block(change: dict[str, Any], error: type, words: str) -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    opened = begun(study, exchange)[2]
+    site = exchange.sites[2]
+    with pytest.raises(error, match=words):
+        site.respond(replace(opened, **change))
+    assert site.trained == [1]
+    assert isinstance(site.respond(opened), Secured)
+
+
+def test_a_site_that_no_longer_trusts_a_member_masks_no_further_round() -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    opened = begun(study, exchange)[2]
+    site = exchange.sites[2]
+    site.rounds.pins = {**pins(4), "site-0003": bytes(32)}
+    with pytest.raises(Exception, match="another identity key for site site-0003"):
+        site.respond(opened)
+    site.rounds.pins = {name: key for name, key in pins(4).items() if name != "site-0003"}
+    with pytest.raises(RefusedError):
+        site.respond(opened)
+    assert site.trained == [1]
+
+
+def test_a_block_has_the_parameters_of_its_rounds() -> None:
+    study = block_study()
+    members = pins(4)
+    opened = RoundOpen(study.document(), 5, "", start_adapter().digest, tuple(members), b"")
+    found = parameters_of(study, SPEC, opened, members)
+    assert isinstance(found, BlockParameters)
+    assert (found.round, found.rounds, found.degree, found.min_survivors) == (5, 2, 0, 4)
+    assert decode(BlockParameters, encode(found)) == found
+    with pytest.raises(ProtocolError, match="differ from those of the block"):
+        check_step(study, SPEC, opened, replace(found, bits=found.bits - 1), 10)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"privacy": {"dropouts": 1}}, "no site may drop out of a block's rounds"),
+        ({"privacy": {"dropout_fraction": 0.2}}, "no site may drop out"),
+        ({"privacy": {"noise": "banded", "band": 2}, "aggregation": {"optimizer": "fedavgm"}}, "banded"),
+        ({"cohort": {"fraction": 0.5}}, "same sites in every round"),
+    ],
+)
+def test_a_study_that_a_block_does_not_fit_is_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(StudyError, match=words):
+        block_study(**more)
+
+
+def test_a_study_without_a_block_has_the_digest_that_it_had() -> None:
+    study = block_study(block=None)
+    assert "block" not in study.document()["secure_aggregation"]
+
+
+def test_a_run_of_blocks_leaves_a_log_that_an_auditor_verifies(tmp_path: Path) -> None:
+    study = block_study(rounds=3, block=2, aggregation={"learning_rate": 0.01})
+    world = world_of(tmp_path, study, 4)
+    for site in world.sites.values():
+        site.contribute = partial(shared, site)  # type: ignore[method-assign]
+    state = world.play()
+    assert ends(state) == ["close"] * 3
+    verdict, found = history_of(read_archive(tmp_path / "run" / "public"), world.policy)
+    assert verdict.ok, verdict
+    assert len([each for _, each in found if isinstance(each, SiteRound) and each.charge]) == 12
+
+
+def test_workers_charge_each_round_of_a_block_and_a_restarted_one_needs_a_new_block(tmp_path: Path, bert: Path) -> None:
+    study = worker_study(
+        bert, **{"secure_aggregation.block": 4, "privacy.dropouts": 0, "privacy.dropout_fraction": 0.0}
+    )
+    files = real_sites(tmp_path, study)
+    workers: dict[str, Worker] = {name: worker_of(file) for name, file in zip(SITES, files, strict=True)}
+    exchange = Workers(workers)
+    start, blocks = initial(workers["ash"], study), Blocks()
+    members = {name: Participant(SITES.index(name), workers[name].offer(study)) for name in SITES}
+
+    def play(number: int) -> Any:
+        nonce = f"{number:032x}"
+        opened = RoundOpen(study.document(), number, nonce, start.digest, SITES, start.data)
+        return blocks.collect(exchange, study, start.spec, members, logged(workers, opened), Waits(60, 60))
+
+    sums = [play(number) for number in (1, 2)]
+    assert all(total.survivors == SITES for total in sums)
+    assert np.linalg.norm(sums[0].update - sums[1].update) > 0
+    workers["elm"] = exchange.workers["elm"] = worker_of(files[1])
+    with pytest.raises(ProtocolError, match="has restarted"):
+        play(3)
+    assert play(4).survivors == SITES
