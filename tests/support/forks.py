@@ -186,12 +186,6 @@ def _command() -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        if "CIMEAS" in os.environ:
-            t = os.times()
-            with open("/tmp/cimeas/forked.tsv", "a") as f:
-                f.write(
-                    f"{t.user + t.system:.2f}\t{t.children_user + t.children_system:.2f}\t{' '.join(a[-30:] for a in sys.argv[1:])}\n"
-                )
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
