@@ -2,7 +2,7 @@
 
 A new interpreter takes four seconds of a core to load PyTorch and its companions, and a deployment starts dozens of
 commands. A forked process has its own arguments, environment, directory, standard streams and exit code, and can be
-killed, like any other. What it does not show is how an interpreter finds the command: tests/layout shows that.
+killed, like any other. tests/system/test_deploy.py compares it with a command in an interpreter of its own.
 """
 
 from __future__ import annotations

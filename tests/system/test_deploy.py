@@ -17,7 +17,7 @@ import pytest
 from privet.common.errors import StateError
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
-from privet.simulations.deploy import Deployment, SitePlan, deployment
+from privet.simulations.deploy import Deployment, Interpreters, SitePlan, deployment
 from tests.conftest import BASES
 from tests.simulations.test_simulate import study_file
 from tests.support.forks import Forks
@@ -68,6 +68,22 @@ def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object],
 def namespaces() -> bool:
     """Whether this machine lets us cut programs off from its network."""
     return subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", [("--version",), ("privacy", "nowhere")], ids=" ".join)
+def test_a_command_is_a_python_of_its_own_and_a_forked_one_is_like_it(
+    tmp_path: Path, forks: Forks, command: tuple[str, ...]
+) -> None:
+    environment = {**os.environ, "COLUMNS": "200"}
+    alone, forked = Interpreters().run(command, environment), forks.run(command, environment)
+    assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
+    assert forked.stderr == alone.stderr
+    for number, starter in enumerate((Interpreters(), forks)):
+        file = tmp_path / str(number)
+        with file.open("wb") as log:
+            program = starter.start(command, environment, log)
+        assert program.wait(60) == program.returncode == alone.returncode
+        assert sorted(file.read_text().splitlines()) == sorted((alone.stdout + alone.stderr).splitlines())
 
 
 @pytest.mark.slow
