@@ -18,6 +18,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from privet.common.cli import main
+from tests.support import divergences
 from tests.support.forks import Forks
 
 Run = Callable[..., tuple[int, str, str]]
@@ -68,6 +69,7 @@ def pytest_sessionstart() -> None:
         folder = tempfile.mkdtemp(prefix="privet-tests-")
         os.environ["XDG_CACHE_HOME"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    divergences.remember()
 
 
 @pytest.hookimpl(trylast=True)  # when those that were not asked for are gone

@@ -17,7 +17,7 @@ import pytest
 from privet.common.errors import StateError
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
-from privet.simulations.deploy import Deployment, Interpreters, SitePlan, deployment
+from privet.simulations.deploy import Deployment, Interpreters, SitePlan, Starter, deployment
 from tests.conftest import BASES
 from tests.simulations.test_simulate import study_file
 from tests.support.forks import Forks
@@ -78,7 +78,8 @@ def test_a_command_is_a_python_of_its_own_and_a_forked_one_is_like_it(
     alone, forked = Interpreters().run(command, environment), forks.run(command, environment)
     assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
     assert forked.stderr == alone.stderr
-    for number, starter in enumerate((Interpreters(), forks)):
+    starters: tuple[Starter, ...] = Interpreters(), forks
+    for number, starter in enumerate(starters):
         file = tmp_path / str(number)
         with file.open("wb") as log:
             program = starter.start(command, environment, log)
