@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import IO, Protocol
 
 from privet.client.editing import changed
 from privet.client.network.consortium import ConsortiumClient
@@ -53,6 +54,60 @@ class SitePlan:
     units: int
 
 
+class Program(Protocol):
+    """A running command, as `subprocess.Popen` is one."""
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, once `poll` or `wait` has seen the end."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the command runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: The command still runs after `timeout` seconds.
+        """
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal, unless the command has ended."""
+
+    def terminate(self) -> None:
+        """Ask the command to end."""
+
+    def kill(self) -> None:
+        """End the command."""
+
+
+class Starter(Protocol):
+    """Starts `privet` commands as processes."""
+
+    def run(self, arguments: Sequence[object], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+
+    def start(self, arguments: Sequence[object], environment: Mapping[str, str], output: IO[bytes]) -> Program:
+        """Start a command with its output and errors in a file."""
+
+
+class Interpreters:
+    """Starts each command in a Python of its own."""
+
+    def run(self, arguments: Sequence[object], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(_command(arguments), env=environment, capture_output=True, text=True, check=False)
+
+    def start(self, arguments: Sequence[object], environment: Mapping[str, str], output: IO[bytes]) -> Program:
+        """Start a command with its output and errors in a file."""
+        return subprocess.Popen(
+            _command(arguments), env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+
+
+_INTERPRETERS = Interpreters()
+
+
 @dataclass
 class Deployment:
     """A consortium in a folder.
@@ -60,12 +115,14 @@ class Deployment:
     Attributes:
         folder: Holds `coordinator/` and one directory per site.
         say: Receives a line for each step.
+        starter: Starts the commands.
         programs: The running processes, by name.
     """
 
     folder: Path
     say: Say = lambda line: None
-    programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    starter: Starter = _INTERPRETERS
+    programs: dict[str, Program] = field(default_factory=dict)
 
     @property
     def coordinator(self) -> Path:
@@ -82,7 +139,7 @@ class Deployment:
         Raises:
             StateError: The command failed.
         """
-        done = subprocess.run(_command(arguments), env=self._environment(), capture_output=True, text=True, check=False)
+        done = self.starter.run(arguments, self._environment())
         if done.returncode:
             raise StateError(
                 f"a step of the deployment, `privet {' '.join(map(str, arguments[:2]))}`, ended with exit code "
@@ -94,9 +151,7 @@ class Deployment:
     def start(self, name: str, *arguments: object) -> None:
         """Start a command that runs until it is ended. Its output goes to `NAME.log` in the folder."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.programs[name] = subprocess.Popen(
-                _command(arguments), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.programs[name] = self.starter.start(arguments, self._environment(), log)
 
     def end(self, name: str, *, kill: bool = False) -> None:
         """Terminate a program; kill it if asked, or if it has not ended after 30 seconds."""
@@ -214,14 +269,16 @@ class Deployment:
 
 
 @contextmanager
-def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Say) -> Iterator[Deployment]:
+def deployment(
+    folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Say, starter: Starter = _INTERPRETERS
+) -> Iterator[Deployment]:
     """Run a consortium with all sites enrolled, configured and connected, until the block ends.
 
     Raises:
         StateError: A step failed. Its output is in the message, or in the logs in `folder`.
     """
     folder.mkdir(parents=True)
-    made = Deployment(folder, say)
+    made = Deployment(folder, say, starter)
     try:
         made.found(free_ports(3))
         with ThreadPoolExecutor(_AT_ONCE) as pool:  # Each command is a process; a few at a time keep the cores busy.

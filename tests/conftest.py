@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from privet.common.cli import main
+from tests.support import divergences
+from tests.support.forks import Forks
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command with these arguments, and returns exit code, stdout, and stderr without lines of progress."""
@@ -30,6 +32,9 @@ gc.disable()
 # they do not wait for one.
 _MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a directory of the user's own in it
 _MEMORY_BYTES = 4 * 2**30
+
+# Where a test runs another one in a session of its own: the directory with the bases of the session around it.
+BASES = "PRIVET_TEST_BASES"
 
 # Longest first: what takes more than some ten seconds of two cores. The rest follows in the order of the files.
 LONGEST = (
@@ -64,6 +69,7 @@ def pytest_sessionstart() -> None:
         folder = tempfile.mkdtemp(prefix="privet-tests-")
         os.environ["XDG_CACHE_HOME"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    divergences.remember()
 
 
 @pytest.hookimpl(trylast=True)  # when those that were not asked for are gone
@@ -92,6 +98,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Mapping[str, Path]:
     """Tiny bases by family, and `llama-chat`, which has a chat template. Read only: all workers have the same."""
+    if BASES in os.environ:
+        return {path.name: path for path in Path(os.environ[BASES]).iterdir()}
     from tests.support.tiny import FAMILIES, tiny_base  # here, so that tests without a model do not load torch
 
     root = tmp_path_factory.getbasetemp()
@@ -117,6 +125,13 @@ def bert(bases: Mapping[str, Path]) -> Path:
 def llama(bases: Mapping[str, Path]) -> Path:
     """A tiny decoder. Read only."""
     return bases["llama"]
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Start the command as a process that has loaded the libraries already."""
+    with Forks() as starting:
+        yield starting
 
 
 @pytest.fixture

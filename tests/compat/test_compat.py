@@ -21,10 +21,23 @@ from safetensors.numpy import load_file
 
 from privet.client.network.enrolment import Enrolment
 from tests.compat import vectors
-from tests.compat.make import EXPECTED, LOOKS, MADE, QUIET, SITES, VECTORS, WORLD, World, free_ports, machine
+from tests.compat.make import (
+    EXPECTED,
+    LOOKS,
+    MADE,
+    QUIET,
+    SITES,
+    VECTORS,
+    WORLD,
+    World,
+    environment,
+    free_ports,
+    machine,
+)
 from tests.compat.make import make_anew as make_databases
 from tests.compat.make import schema as schema_of
 from tests.conftest import Run
+from tests.support.forks import Forks
 
 EXPECT: dict[str, Any] = json.loads(EXPECTED.read_text(encoding="utf-8"))
 BYTES: dict[str, str] = json.loads(VECTORS.read_text(encoding="utf-8"))
@@ -266,6 +279,20 @@ def test_new_databases_have_the_tables_of_the_old_ones(tmp_path: Path) -> None:
     assert {name: schema_of(tmp_path / path) for name, path in MADE.items()} == EXPECT["schemas"]
 
 
+class ForkedWorld(World):
+    """A world whose programs are forked from a process that has loaded the libraries."""
+
+    def __init__(self, folder: Path, forks: Forks) -> None:
+        super().__init__(folder)
+        self.forks = forks
+
+    def start(self, name: str, *arguments: object) -> None:
+        """Start a command that goes on, with its output in `logs/`."""
+        (self.folder / "logs").mkdir(exist_ok=True)
+        with (self.folder / "logs" / f"{name}.log").open("ab") as log:
+            self.programs[name] = self.forks.start(arguments, environment(self.folder), log, directory=self.folder)
+
+
 # --- going on --------------------------------------------------------------------------------------------
 
 
@@ -315,7 +342,7 @@ def test_a_simulation_anew_comes_to_the_adapter_that_it_came_to(
 
 
 @pytest.fixture
-def moved(world: Path) -> Iterator[World]:
+def moved(world: Path, forks: Forks) -> Iterator[World]:
     """A consortium that is moved to free ports, as its operators would; what was started ends with the test."""
     ports = dict(zip(map(str, EXPECT["ports"]), map(str, free_ports(3)), strict=True))
     consortium = world / "consortium"
@@ -323,7 +350,7 @@ def moved(world: Path) -> Iterator[World]:
     for file in (consortium / "coordinator" / "coordinator.toml", *papers):
         text = re.sub(r"127\.0\.0\.1:(\d+)", lambda found: f"127.0.0.1:{ports[found[1]]}", file.read_text())
         file.write_text(text)
-    made = World(world)
+    made = ForkedWorld(world, forks)
     with made.ending():
         yield made
 

@@ -406,8 +406,8 @@ def test_who_asks_for_messages_waits_until_one_is_there() -> None:
     assert time.monotonic() - started >= 0.8
     inside.ready = {7}
     started = time.monotonic()
-    assert through(gate, *request()) == 200
-    assert time.monotonic() - started < 0.3
+    assert through(Gate(inside, Limits(hold_seconds=60)), *request()) == 200
+    assert time.monotonic() - started < 30  # on a machine with much else to do, too
 
 
 def test_health_tells_the_truth() -> None:

@@ -293,7 +293,7 @@ def test_equal_inputs_in_two_rounds_and_at_two_sites_have_independent_masks() ->
     differences += [sent[r][3] - sent[r][2] for r in range(20)]
     octets = np.frombuffer(np.concatenate(differences).tobytes(), np.uint8)
     assert octets.size > 3000
-    assert stats.chisquare(np.bincount(octets, minlength=256)).pvalue > 1e-4
+    assert stats.chisquare(np.bincount(octets, minlength=256)).pvalue > 1e-6  # masks are secret, so each run draws anew
 
 
 # --- drop-outs -------------------------------------------------------------------------------------------

@@ -415,12 +415,13 @@ def test_a_caller_that_does_not_prove_to_be_a_member_is_disconnected_whatever_it
             socket.create_connection(("127.0.0.1", impatient.port), 5) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1") as trickling,
         ):
-            started = time.monotonic()
+            sent = 0
             with suppress(OSError):  # reset, closed or broken, as it happens
                 for letter in "GET /health HTTP/1.1\r\nhost: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx":
                     trickling.sendall(letter.encode())
+                    sent += 1
                     time.sleep(0.1)
-            assert time.monotonic() - started < 3
+            assert sent < 30
             assert written.last()["reason"] == LATE
         assert link.beat()  # a member's connection stays
         assert impatient.door is not None

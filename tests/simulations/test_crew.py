@@ -35,6 +35,7 @@ from privet.simulations.runs.simulate import (
 )
 from privet.simulations.runs.sweep import load_sweep, run_sweep
 from privet.simulations.runs.toml import to_toml
+from tests.support.forks import training_processes
 from tests.support.scenarios import MEASURED, scenario_file
 from tests.support.tiny import private
 
@@ -46,6 +47,15 @@ SCENARIO = {
     "baselines": ["local", "pooled"],
 }
 OVERRIDES = {"training.rounds": 3, "lora.layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork training processes from one that has loaded the libraries, instead of loading them in each.
+
+    How the processes start of themselves is shown by the test that ends the one that started them.
+    """
+    monkeypatch.setattr(crew, "get_context", lambda method: training_processes())
 
 
 def followed(summary: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import Note, log_lines
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.rounds.state import RunState
+from tests.support.forks import end_training_processes
 
 SEND = "privet.client.network.fleet:FleetLink.send"
 DIGESTS = ("sha256:" + "a" * 64, "sha256:" + "b" * 64)
@@ -47,6 +48,7 @@ def play(folder: Path, chosen: Cell, seed: int) -> Played:
     kind = KINDS[chosen.kind]
     template = make_template(folder / f"template-{kind.name}", kind, write_base(folder / f"base-{kind.name}"))
     place = folder / f"{kind.name}-{seed}"
+    end_training_processes()  # or they would be forked from one that has not filled the accountant's cache
     result, _ = run_cell(chosen, seed, (template, forks(template)), place, None)
     world = World(place, kind, seed)
     return Played(world, result, remains_of(world))

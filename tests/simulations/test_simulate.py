@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from privet.common.errors import StateError, StudyError
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
 from privet.simulations.terminal.report import round_line
+from tests.support.forks import training_processes
 from tests.support.tiny import class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
@@ -170,22 +167,21 @@ def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) 
     assert not (tmp_path / "run-c").exists()
 
 
+def simulate_at(file: Path, path: Path) -> None:
+    run_simulation(prepare(file, path))
+
+
 def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: Path) -> None:
     overrides = {"privacy": private(), "training.rounds": 10, "aggregation.optimizer": "fedavgm", **WHOLE}
     file = study_file(tmp_path, bert, overrides)
     whole = run_simulation(prepare(file, tmp_path / "whole"))["adapter_digest"]
-    program = (
-        "import sys; from pathlib import Path; from privet.simulations.runs.simulate import *\n"
-        "path = Path(sys.argv[2])\n"
-        "run_simulation(reopen(path) if path.exists() else prepare(Path(sys.argv[1]), path))"
-    )
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", program, str(file), str(killed)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (killed / "rounds" / "0002.json").exists() and process.poll() is None:
+    process = training_processes().Process(target=simulate_at, args=(file, killed))
+    process.start()
+    while not (killed / "rounds" / "0002.json").exists() and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     closed = RunDirectory.open(killed).load().round
     assert 2 <= closed < 10, "the kill came too late to show anything"
     assert run_simulation(reopen(killed))["adapter_digest"] == whole

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -26,6 +22,7 @@ from privet.simulations.runs.sweep import Span, Sweep, composed_promise, load_sw
 from privet.simulations.runs.toml import to_toml
 from privet.simulations.terminal.tables import answer_table, runs_tables, save_sweep_figure, sweep_table
 from tests.conftest import Run
+from tests.support.forks import training_processes
 from tests.support.scenarios import scenario_file
 from tests.support.tiny import private, tiny_study
 
@@ -115,20 +112,21 @@ def finished(out: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("runs/*/summary.json")}
 
 
+def sweep_at(file: Path, out: Path) -> None:
+    run_sweep(*load_sweep(file), out, lambda entry, row: None)
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_half_way_resumes_without_repeating(tmp_path: Path, bert: Path) -> None:
     file = sweep_file(tmp_path, bert, {"fields": {"seed": [1, 2, 3]}})
-    script = (
-        "import sys; from pathlib import Path; from privet.simulations.runs.sweep import load_sweep, run_sweep;"
-        "run_sweep(*load_sweep(Path(sys.argv[1])), Path(sys.argv[2]), lambda entry, row: None)"
-    )
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", script, str(file), str(out)])
+    process = training_processes().Process(target=sweep_at, args=(file, out))
+    process.start()
     deadline = time.monotonic() + 120
-    while not finished(out) and process.poll() is None and time.monotonic() < deadline:
+    while not finished(out) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = finished(out)
     assert 1 <= len(before) < 3, "the kill came too late to show anything"
     sweep, entries = load_sweep(file)

@@ -17,8 +17,10 @@ import pytest
 from privet.common.errors import StateError
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
-from privet.simulations.deploy import Deployment, SitePlan, deployment
+from privet.simulations.deploy import Deployment, Interpreters, SitePlan, Starter, deployment
+from tests.conftest import BASES
 from tests.simulations.test_simulate import study_file
+from tests.support.forks import Forks
 from tests.support.tiny import private
 
 SITES = ("alpha", "beta", "gamma")
@@ -48,6 +50,13 @@ def wait_for(run: Path, rounds: int, seconds: float = 300.0) -> None:
         time.sleep(0.05)
 
 
+def start_of(made: Deployment, study: Path) -> Path:
+    """Make the adapter that a study starts from; `coordinator run` itself starts an interpreter to make it."""
+    start = study.parent / "start"
+    made.privet("adapter", study, start)
+    return start
+
+
 def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object], str]:
     """Pack the run, and verify and read it against the policy that a site holds."""
     tar, policy = folder / f"{run.name}.tar", made.folder / "alpha" / "consortium" / "log.policy"
@@ -61,13 +70,30 @@ def namespaces() -> bool:
     return subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("command", [("--version",), ("privacy", "nowhere")], ids=" ".join)
+def test_a_command_is_a_python_of_its_own_and_a_forked_one_is_like_it(
+    tmp_path: Path, forks: Forks, command: tuple[str, ...]
+) -> None:
+    environment = {**os.environ, "COLUMNS": "200"}
+    alone, forked = Interpreters().run(command, environment), forks.run(command, environment)
+    assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
+    assert forked.stderr == alone.stderr
+    starters: tuple[Starter, ...] = Interpreters(), forks
+    for number, starter in enumerate(starters):
+        file = tmp_path / str(number)
+        with file.open("wb") as log:
+            program = starter.start(command, environment, log)
+        assert program.wait(60) == program.returncode == alone.returncode
+        assert sorted(file.read_text().splitlines()) == sorted((alone.stdout + alone.stderr).splitlines())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not namespaces(), reason="no network namespaces here: the study is run with a network, below")
-def test_all_of_it_works_without_any_network_but_loopback(tmp_path: Path) -> None:
+def test_all_of_it_works_without_any_network_but_loopback(bert: Path, tmp_path: Path) -> None:
     test = f"{__file__}::{test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all.__name__}"
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
     script = f"ip link set lo up && exec {shlex.join(run)}"
-    environment = {**os.environ, ALONE: "1"}
+    environment = {**os.environ, ALONE: "1", BASES: str(bert.parent)}
     command = ["unshare", "-rn", "sh", "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -76,12 +102,14 @@ def test_all_of_it_works_without_any_network_but_loopback(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(namespaces() and ALONE not in os.environ, reason="run above, without a network")
-def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all(bert: Path, tmp_path: Path) -> None:
+def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all(
+    bert: Path, tmp_path: Path, forks: Forks
+) -> None:
     if ALONE in os.environ:
         assert [name for _, name in socket.if_nameindex()] == ["lo"]
     study = study_of(tmp_path, bert, "first")
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
-    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
         run = made.coordinator / "runs" / "first"
         start = ("--yes", "-C", made.coordinator, "--gather", 300)
         made.start("run", "coordinator", "run", study, "--name", "first", *start)
@@ -126,8 +154,9 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
 
         # A study that nobody approved is refused by each site, in words, with a statement in the log.
         other = study_of(tmp_path, bert, "second", **{"privacy.epsilon": 7.0})
+        begun = ("--adapter", start_of(made, other))
         with pytest.raises(StateError, match="has not approved study"):
-            made.privet("coordinator", "run", other, "--name", "second", *start[:-1], 20)
+            made.privet("coordinator", "run", other, "--name", "second", *start[:-1], 20, *begun)
         # A site that is revoked is cut off, and the log says so.
         made.privet("coordinator", "revoke", "gamma", "--reason", "left", "-C", made.coordinator)
         link, deadline = link_of(made.coordinator), time.monotonic() + 60
@@ -142,12 +171,12 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
 
 
 @pytest.mark.slow
-def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path) -> None:
+def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path, forks: Forks) -> None:
     study = study_of(tmp_path, bert, "first", **{"training.rounds": 6})
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
-    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
         run, at = made.coordinator / "runs" / "first", ("-C", made.coordinator)
-        start = ("--yes", *at, "--gather", 300)
+        start = ("--yes", *at, "--gather", 300, "--adapter", start_of(made, study))
         made.start("run", "coordinator", "run", study, "--name", "first", *start)
         wait_for(run, 1)
         (run / "stop").touch()  # as `privet coordinator stop` does, which takes longer to start than a round
@@ -164,7 +193,7 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
         assert words in said
         # Nobody has confirmed the keys: no site cosigns, and each says what its operator has to do.
         with pytest.raises(StateError, match="has not confirmed that key") as refused:
-            made.privet("coordinator", "resume", "first", *at, "--gather", 40)
+            made.privet("coordinator", "resume", "first", *at, "--gather", 20)
         assert "privet site trust SITE" in refused.value.message
         for name in SITES:  # the sites' processes go on meanwhile
             made.privet("site", "trust", made.site(name), "--words", words)
@@ -182,23 +211,22 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
             ("first.tar", old, "rotates the key that the policy trusts"),
             ("early.tar", policy, "use the policy of that time"),
         ):
-            command = ["-m", "privet", "audit", "verify", tmp_path / bundle, "--policy", trusted]
-            done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+            done = forks.run(("audit", "verify", tmp_path / bundle, "--policy", trusted), os.environ)
             assert done.returncode == 1
             assert why in done.stdout
 
 
 @pytest.mark.slow
-def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, tmp_path: Path) -> None:
+def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, tmp_path: Path, forks: Forks) -> None:
     step = {"training.local_steps": 1, "training.optimizer": "sgd", "training.learning_rate": 1.0}
     shared = {"privacy": private(mode="distributed"), "aggregation.largest_count": 100, **step}
     alone = {"training.rounds": 0, "training.head_start": "class-means"}
     study = study_of(tmp_path, bert, "means", **{**shared, **alone})
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
-    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
         run = made.coordinator / "runs" / "means"
-        start = ("--name", "means", "--yes", "-C", made.coordinator, "--gather", 300)
-        output = made.privet("coordinator", "run", study, *start)
+        start = ("--yes", "-C", made.coordinator, "--gather", 300, "--adapter", start_of(made, study))
+        output = made.privet("coordinator", "run", study, "--name", "means", *start)
         assert f"ended after round 1: {run / 'release'}" in output
         verdict, _ = audit(made, run, tmp_path)
         assert verdict["ok"], verdict

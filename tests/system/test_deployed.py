@@ -6,12 +6,12 @@ The run carries a bundle with code, as a hostile coordinator's would.
 from __future__ import annotations
 
 import io
-import signal
-import subprocess
+import os
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.fab import Fab
 
 from privet.client.app import find_worker
-from privet.client.network.serve import exclusive, serve_site
+from privet.client.network.serve import exclusive, serve_site, serve_worker
+from privet.client.rounds.worker import Worker
 from privet.client.site import Resources, load_site
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.common.errors import StateError, StudyError
+from privet.common.jsonlog import log_as_json
 from privet.common.pki.keyfile import read_node_key
 from privet.common.study.study import Study
 from privet.server.network.deployed import run_over_flower
@@ -33,18 +35,14 @@ from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.timing import Timing
 from privet.simulations.engines import ray_client
+from privet.simulations.sites import SimulatedSite, load_simulated
 from tests.support.fleet_world import World, node_file, online, until
+from tests.support.forks import training_processes
 from tests.support.memory_grid import MemoryGrid
 from tests.support.tiny import class_rows, private, site_toml, tiny_study
 
 SITES = ("alder", "birch", "cedar")
 TIMING = Timing(gathering=120, round=120, step=60)
-SERVE = (
-    "import sys; from pathlib import Path; from privet.client.network.serve import serve_worker; "
-    "from privet.client.rounds.worker import Worker; from privet.common.jsonlog import log_as_json; "
-    "from privet.simulations.sites import SimulatedSite, load_simulated; "
-    "log_as_json(); file = Path(sys.argv[1]); serve_worker(Worker(SimulatedSite(load_simulated(file))), file)"
-)
 
 
 def masked(base: Path) -> Study:
@@ -73,15 +71,29 @@ def point_at(file: Path, port: int) -> None:
     file.write_text(file.read_text(encoding="utf-8") + table, encoding="utf-8")
 
 
+def serve(file: Path) -> None:
+    """Be a site of a simulation that is served all the same. What it says goes to a log beside its file."""
+    with file.with_suffix(".log").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    log_as_json()
+    serve_worker(Worker(SimulatedSite(load_simulated(file))), file)
+
+
 @contextmanager
-def site_process(file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (file.with_suffix(".log")).open("ab") as log:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, str(file)], stderr=log, stdout=log)
+def site_process(file: Path) -> Iterator[BaseProcess]:
+    process = training_processes().Process(target=serve, args=(file,))
+    process.start()
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(30)
+    return process.exitcode
 
 
 def hostile_bundle(sentinel: Path) -> Fab:
@@ -109,7 +121,6 @@ def in_memory(directory: Path, study: Study, files: Sequence[Path], base: Any) -
 def test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memory(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     world, study, sentinel = World(tmp_path), masked(bert), tmp_path / "sentinel"
     files = [site_file(world, tmp_path / "sites", number) for number in range(3)]
     base = open_host(study, Resources(device="cpu", precision="fp32"))
@@ -135,14 +146,14 @@ def test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memor
             with pytest.raises(StoppedError):
                 run_over_flower(Unlogged(run), world.link, stop, TIMING)
             processes[2].kill()
-            processes[2].wait()
+            processes[2].join()
         # Coordinator and one site were killed; both come back, and the run is resumed as a new one of Flower's.
         processes[2] = stack.enter_context(site_process(files[2]))
         with world.server(port) as server:
             final = run_over_flower(Unlogged(RunDirectory.open(tmp_path / "run")), world.link, timing=TIMING)
             for process in processes:
-                process.send_signal(signal.SIGTERM)
-            assert [process.wait(30) for process in processes] == [0, 0, 0]
+                process.terminate()
+            assert [exit_code(process) for process in processes] == [0, 0, 0]
             assert online(world) == []
     assert [statement["type"] for statement in final.statements] == ["round-close"] * 2
     assert [statement["survivors"] for statement in final.statements] == [list(SITES)] * 2

@@ -269,7 +269,7 @@ def test_silence_ends_at_the_deadline(timeout: float) -> None:
     grid = ScriptedGrid(lambda pull, waiting: [])
     started = time.monotonic()
     assert dict(GridExchange(grid, poll=0.01).ask(ASKED, timeout=timeout)) == {}
-    assert timeout <= time.monotonic() - started < timeout + 1
+    assert timeout <= time.monotonic() - started < timeout + 10
     assert grid.pulls >= 1
 
 

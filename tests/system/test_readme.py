@@ -21,6 +21,7 @@ from privet.client.formats import FormatSection
 from privet.client.site import SiteConfig
 from privet.common.study.reading import validate
 from privet.simulations.data.federation import Simulation, check_files, load_plan
+from tests.support.forks import Forks
 from tests.support.pages import PAGES, ROOT, blocks, commands, inline, links, rows, text_of
 
 README = text_of("README.md")
@@ -188,13 +189,17 @@ def test_its_table_of_privacy_is_the_committed_one() -> None:
 # Its commands
 
 
-def run(line: str, directory: Path, extra: tuple[str, ...] = ()) -> str:
+def run(forks: Forks, line: str, directory: Path, extra: tuple[str, ...] = ()) -> str:
     """Run a command of a page, with the interpreter and the `privet` of these tests; return output and progress."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
-    done = subprocess.run(
-        [*shlex.split(line), *extra], cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
+    program, *arguments = *shlex.split(line), *extra
+    if program == "privet":
+        done = forks.run(arguments, environment, directory)
+    else:
+        done = subprocess.run(
+            [program, *arguments], cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -210,7 +215,7 @@ def halved(study: Path, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_researcher_s_path_runs_as_written(tmp_path: Path) -> None:
+def test_the_researcher_s_path_runs_as_written(tmp_path: Path, forks: Forks) -> None:
     """Run a researcher's and an auditor's commands in order, where `make demo` would have put their results."""
     target = tmp_path / "simulations" / "studies" / "demo.toml"
     target.parent.mkdir(parents=True)
@@ -219,7 +224,7 @@ def test_the_researcher_s_path_runs_as_written(tmp_path: Path) -> None:
     for command in (*commands("docs/researcher.md"), *commands("docs/audit.md")):
         verb = command.split()[1]
         named = ("--out", "runs/demo") if verb == "simulate" and "--resume" not in command else ()
-        output[verb] = run(command, tmp_path, named)
+        output[verb] = run(forks, command, tmp_path, named)
     assert {"check", "simulate", "predict", "report", "audit"} <= set(output)
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
     accuracy = summary["accuracy"]
@@ -251,13 +256,13 @@ def in_order(predicted: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+def test_the_tutorial_runs_as_written(tmp_path: Path, forks: Forks) -> None:
     (tmp_path / "make_data.py").write_text(blocks("docs/tutorial.md", "python")[0])
     output: dict[str, str] = {}
     for line in commands("docs/tutorial.md"):
         if not line.startswith(("make ", "source ")):
             verb = line.split()[1 if line.startswith("privet") else 0]
-            output[verb] = output.get(verb, "") + run(line, tmp_path)
+            output[verb] = output.get(verb, "") + run(forks, line, tmp_path)
             if verb == "new":
                 study = (tmp_path / "study.toml").read_text(encoding="utf-8")
                 assert all(block in study for block in blocks("docs/tutorial.md", "toml"))
