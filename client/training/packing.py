@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -126,8 +127,33 @@ class Layout:
             if length
         ]
 
-    def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor:
+    @cached_property
+    def runs(self) -> tuple[Block, ...]:
+        """Blocks with those of the same width that follow at once: what moves rows can take them together."""
+        found: list[Block] = []
+        for block in self.blocks:
+            last = found[-1] if found else None
+            if last and last.width == block.width and last.rows.stop == block.start:
+                found[-1] = Block(last.start, last.width, last.lengths + block.lengths)
+            else:
+                found.append(block)
+        return tuple(found)
+
+    def within(self, run: Block) -> list[Block]:
+        """Return the blocks of one of `runs`."""
+        return [block for block in self.blocks if run.start <= block.start < run.rows.stop]
+
+    @cached_property
+    def gaps(self) -> tuple[slice, ...]:
+        """The rows of no block."""
+        starts = [0, *(run.rows.stop for run in self.runs)]
+        stops = [*(run.start for run in self.runs), self.rows]
+        return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
+
+    def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor | None:
         """Return 0 where a token of a block's record attends, and -inf where not: [records, width, width], float32.
+
+        None where every token attends to every other.
 
         Args:
             block: The block.
@@ -135,6 +161,8 @@ class Layout:
             causal: Attend to earlier tokens and oneself only.
             window: Attend to rows nearer than this only.
         """
+        if not causal and (window is None or window >= block.width) and set(block.lengths) == {block.width}:
+            return None
         key = (block.width, block.lengths, causal, window)
         if (found := self._biases.get(key)) is None:
             place = torch.arange(block.width, device=device)
