@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from privet.client.training.packing import Block, Layout, within_records
+from privet.client.training.packing import Block, Layout, Run, within_records
 from privet.common.errors import StudyError
 
 NAME = "privet_packed"
@@ -189,14 +189,14 @@ def _is_kept(block: Block, kind: _Kind) -> bool:
     return block.width <= _SHORT or kind.dropout > 0
 
 
-def _parts(layout: Layout, run: Block, kind: _Kind, keys: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
+def _parts(layout: Layout, run: Run, kind: _Kind, keys: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Yield which matrices of a run to compute at a time, with their bias.
 
     These are all of a block of short records, and one of a long one. A product's shape thus never depends on the run.
     """
     heads = len(keys) // len(run.lengths)
     first = 0
-    for block in layout.within(run):
+    for block in run.blocks:
         bias = layout.bias(block, keys.device, causal=kind.causal, window=kind.window)
         last = first + heads * len(block.lengths)
         step = last - first if _is_kept(run, kind) else 1
@@ -205,7 +205,7 @@ def _parts(layout: Layout, run: Block, kind: _Kind, keys: torch.Tensor) -> Itera
         first = last
 
 
-def _apart(x: torch.Tensor, run: Block, keys: int) -> torch.Tensor:
+def _apart(x: torch.Tensor, run: Run, keys: int) -> torch.Tensor:
     """Return a copy of a run's rows, of [heads, rows, size]: [records · key heads, shared · width, size].
 
     It is one matrix for each record and key head. With fewer key heads than query heads, the queries of all heads that
@@ -215,7 +215,7 @@ def _apart(x: torch.Tensor, run: Block, keys: int) -> torch.Tensor:
     return found.clone(memory_format=torch.contiguous_format).view(-1, found.shape[2] * run.width, x.shape[-1])
 
 
-def _put(into: torch.Tensor, run: Block, found: torch.Tensor, keys: int) -> None:
+def _put(into: torch.Tensor, run: Run, found: torch.Tensor, keys: int) -> None:
     """Write what `_apart` took apart into its rows of [heads, rows, size]."""
     rows = into[:, run.rows].view(keys, -1, len(run.lengths), run.width, found.shape[-1])
     rows.copy_(found.view(len(run.lengths), keys, -1, run.width, found.shape[-1]).permute(1, 2, 0, 3, 4))

@@ -110,6 +110,13 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Run(Block):
+    """Neighbouring blocks of one width. What only moves rows takes them together; what adds takes a block at a time."""
+
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where records lie in a pass of `rows` rows. Rows of no record hold padding."""
 
@@ -128,20 +135,16 @@ class Layout:
         ]
 
     @cached_property
-    def runs(self) -> tuple[Block, ...]:
-        """Blocks with those of the same width that follow at once: what moves rows can take them together."""
-        found: list[Block] = []
+    def runs(self) -> tuple[Run, ...]:
+        """Blocks, each with those of the same width that follow at once."""
+        found: list[Run] = []
         for block in self.blocks:
             last = found[-1] if found else None
             if last and last.width == block.width and last.rows.stop == block.start:
-                found[-1] = Block(last.start, last.width, last.lengths + block.lengths)
+                found[-1] = Run(last.start, last.width, last.lengths + block.lengths, (*last.blocks, block))
             else:
-                found.append(block)
+                found.append(Run(block.start, block.width, block.lengths, (block,)))
         return tuple(found)
-
-    def within(self, run: Block) -> list[Block]:
-        """Return the blocks of one of `runs`."""
-        return [block for block in self.blocks if run.start <= block.start < run.rows.stop]
 
     @cached_property
     def gaps(self) -> tuple[slice, ...]:
