@@ -27,7 +27,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from privet.client.training.packing import Layout
+from privet.client.training.packing import Block, Layout
 from privet.common.errors import StateError
 
 Forward = Callable[..., torch.Tensor]
@@ -123,8 +123,13 @@ class FlatGradients:
         if left.device.type == "cpu":
             # Faster than in bfloat16, whose small products cost more to set up than to compute.
             left, right = left.float(), None if right is None else right.float()
-        found = _per_record(layout, left, right)
-        slot.add_(found) if again else slot.copy_(found)
+        record = 0
+        for block in layout.blocks:
+            found = _per_record(block, left, right)
+            size = sum(1 for length in block.lengths if length)  # empty places come last
+            into = slot[record : record + size]
+            into.add_(found[:size]) if again else into.copy_(found[:size])
+            record += size
 
     def take(self) -> torch.Tensor:
         """Return the gradients, and forget them. See `PerSampleGradients`."""
@@ -148,24 +153,18 @@ class FlatGradients:
         return buffer
 
 
-def _per_record(layout: Layout, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
-    """Return Σ_t left_t right_tᵀ [records, a, b], or Σ_t left_t [records, a] in float32, of a pass's records."""
+def _per_record(block: Block, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    """Return Σ_t left_t right_tᵀ [records, a, b], or Σ_t left_t [records, a] in float32, of a block's records."""
+    count = len(block.lengths)
+    mine = left[block.rows]
+    if right is None:
+        return mine.view(count, block.width, -1).sum(1, dtype=torch.float32)
+    theirs = right[block.rows]
+    if count > 1:
+        return outer(mine.view(count, block.width, -1), theirs.view(count, block.width, -1))
     # The thinner factor goes first: on CPUs, the other order takes two to eight times as long.
-    turned = right is not None and left.shape[1] > right.shape[1]
-    first, second = (right, left) if right is not None and turned else (left, right)
-    found = []
-    for block in layout.blocks:
-        size = sum(1 for length in block.lengths if length)  # empty places come last
-        mine = first[block.rows]
-        if second is None:
-            found.append(mine.view(len(block.lengths), block.width, -1).sum(1, dtype=torch.float32)[:size])
-        elif len(block.lengths) == 1:
-            found.append(torch.mm(mine.t(), second[block.rows]).unsqueeze(0))
-        else:
-            mine, theirs = (x.view(len(block.lengths), block.width, -1) for x in (mine, second[block.rows]))
-            found.append(outer(mine, theirs)[:size])
-    joined = torch.cat(found)
-    return joined.transpose(1, 2) if turned else joined
+    thin = mine.shape[1] <= theirs.shape[1]
+    return (torch.mm(mine.t(), theirs) if thin else torch.mm(theirs.t(), mine).t()).unsqueeze(0)
 
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
