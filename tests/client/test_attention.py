@@ -31,10 +31,10 @@ def inputs(rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def run(layout: Layout, given: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
     """Return the attention and the gradients of q, k and v, [rows, heads, size] each."""
-    *qkv, grad = [each.clone().requires_grad_() for each in given]
+    q, k, v, grad = [each.clone().requires_grad_() for each in given]
     causal = options.pop("causal", False)
-    found, _ = packed_attention(Module(causal=causal), *qkv, None, layout=layout, **options)
-    gradients = torch.autograd.grad(found, qkv, grad)
+    found, _ = packed_attention(Module(causal=causal), q, k, v, None, layout=layout, **options)
+    gradients = torch.autograd.grad(found, (q, k, v), grad)
     return [found[0].detach(), *(each[0].transpose(0, 1) for each in gradients)]
 
 
