@@ -34,6 +34,17 @@ def study_of(folder: Path, base: Path, name: str, **more: object) -> Path:
     return file
 
 
+def coded(file: Path) -> SitePlan:
+    """Write a site's records as another program exports them: semicolons, Latin-1, and codes instead of labels."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    labels = dict(zip("JN", sorted({row["label"] for row in rows}), strict=True))
+    codes = {label: code for code, label in labels.items()}
+    lines = [f"über {row['text']};{codes[row['label']]};{row['patient']}" for row in rows]
+    export = file.with_suffix(".csv")
+    export.write_bytes("\r\n".join(["text;label;patient", *lines, ""]).encode("latin-1"))
+    return SitePlan(export, len(rows), labels)
+
+
 def closed_rounds(run: Path) -> int:
     if not (run / "study.json").exists():
         return 0
@@ -81,6 +92,7 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
         assert [name for _, name in socket.if_nameindex()] == ["lo"]
     study = study_of(tmp_path, bert, "first")
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
+    plans["gamma"] = coded(plans["gamma"].train)
     with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
         run = made.coordinator / "runs" / "first"
         start = ("--yes", "-C", made.coordinator, "--gather", 300)
