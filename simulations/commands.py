@@ -257,7 +257,10 @@ def sweep(
 @doing("Comparing {runs}")
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
+        list[Path],
+        typer.Argument(
+            help="Run directories, simulated or of a coordinator; or one study file.", metavar="RUN... | STUDY"
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -266,8 +269,10 @@ def compare(
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
-    """Compare finished runs, or the ways to train one study.
+    """Compare runs, or the ways to train one study.
 
+    Of runs it shows their figures, and in what their studies differ. Runs of real sites have the figures of their
+    validation; only their sites can test them.
     For one study file, the study is simulated with each aggregation method, on each site alone, and on all data pooled.
     After an interruption, run the same command again.
     """
