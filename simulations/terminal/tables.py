@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from privet.simulations.runs.sweep import field_values, named
 from privet.simulations.terminal.figures import as_text
@@ -16,6 +17,17 @@ _SIDE_BY_SIDE = 4
 """Most runs that have a column each."""
 _GREEN = "#0b6e4f"
 _MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
+
+
+def titled(part: Any) -> list[Any]:
+    """Return what to print for a part of a result: of a table, first its title, on lines as wide as the terminal.
+
+    A table folds its title to its own width, which may be that of two short columns.
+    """
+    if not isinstance(part, Table) or part.title is None:
+        return [part]
+    title, part.title = part.title, None
+    return [Text(str(title), style="italic"), part]
 
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -73,8 +73,7 @@ def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object],
 AFTERWARDS = {
     "docs/operate-site.md": ("data", "site studies", "site check", "site budget", "site receipts", "site adapters",
                              "site personalise"),
-    "docs/operate-coordinator.md": ("coordinator charter", "coordinator members", "coordinator stop", "audit bundle",
-                                    "adapter"),
+    "docs/operate-coordinator.md": ("coordinator charter", "coordinator members", "audit bundle", "adapter"),
     "docs/site-policy.md": ("site policy SITE", "site check"),
     "docs/deployment.md": ("site doctor SITE",),
 }  # fmt: skip
