@@ -1,7 +1,8 @@
 """Draw the first hour's screens for the docs: real commands in a terminal of 80 and of 140 columns, as SVG.
 
-`python tools/screens.py DIRECTORY` works in an empty directory, and writes `docs/images/screens/`. It takes a few
-minutes: it trains a small study, and deploys a consortium of three sites on this machine.
+`python tools/screens.py DIRECTORY` works in an empty directory, and writes `docs/images/screens/`. It takes some
+minutes: it trains the tutorial's study twice, and deploys a consortium of three sites on this machine. Names after the
+directory draw these screens alone: new, check, training, simulate, report, deployed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -73,9 +76,10 @@ class Terminal:
 
     def ansi(self) -> str:
         """Return what it shows, with styles."""
-        lines = ["".join(f"\x1b[0m{style}{character}" for character, style in row).rstrip() for row in self.rows]
-        while lines and not lines[-1]:
-            lines.pop()
+        lines = []
+        for row in self.rows[: len(self.plain().splitlines())]:
+            parts = groupby(row, key=lambda cell: cell[1])
+            lines.append("".join(f"\x1b[0m{style}{''.join(each for each, _ in cells)}" for style, cells in parts))
         return "\n".join(lines)
 
     def plain(self) -> str:
@@ -182,55 +186,61 @@ def write_data(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
 
 
-def simulated(folder: Path) -> None:
+def simulated(folder: Path, names: Sequence[str]) -> None:
     """Draw what a researcher sees."""
-    write_data(folder)
+    lines = {
+        "new": ("privet new data --name triage --yes", None),
+        "check": ("privet check study.toml", None),
+        "training": ("privet simulate study.toml --out runs/triage", r"round 2 of"),
+        "simulate": ("privet simulate study.toml --out runs/triage", None),
+        "report": ("privet report runs/triage", None),
+    }
     for width in WIDTHS:
-        out = f"runs/triage-{width}"
-        screens = {
-            "new": shown("privet new data --name triage --yes --force", width, folder),
-            "check": shown("privet check study.toml", width, folder),
-            "training": shown(f"privet simulate study.toml --out {out}-stopped", width, folder, until=r"round 2 of"),
-            "simulate": shown(f"privet simulate study.toml --out {out}", width, folder),
-            "report": shown(f"privet report {out}", width, folder),
-        }
-        for name, screen in screens.items():
-            draw(name, screen, width)
+        for name in names:
+            if name == "new":
+                (folder / "study.toml").unlink(missing_ok=True)
+            if name in ("training", "simulate"):
+                shutil.rmtree(folder / "runs", ignore_errors=True)
+            line, until = lines[name]
+            draw(name, shown(line, width, folder, until), width)
 
 
 def deployed(folder: Path) -> None:
-    """Draw what a site's and the coordinator's operators see: the approval of a study, and a run that waits."""
-    names = ("berlin", "paris", "lyon")
+    """Draw what the operators of coordinator and site see: a run that waits for a site, and the site's approval."""
     study = folder / "study.toml"
-    plans = {name: SitePlan(folder / "data" / f"{own}-train.csv", 300) for name, own in zip(names, _OWN, strict=True)}
+    plans = {
+        name: SitePlan(folder / "data" / f"{own}-train.csv", 300)
+        for name, own in (("berlin", "north"), ("paris", "south"), ("lyon", "west"))
+    }
     made = Deployment(folder / "consortium", print)
     made.folder.mkdir()
     try:
         made.found(free_ports(3))
-        for name in names:
+        for name in plans:
             made.enrol(name)
-        made.compare(names)
-        for name in names:
+        made.compare([*plans])
+        for name in plans:
             made.equip(name, plans[name], study)
-        (made.folder / "lyon/state/approvals").unlink()
-        made.start("lyon", "site", "serve", made.site("lyon"))
-        made.start("berlin", "site", "serve", made.site("berlin"))
+        (made.site("lyon").parent / "state/approvals").unlink()
+        for name in ("berlin", "lyon"):
+            made.start(name, "site", "serve", made.site(name))
         made.connected(2)
+        (folder / "hq").symlink_to(made.coordinator)
+        (folder / "site").symlink_to(made.folder / "lyon")
+        for width in WIDTHS:  # an interrupted run of the same name is another one
+            line = f"privet coordinator run study.toml --name triage-{width} --yes -C hq"
+            draw("waiting", shown(line, width, folder, until=r"has not approved study.*\n.*paris: not"), width)
         for width in WIDTHS:
-            line = f"privet coordinator run study.toml --name triage-{width} --yes -C consortium/coordinator"
-            draw("waiting", shown(line, width, folder, until=r"(?s)lyon: .*has not approved.*"), width)
-        for width in WIDTHS:
-            line = f"privet site approve consortium/lyon triage-{width}"
-            draw("approve", shown(line, width, folder, until=r"\[y/N\]"), width)
+            draw("approve", shown(f"privet site approve site/ triage-{width}", width, folder, until=r"\[y/N\]"), width)
     finally:
         made.end_all()
 
 
-_OWN = ("north", "south", "west")
-
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    at = Path(sys.argv[1]).resolve()
-    if "--deployed" not in sys.argv:
-        simulated(at)
-    deployed(at)
+    at, asked = Path(sys.argv[1]).resolve(), sys.argv[2:]
+    if not (at / "data").exists():
+        write_data(at)
+    simulated(at, [name for name in ("new", "check", "training", "simulate", "report") if not asked or name in asked])
+    if not asked or "deployed" in asked:
+        deployed(at)
