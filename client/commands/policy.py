@@ -376,7 +376,8 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
 
     if config.log is None:
         raise StateError(
-            f"the site file of {config.name} names no round log", "add a `[log]` table to the site file, as for a round"
+            f"the site file of {config.name} names no round log",
+            "run `privet site setup SITE`, which adds the `[log]` table",
         )
     # What a joined site derived from the keys that its operator confirmed, or the file that an operator wrote.
     derived = config.log.policy if config.trusted is None else config.trusted.with_name(POLICY)

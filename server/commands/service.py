@@ -322,7 +322,7 @@ def rotate(
         _rotate_keys(made)
         return
     made.rotate(now())
-    typer.echo("The service replaces its keys and certificates: now if it is running, otherwise when it starts.")
+    typer.echo("A running service replaces its keys and certificates now. Otherwise it does so when it starts.")
 
 
 def _rotate_keys(made: Coordinator) -> None:
