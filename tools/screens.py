@@ -227,13 +227,19 @@ def deployed(folder: Path) -> None:
         made.connected(2)
         (folder / "hq").symlink_to(made.coordinator)
         (folder / "site").symlink_to(made.folder / "lyon")
-        for width in WIDTHS:  # an interrupted run of the same name is another one
-            line = f"privet coordinator run study.toml --name triage-{width} --yes -C hq"
-            draw("waiting", shown(line, width, folder, until=r"has not approved study.*\n.*paris: not"), width)
-        for width in WIDTHS:
-            draw("approve", shown(f"privet site approve site/ triage-{width}", width, folder, until=r"\[y/N\]"), width)
+        operators(folder)
     finally:
         made.end_all()
+
+
+def operators(folder: Path) -> None:
+    """Draw the coordinator's and the site's screens, where both are running."""
+    runs = dict(zip(WIDTHS, ("triage", "triage-2"), strict=True))  # what was begun is not begun again
+    for width, run in runs.items():
+        line = f"privet coordinator run study.toml --name {run} --yes -C hq"
+        draw("waiting", shown(line, width, folder, until=r"has not approved study.*\n.*paris: not.*\n.*needed"), width)
+    for width, run in runs.items():
+        draw("approve", shown(f"privet site approve site/ {run}", width, folder, until=r"\[y/N\]"), width)
 
 
 if __name__ == "__main__":
