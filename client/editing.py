@@ -80,7 +80,7 @@ def changed(text: str, changes: Changes, name: str) -> str:
     except tomllib.TOMLDecodeError:
         same = False
     if not same:
-        written = "; ".join(f"{dotted} = {_toml(value)}" for dotted, value in changes.items() if value is not None)
+        written = "; ".join(f"{dotted} = {toml_value(value)}" for dotted, value in changes.items() if value is not None)
         raise StudyError(f"{name} is written in a form that this command cannot change", f"set by hand: {written}")
     return after
 
@@ -165,7 +165,7 @@ def _extent(lines: list[str], start: int, end: int, key: str, *, commented: bool
         if commented != line.startswith("#"):
             continue
         line = line.lstrip("# ") if commented else line
-        if not re.match(rf"(?:{re.escape(key)}|{re.escape(_toml(key))})\s*=", line):
+        if not re.match(rf"(?:{re.escape(key)}|{re.escape(quoted(key))})\s*=", line):
             continue
         if commented:
             return number, number + 1
@@ -192,13 +192,25 @@ def _parses(text: str) -> bool:
 
 
 def _line(key: str, value: Any) -> str:
-    return f"{key if _BARE.fullmatch(key) else _toml(key)} = {_toml(value)}"
+    return f"{toml_key(key)} = {toml_value(value)}"
 
 
-def _toml(value: Any) -> str:
-    """Return a string, number, truth value or list of these as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
+def toml_key(name: str) -> str:
+    """Return a key as TOML writes it."""
+    return name if _BARE.fullmatch(name) else quoted(name)
+
+
+def toml_value(value: Any) -> str:
+    """Return a string, number, truth value, or a list or table of these as TOML, on one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{toml_key(name)} = {toml_value(each)}" for name, each in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """Return a text as TOML writes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -7,7 +7,6 @@ and `privet data` proposes settings that match (`privet.client.training.proposal
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
+from privet.client.editing import quoted, toml_value
 from privet.common.errors import StudyError
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Section
@@ -25,7 +25,6 @@ Decimal = Literal["point", "comma"]
 
 DELIMITERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 """The character of each delimiter, by its name in the site file."""
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _DECIMAL_COMMA = re.compile(r"([+-]?[0-9]+),([0-9]+)")
 
 
@@ -136,24 +135,9 @@ def load_format(path: Path) -> FormatSection:
 
 def toml_lines(table: str, settings: Mapping[str, Any]) -> list[str]:
     """Return a table of a site file: its name, and one line for each of its settings."""
-    return [f"[{table}]", *(f"{name} = {_value(value)}" for name, value in settings.items() if value is not None)]
+    return [f"[{table}]", *(f"{name} = {toml_value(value)}" for name, value in settings.items() if value is not None)]
 
 
 def inline(settings: Mapping[str, Any]) -> str:
     """Return settings as one line of a site file: `format = { ... }`."""
-    return f"format = {_value(settings)}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(name)} = {_value(each)}" for name, each in value.items()) + " }"
-    return quoted(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else quoted(name)
-
-
-def quoted(text: str) -> str:
-    """Return a text as TOML writes it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"format = {toml_value(settings)}"

@@ -78,9 +78,15 @@ def _shown(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def closing(result: str, following: str) -> str:
-    """Return the last two lines of a command: its result in one sentence, and what to do next."""
-    return f"{result}\nnext: {following}"
+def closing(result: str, following: str, *, err: bool = False) -> str:
+    """Return the last two lines of a command, for a terminal folded: its result in one sentence, and what to do next.
+
+    Args:
+        result: What came out.
+        following: What to do next.
+        err: Whether it goes to standard error.
+    """
+    return folded(f"{result}\nnext: {following}", err=err)
 
 
 def folded(text: str, hang: int = 0, *, err: bool = False) -> str:

@@ -152,7 +152,7 @@ def _simulate(
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation
     from privet.simulations.terminal.report import Screen, result_parts, save_figure
     from privet.simulations.terminal.sentences import path_text, result_sentence
-    from privet.simulations.terminal.tables import scenario_lines
+    from privet.simulations.terminal.tables import scenario_lines, titled
 
     console, summary = Console(quiet=as_json), None
     with Stages(quiet=as_json) as stages:
@@ -163,7 +163,12 @@ def _simulate(
             assert study is not None  # noqa: S101 - narrows the type; checked above
             target = out or Path("runs") / study.stem
             stages.tell("opening the sites and the base")
-            simulated = prepare(study, target, continue_from, lambda line: stages.line(line, "dim"))
+            simulated = prepare(
+                study,
+                target,
+                continue_from,
+                lambda line: stages.line(line, "yellow" if line.startswith("WARNING") else "dim"),
+            )
         done = summary is not None
         if summary is None:
             screen = Screen(stages, simulated)
@@ -173,14 +178,14 @@ def _simulate(
         typer.echo(json.dumps(summary))
         return
     for part in result_parts(summary):
-        console.print(part, highlight=False, markup=False)  # site names and [privacy] are no markup
+        console.print(*titled(part), sep="\n", highlight=False, markup=False)  # site names and [privacy] are no markup
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
     if done:
         typer.echo(f"{target} is finished; nothing was changed")
     elif (figure := save_figure(summary, simulated.path)) is not None:
-        typer.echo(f"curves   {figure}")
-    typer.echo(f"adapter  {simulated.path / 'adapter'}")
+        typer.echo(f"curves   {target / figure.name}")
+    typer.echo(f"adapter  {target / 'adapter'}")
     typer.echo(closing(result_sentence(summary), f"write a report with `privet report {path_text(target)}`"))
 
 
@@ -257,7 +262,10 @@ def sweep(
 @doing("Comparing {runs}")
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
+        list[Path],
+        typer.Argument(
+            help="Run directories, simulated or of a coordinator; or one study file.", metavar="RUN... | STUDY"
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -266,8 +274,10 @@ def compare(
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
-    """Compare finished runs, or the ways to train one study.
+    """Compare runs, or the ways to train one study.
 
+    Of runs it shows their figures, and in what their studies differ. Runs of real sites have the figures of their
+    validation; only their sites can test them.
     For one study file, the study is simulated with each aggregation method, on each site alone, and on all data pooled.
     After an interruption, run the same command again.
     """
@@ -275,7 +285,7 @@ def compare(
 
     from privet.simulations.runs.compare import ask, compare_runs, load_question
     from privet.simulations.terminal.sentences import answer_sentence, arm_name, path_text, runs_sentence
-    from privet.simulations.terminal.tables import answer_table, runs_tables
+    from privet.simulations.terminal.tables import answer_table, runs_tables, titled
 
     console = Console(quiet=as_json)
     if len(runs) == 1 and runs[0].is_file():
@@ -307,5 +317,5 @@ def compare(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    console.print(*tables, sep="\n")
+    console.print(*(each for table in tables for each in titled(table)), sep="\n")
     typer.echo(closing(sentence, following))

@@ -48,10 +48,12 @@ class SitePlan:
     Attributes:
         train: Its training file.
         units: The number of units that it declares.
+        labels: The study's label for a label of the file that is spelt otherwise.
     """
 
     train: Path
     units: int
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 class Program(Protocol):
@@ -239,6 +241,9 @@ class Deployment:
         policy = site.parent / "policy.toml"
         policy.write_text(_policy_for(policy.read_text(), study, plan.units))
         self.privet("site", "init", site)
+        if plan.labels:  # a file of a form of its own: the set-up proposes how it is written
+            spelled = (f"--label={label}={meant}" for label, meant in plan.labels.items())
+            self.privet("site", "setup", site, "--yes", "--study", study, *spelled)
         self.privet("site", "approve", site, study)
         self.say(f"{name}: policy, ledger and witness created, study approved")
 

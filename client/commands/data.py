@@ -20,6 +20,7 @@ from privet.client.training.examination import (
     Examined,
     count_lines,
     examine,
+    labels_of,
     proposal,
     proposed_count,
     training_records,
@@ -254,7 +255,7 @@ def _for_the_site_file(study: Study, report: Report) -> list[str]:
         lines.append("study file:" if table != "format" else where)
         lines += [f"  {line}" for line in settings]
         if any("?" in each.settings.get("labels", {}).values() for each in report.files):
-            lines.append(f"  (instead of ?, write one of the study's labels: {', '.join(study.task.labels)})")
+            lines.append(f"  (instead of ?, write one of the study's labels: {', '.join(labels_of(study))})")
         return lines
     if table != "format" or not report.units or any(each.fault is not None for each in report.files):
         return []

@@ -18,6 +18,7 @@ import click
 import typer
 
 from privet.client.commands.enrolment import newest_terms
+from privet.client.editing import toml_value
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, confirm
 from privet.client.network.rotation import confirm_charter
@@ -29,7 +30,7 @@ from privet.client.trust import read_trusted
 from privet.common.clock import now
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
-from privet.common.progress import number_of
+from privet.common.progress import number_of, printable
 
 _Answer = TypeVar("_Answer")
 _ATTEMPTS = 3
@@ -58,7 +59,7 @@ class Guide:
         """Write values to the site file, at once."""
         change(self.file, values)
         for name, value in values.items():
-            typer.echo(f"  {name} = {value}")
+            typer.echo(printable(f"  {name} = {toml_value(value) if isinstance(value, Mapping) else value}"))
 
     def explain(self, title: str, text: str) -> None:
         """Print what a choice means."""
@@ -511,4 +512,6 @@ def pairs_of(option: str, values: Sequence[str]) -> dict[str, str]:
         raise StudyError(
             f"{option}: expected NAME=VALUE, found a value without one of both", f"write {option} NAME=VALUE"
         )
+    if len(pairs) < len(values):
+        raise StudyError(f"{option}: expected each name once, found one twice", f"name each with one {option}")
     return pairs

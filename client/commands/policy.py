@@ -117,7 +117,7 @@ def check(
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
         _show(findings, budget, unfit)
-        for line in _ways(config, findings, (budget, unfit), site, study):
+        for line in _ways(config, findings, (budget, unfit), site, study, asked):
             typer.echo(f"to admit it  {printable(line)}")
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
@@ -143,7 +143,8 @@ def approve(
     The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply, and
     the site's data files must fit the study: otherwise the command says what to change, records nothing, and ends with
     exit code 3.
-    It asks before it records where there is a terminal; --yes leaves the question out.
+    On a terminal it asks before it records; --yes leaves the question out. There it also asks what the labels of the
+    files mean that the study does not have, and writes the answers to the site file.
     """
     from privet.client.network.serve import is_served
     from privet.client.policy.agreement import LATER, agreement
@@ -157,13 +158,16 @@ def approve(
     _, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else _unfit(config, asked)
+    terminal, mapped = sys.stdin.isatty(), False
+    if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
+        config, mapped = load_site(site), True
+        unfit = _unfit(config, asked)
     if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
         _show(against, budget, unfit)
-        for line in _ways(config, against, (budget, unfit), site, study):
+        for line in _ways(config, against, (budget, unfit), site, study, asked):
             typer.echo(f"to admit it  {printable(line)}")
         raise typer.Exit(PolicyError.exit_code)
-    terminal = sys.stdin.isatty()
     if not (yes or terminal or study_is_exact(study)):
         raise StudyError(
             f"there is no terminal to confirm the approval of {study}",
@@ -177,7 +181,10 @@ def approve(
     for each in findings:
         if each.code in LATER - {"E_NOT_APPROVED"}:
             typer.echo(f"not yet   {printable(_said(each))}")
-    if is_served(config):
+    if is_served(config) and mapped:
+        typer.echo("A process serves this site with the former site file. Stop it, then run")
+        typer.echo(f"next: privet site serve {site}")
+    elif is_served(config):
         typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")
     else:
         typer.echo(f"next: privet site serve {site}")
@@ -193,7 +200,7 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
     from privet.client.site import load_site
 
     config = load_site(site)
-    found = _proposed(site, config)
+    found = proposed_studies(site, config)
     rows = [_row(config, each) for each in found]
     if as_json:
         typer.echo(json.dumps({"studies": rows}))
@@ -265,7 +272,7 @@ def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tu
                 f"digits or more of its digest, as `privet site studies {file}` lists them",
             )
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
-    found = chosen(_proposed(file, config), study, read=read)
+    found = chosen(proposed_studies(file, config), study, read=read)
     log = "it is in the round log" if found.logged else "it is not in the round log yet"
     consortium = Enrolment(file.parent).terms.consortium
     return found.study, f"the coordinator of {consortium}, as run {found.run}; {log}."
@@ -276,7 +283,8 @@ def study_is_exact(study: str) -> bool:
     return bool(re.fullmatch("sha256:[0-9a-f]{64}", study)) or study.endswith(".toml") or Path(study).is_file()
 
 
-def _proposed(file: Path, config: SiteConfig) -> Sequence[Proposed]:
+def proposed_studies(file: Path, config: SiteConfig) -> Sequence[Proposed]:
+    """Return the studies that the coordinator proposes, compared with the round log. Raises as `consulted`."""
     from privet.client.network.proposals import compared, consulted
 
     service, log = consulted(file, config, now)
@@ -368,7 +376,8 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
 
     if config.log is None:
         raise StateError(
-            f"the site file of {config.name} names no round log", "add a `[log]` table to the site file, as for a round"
+            f"the site file of {config.name} names no round log",
+            "run `privet site setup SITE`, which adds the `[log]` table",
         )
     # What a joined site derived from the keys that its operator confirmed, or the file that an operator wrote.
     derived = config.log.policy if config.trusted is None else config.trusted.with_name(POLICY)
@@ -410,6 +419,15 @@ def _unfit(config: SiteConfig, study: Study) -> PrivetError | None:
     return None
 
 
+def _map_labels(file: Path, study: Study) -> bool:
+    """Ask what the labels of the files mean that a study does not have; return whether the site file was changed."""
+    from privet.client.commands.guide import Guide
+    from privet.client.commands.labels import settle
+    from privet.client.training.examination import labels_of
+
+    return settle(Guide(file, yes=False), study, dict.fromkeys(labels_of(study)))
+
+
 def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: PrivetError | None) -> None:
     for finding in findings:
         typer.echo(f"{finding.code:<18} {printable(_said(finding))}")
@@ -422,12 +440,20 @@ def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: Privet
 
 
 def _ways(
-    config: SiteConfig, findings: Sequence[Finding], errors: Sequence[PrivetError | None], site: Path, study: str
+    config: SiteConfig,
+    findings: Sequence[Finding],
+    errors: Sequence[PrivetError | None],
+    site: Path,
+    study: str,
+    asked: Study,
 ) -> list[str]:
     """Return what the site's people would change to admit a study, each in one sentence."""
     from privet.client.policy.agreement import advice
+    from privet.client.training.examination import foreign_labels, label_command
 
     hints = [each.hint.replace("SITE", str(site)) for each in errors if each is not None and each.hint]
     if any(isinstance(each, DataError) for each in errors):
+        if found := foreign_labels(asked, config):
+            hints.append(f"say what the labels {', '.join(found)} mean: {label_command(site, found, asked)}")
         hints.append(f"see every fault, and the lines that mend it: `privet data {study} --site {site}`")
     return advice(config, findings, str(site), study) + hints

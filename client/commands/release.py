@@ -110,7 +110,7 @@ def predict(
         done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
         same = "" if form is None else f" --format {quote(str(form))}"
         command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}{same}`"
-        typer.echo(closing(done, f"with labels in the file, measure it with {command}"), err=True)
+        typer.echo(closing(done, f"with labels in the file, measure it with {command}", err=True), err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
     with mounted(release, scoring=False) as host:

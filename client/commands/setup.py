@@ -27,6 +27,20 @@ def setup(
     ] = None,
     train: Annotated[list[Path] | None, typer.Option(help="A file of training data. May be repeated.")] = None,
     test: Annotated[list[Path] | None, typer.Option(help="A file of test data. May be repeated.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A label of the files, and the study's label that it means, such as J=yes. May be repeated.",
+            metavar="FILE=STUDY",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="A study file or a proposed study, with whose labels those of the files are compared. Without it: the "
+            "studies that the coordinator proposes now."
+        ),
+    ] = None,
     unit: Annotated[
         Literal["patient", "record"] | None, typer.Option(help="Whom the limit protects: each patient or each record.")
     ] = None,
@@ -56,14 +70,16 @@ def setup(
 ) -> None:
     """Guide a site that has joined to where it can serve. Run it as often as you like: it goes on where it is.
 
-    It asks for the words of the consortium and of each member, the data files, who a patient is, the limit, and a place
-    for the ledger's anchor; it creates ledger and witness, and a first policy. Each answer is written to the site file
+    It asks for the words of the consortium and of each member, the data files, who a patient is, the limit, a place for
+    the ledger's anchor, and what labels mean that a study spells otherwise; it creates ledger and witness, and a first
+    policy. Each answer is written to the site file
     at once; comments and all other lines stay. An option answers a question in advance, and changes an earlier answer.
     It ends with the checks of `privet site doctor`.
     """
     from privet.client.commands import guide as steps
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
+    from privet.client.commands.labels import ask_labels
     from privet.client.network.serve import is_served
     from privet.client.setup import other_owner, restore
 
@@ -85,6 +101,7 @@ def setup(
     steps.ask_anchor(guide, anchor, anchor_same_disk)
     steps.ask_books(guide)
     steps.ask_policy(guide, shared_noise)
+    ask_labels(guide, steps.pairs_of("--label", label or []), study)
     typer.echo()
     checks = examine(site, now)
     show_checks(checks)

@@ -187,7 +187,7 @@ def _library_errors(form: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         raise RefusedError(
-            f"--format {form}: the libraries cannot write this base's family in this format, or load it "
+            f"--format {form}: the installed libraries cannot write or load this family of models in this format "
             f"({type(error).__name__})",
             "choose another format, or use `privet predict RUN --data FILE`",
         ) from None

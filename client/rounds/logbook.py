@@ -565,7 +565,10 @@ def create_witness(site: SiteConfig) -> None:
         StateError: The site file names no log, the directory is in use already, or it cannot be written.
     """
     if site.log is None:
-        raise StateError(f"the site file of {site.name} names no round log", "add a `[log]` table to the site file")
+        raise StateError(
+            f"the site file of {site.name} names no round log",
+            "run `privet site setup SITE`, which adds the `[log]` table",
+        )
     witness = open_witness(site, site.log)
     Witness.create(witness.directory, witness.log, witness.name, witness.key, pq=witness.pq)
     try:

@@ -132,7 +132,7 @@ class RealSite:
         if self.config.log is None:
             raise RefusedError(
                 f"the site file of {self.config.name} names no round log; without one, a site takes part in no study",
-                "add a `[log]` table to the site file, then run `privet site init SITE` once",
+                "run `privet site setup SITE`, which adds the `[log]` table",
             )
         # The policy comes first and opens the ledger only when it needs it: a refusal by policy needs no ledger.
         check_policy(self.config, study, lambda: self.releases.began())

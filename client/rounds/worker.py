@@ -148,7 +148,7 @@ class Worker:
         if self.site.logbook is None:
             raise ProtocolError(
                 f"site {self.name} is no witness of a round log: its site file has no [log] table",
-                "add a `[log]` table to the site file, then run `privet site init SITE` once",
+                "run `privet site setup SITE`, which adds the `[log]` table",
             )
         return self.site.logbook.cosign(shown)
 

@@ -6,13 +6,15 @@ shows labels that look like codes (`privet.client.training.proposals.unknown_lab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.client.formats import FileFormat, quoted, toml_lines
-from privet.client.site import IdRule
+from privet.client.editing import quoted
+from privet.client.formats import FileFormat, toml_lines
+from privet.client.site import IdRule, SiteConfig
 from privet.client.training.data import DataReport, Records, concatenate, load_records
 from privet.client.training.files import read_columns
 from privet.client.training.forms import Places, kinds_of, read_list
@@ -96,9 +98,8 @@ def _labels(
     raw: dict[str, list[Any]], owners: Sequence[Any], study: Study, form: FileFormat
 ) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
     """Return the labels of a file that are not the study's, each with the unit of its row, and those of the study."""
-    labels = tuple(study.task.labels)
+    labels = labels_of(study)
     if "spans" in raw:
-        labels = kinds_of(labels)
         known: Any = labels
         lists = [
             [span.get("label") for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
@@ -110,6 +111,33 @@ def _labels(
         lists = lists or [[label] for label in raw.get("label", ())]
     pairs = [(value, owner) for values, owner in zip(lists, owners, strict=False) for value in values]
     return [(value, owner) for value, owner in pairs if form.label(value) not in known], labels
+
+
+def labels_of(study: Study) -> tuple[str, ...]:
+    """Return the labels that files of a study have: its classes, or the kinds of its spans."""
+    labels = tuple(study.task.labels)
+    return kinds_of(labels) if "spans" in study.data.columns else labels
+
+
+def foreign_labels(study: Study, site: SiteConfig) -> dict[str, str]:
+    """Return the labels in a site's files that neither are the study's nor are mapped to one of them.
+
+    Returns:
+        For each that `unknown_labels` shows: the label of the study that differs from it in case and blanks alone, or
+        `?`.
+    """
+    found: dict[str, str] = {}
+    for each in examine(study, site.train, site.test, site.form_of, site.rule_for(study.data.unit)):
+        known = site.form_of(each.path).labels
+        proposed_here = each.settings.get("labels", {}).items()
+        found |= {label: meant for label, meant in proposed_here if meant == "?" or known.get(label) != meant}
+    return found
+
+
+def label_command(site: Path, found: Mapping[str, str], study: Study) -> str:
+    """Return in words how a person says what foreign labels mean."""
+    options = " --label ".join(shlex.quote(f"{label}=LABEL") for label in found)
+    return f"`privet site setup {site} --label {options}`, where each LABEL is one of {', '.join(labels_of(study))}"
 
 
 def proposal(files: Sequence[Examined], table: str = "format") -> list[str]:

@@ -170,7 +170,7 @@ def check_spellings(names: Iterable[str], column: str) -> None:
     if rounded:
         raise DataError(
             f"column {column}: expected ids with all their digits, found {rounded} ids with an exponent, as in "
-            "1.23E+12: spreadsheets write long numbers so, and drop digits",
+            "1.23E+12: spreadsheets shorten long numbers to this form, and lose digits",
             "export the ids again as text; if they are no numbers, " + _ADD.format(json.dumps(column), _TEXT),
         )
     found = spellings(distinct)

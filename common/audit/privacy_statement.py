@@ -34,13 +34,20 @@ NOT_COVERED = {
     "choice of study": "That this study was proposed, agreed to or stopped, if that depended on the data.",
     "declared counts": "The count that each site declares: public by the site's own decision.",
     "failures and timing": "That a site failed, why, and how long it took: statements carry it in clear.",
-    "validation split": "Units that go by several names, or by names that change: its name decides whether a unit is "
-    "held out, and it pays for that side only.",
+    "validation split": "Units whose name varies. If one person appears under two names, or under a name that changes, "
+    "the name decides whether records are trained on or held out for validation. Epsilon covers each name by itself, "
+    "not the person behind all of them.",
     "other studies": "What the same people's data cost in other studies, at other sites or under another ledger. A "
     "site's own ledger adds up what it knows.",
     "facts about groups": "What a model learns about people in general, it also tells about people like them.",
 }
 """Risks that the numbers do not cover."""
+
+_WORDED_BEFORE = {
+    "validation split": "Units that go by several names, or by names that change: its name decides whether a unit is "
+    "held out, and it pays for that side only.",
+}
+"""Sentences of formats 1 and 2, which auditors still compute byte by byte."""
 
 SIDE_CHANNELS = {
     "timing": "A step takes longer the more units it draws. Whoever measures a site's time or power learns about it.",
@@ -66,8 +73,9 @@ class Spend:
     rdp: float
 
 
-FORMATS = (1, 2)
-"""Formats of the document. Format 1 lacks the cost of replacing a unit; its text says that it is twice the epsilon."""
+FORMATS = (1, 2, 3)
+"""Formats of the document. Format 1 lacks the cost of replacing a unit; its text says that it is twice the epsilon.
+Formats 1 and 2 word the risk of the validation split less clearly."""
 
 
 def privacy_document(
@@ -120,7 +128,7 @@ def privacy_document(
             "noise": "discrete Gaussian on a lattice of 2^-40 deviations",
         },
         "side_channels": SIDE_CHANNELS,
-        "not_covered": NOT_COVERED,
+        "not_covered": NOT_COVERED | (_WORDED_BEFORE if form < 3 else {}),
     }
 
 

@@ -120,7 +120,7 @@ def run(
         begun = studies.begin(made, asked, start, chosen, lambda text: typer.echo(text, err=True))
     if begun.name != (name or asked.name):
         typer.echo(f"A run of that name was withdrawn, and the round log keeps its name: this one is {begun.name}.")
-    typer.echo(f"run {begun.name}: study {asked.digest}")
+    typer.echo(folded(f"run {begun.name}: study {asked.digest}", 2))
     _play(begun, Timing(gather, round_time, step_time), metrics_port)
 
 
@@ -322,7 +322,7 @@ def rotate(
         _rotate_keys(made)
         return
     made.rotate(now())
-    typer.echo("The service replaces its keys and certificates: now if it is running, otherwise when it starts.")
+    typer.echo("A running service replaces its keys and certificates now. Otherwise it does so when it starts.")
 
 
 def _rotate_keys(made: Coordinator) -> None:

@@ -243,7 +243,8 @@ class RoundLog:
         if self._stored(self.size) is None:
             if self._log_at(self.size) != self.public:
                 raise StateError(
-                    "the round log's key was rotated, and this process has the former one", "start the command again"
+                    "the round log's key was rotated, and this process still uses the former key",
+                    "start the command again",
                 )
             text = Checkpoint(self._origin, self.size, self._frontier.root).text
             note = Note(text, log_lines(text, self._origin, self._key, self._pq))

@@ -32,6 +32,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from privet.common.audit.bundle import SOFTWARE
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, inside, no_directory, staged, why_not, write_durably, write_whole
@@ -129,6 +130,11 @@ class RunDirectory:
     def simulated(self) -> bool:
         """Whether sites are simulated, with noise from a public seed: `privet simulate` keeps its study file here."""
         return (self.path / "study.toml").is_file()
+
+    @property
+    def deployed(self) -> bool:
+        """Whether real sites run it: a coordinator has begun it, and keeps its software's list here."""
+        return not self.simulated and (self.path / SOFTWARE).is_file()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -132,12 +132,8 @@ def sentence(wait: Wait, now: float) -> str:
         return f"{where}every site has answered; computing, {since}"
     count = f"{done} of {done + len(missing)} have"
     if wait.needed:  # only consent needs a number
-        count = f"{_are(wait.needed, 'is', 'are')} needed, {_are(done, 'has', 'have')} consented"
+        count = f"{done} of {wait.needed} needed"
     return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
-
-
-def _are(count: int, one: str, more: str) -> str:
-    return f"{count} {one if count == 1 else more}"
 
 
 def details(wait: Wait) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from privet.common.errors import StateError, StudyError
-from privet.common.progress import doing
+from privet.common.progress import doing, folded
 
 _SCHEMA_FILE = "study.schema.json"
 
@@ -136,7 +136,7 @@ def new(
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent
-    draft = draft_study(data, wishes, root, asker, lambda subject, text: typer.echo(f"{subject:<9} {text}"))
+    draft = draft_study(data, wishes, root, asker, lambda subject, text: typer.echo(folded(f"{subject:<9} {text}", 10)))
     directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
     write_whole(out, (directive + draft.text()).encode())
     typer.echo(f"wrote     {out}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.common.audit.bundle import SOFTWARE
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
@@ -71,7 +70,7 @@ def require_finished(path: Path) -> None:
 
 def _summary(run: RunDirectory) -> dict[str, Any]:
     """Return the summary of a simulation; empty for a deployed run, which has none. Raises `StateError`."""
-    if not run.simulated and (run.path / SOFTWARE).is_file():
+    if run.deployed:
         return {}
     file, resume = run.path / "summary.json", unfinished(run)
     if not file.is_file():

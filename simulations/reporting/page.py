@@ -23,12 +23,6 @@ from privet.simulations.terminal.own_records import OwnRecords, hidden_rows, pro
 WATTS = 100.0
 """Assumed power of the machine, in watts."""
 
-_PLAIN = {
-    "validation split": "Units whose name varies. If one person appears under two names, or under a name that changes, "
-    "the name decides whether records are trained on or held out for validation. Epsilon covers each name by itself, "
-    "not the person behind all of them.",
-}
-"""Risks in plainer words than in the privacy statement, whose bytes auditors compare."""
 _ROUNDS_SHOWN = 60
 _NAMED = 12
 """Sites that the top of a report names."""
@@ -175,7 +169,7 @@ def _epsilon_tile(run: RunFacts) -> Html:
         parts.append(
             paragraph(
                 f"What is a convention: the word “{grade}”. Epsilon up to 1 is called strong, up to 10 reasonable, "
-                "above 10 weak or none (Ponomareva et al. 2023, How to DP-fy ML). The word proves nothing."
+                "above 10 weak or none (Ponomareva et al. 2023, How to DP-fy ML, JAIR 77). The word proves nothing."
             )
         )
     if run.privacy["simulated"]:
@@ -201,7 +195,10 @@ def _spent(run: RunFacts) -> float | None:
 
 
 def strength(epsilon: float) -> str:
-    """Return the strength of a promise in words: the tiers of Ponomareva et al. (2023), How to DP-fy ML, section 5."""
+    """Return the strength of a promise in words: the three tiers of Ponomareva et al. (2023), section 5.
+
+    How to DP-fy ML, JAIR 77, doi:10.1613/jair.1.14649: up to 1 strong, up to 10 reasonable, else weak or none.
+    """
     return "strong" if epsilon <= 1 else "reasonable" if epsilon <= 10 else "weak or none"
 
 
@@ -534,9 +531,7 @@ def _statement(run: RunFacts) -> Html:
         )
     named = (("Not covered by these figures", "not_covered"), ("Side channels", "side_channels"))
     for title, key in named:
-        items = [
-            joined([element("b", {}, f"{name}. "), _PLAIN.get(name, words)]) for name, words in document[key].items()
-        ]
+        items = [joined([element("b", {}, f"{name}. "), words]) for name, words in document[key].items()]
         parts += [element("h3", {}, title), bullets(items)]
     return joined(parts)
 

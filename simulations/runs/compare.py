@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.study.reading import read_toml
-from privet.server.rounds.state import RunDirectory, unfinished
+from privet.common.study.study import Study
+from privet.server.rounds.state import RunDirectory, metrics_of, unfinished
 from privet.simulations.runs.own_records import better, better_together
 from privet.simulations.runs.simulate import Watcher
 from privet.simulations.runs.sweep import SweepRun, claimed, entry_of, run_entry
 
 METHODS = ("fedsvd", "ffa", "fedavg")
+VALIDATION = "validation accuracy"
+"""The metric of a deployed run."""
+NO_UNITS = "as its study holds out no units for validation (data.validation_fraction = 0)"
 
 
 @dataclass(frozen=True)
@@ -143,38 +148,109 @@ def _better_off(metric: str, own: Mapping[str, Any], best: Mapping[str, Any]) ->
 
 
 def compare_runs(runs: Sequence[Path]) -> dict[str, Any]:
-    """Return finished runs side by side.
+    """Return runs side by side: their figures, and in what their studies differ.
+
+    Simulated runs must have ended. Deployed ones, in a coordinator's directory or copied from there, need not.
 
     Raises:
-        StateError: One is not a run directory, or has no summary yet.
+        StateError: One is not a run directory, has no round yet, or is a simulation without a summary.
     """
-    rows = [_row(run) for run in runs]
-    tests = {(row["metric"], row["records"]) for row in rows}
-    bases = {row["base"] for row in rows}
+    opened = [RunDirectory.open(run) for run in runs]
+    rows = [_deployed_row(each) if each.deployed else _row(each) for each in opened]
+    differs, same = differing([each.study for each in opened])
+    return {"rows": rows, "notes": _notes(rows), "differs": differs, "same": same}
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
-    if len(tests) > 1:
+    if len({row["deployed"] for row in rows}) > 1:
+        notes.append(
+            "simulations are tested on test records, deployed runs are validated at their sites: do not compare their "
+            "figures"
+        )
+    if len({(row["metric"], row["records"]) for row in rows if not row["deployed"]}) > 1:
         notes.append("the runs have different test records or metrics: do not compare their figures")
-    if len(bases) > 1:
+    if len({row["base"] for row in rows}) > 1:
         notes.append("the runs have different base models")
-    return {"rows": rows, "notes": notes}
+    if missing := [Path(row["run"]).name for row in rows if row["deployed"] and row["federated"] is None]:
+        notes.append(f"{', '.join(missing)}: no figure of quality, {NO_UNITS}")
+    return notes
 
 
-def _row(run: Path) -> dict[str, Any]:
-    opened = RunDirectory.open(run)
-    study, file = opened.study, run / "summary.json"
+def differing(studies: Sequence[Study]) -> tuple[dict[str, list[Any]], int]:
+    """Return the settings in which studies differ, each with its value in every study, and how many are the same.
+
+    The name of a study is no setting. A setting that a study does not have is None.
+    """
+    found = [_settings(study.document()) for study in studies]
+    names = dict.fromkeys(name for each in found for name in each)
+    values = {name: [each.get(name) for each in found] for name in names}
+    differs = {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    return differs, len(values) - len(differs)
+
+
+def _settings(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return the settings of a study by dotted name. The digests of a base's files are one setting."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and name != "model.sha256":
+            found |= _settings(value, f"{name}.")
+        elif name != "name":
+            found[name] = digest(canonical_json(value)) if name == "model.sha256" else value
+    return found
+
+
+def _deployed_row(run: RunDirectory) -> dict[str, Any]:
+    """Return the row of a run of real sites. Its only figures of quality are the validation sums of its rounds."""
+    study, state = run.study, run.load()
+    if not state.statements:
+        raise StateError(f"{run.path} has no round yet", unfinished(run))
+    closed = [each for each in state.statements if each["type"] == "round-close"]
+    measured = [each["metrics"]["validation_accuracy"] for each in state.statements if each["metrics"]]
+    ended = "completed" if len(closed) == study.rounds else "stopped early" if state.stopped else "not ended"
+    return _settings_of(run) | {
+        "deployed": True,
+        "sites": len({site for each in state.statements for site in each["cohort"]}),
+        "rounds": len(closed),
+        "outcome": ended,
+        "metric": VALIDATION,
+        "before": measured[0] if measured else None,
+        "federated": measured[-1] if measured else None,
+        "epsilon": metrics_of(state.statements[-1]).get("epsilon"),
+    }
+
+
+def _settings_of(run: RunDirectory) -> dict[str, Any]:
+    """Return what a row says of a run's study; figures that a run may lack are None."""
+    study = run.study
+    return {
+        "run": str(run.path),
+        "study": study.name,
+        "base": study.model.base,
+        "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
+        "secure_aggregation": study.secure_aggregation.mode,
+        "planned": study.rounds,
+        "records": None,
+        "local_mean": None,
+        "interval": None,
+        "pooled": None,
+        "unit": study.privacy.unit if study.private else None,
+        "virtual_seconds": None,
+    }
+
+
+def _row(run: RunDirectory) -> dict[str, Any]:
+    file = run.path / "summary.json"
     if not file.is_file():
-        raise StateError(f"{run} has no summary.json: the run is not finished", unfinished(opened))
+        raise StateError(f"{run.path} has no summary.json: the run is not finished", unfinished(run))
     summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     metric = summary["metric"]
     scores = summary[metric]
     scenario = summary.get("scenario", {})
     virtual = scenario.get("virtual")
-    return {
-        "run": str(run),
-        "study": study.name,
-        "base": study.model.base,
-        "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
-        "secure_aggregation": study.secure_aggregation.mode,
+    return _settings_of(run) | {
+        "deployed": False,
         "sites": scenario.get("sites", len(summary["federated_per_site"])),
         "rounds": summary["rounds"],
         "outcome": summary.get("outcome", {}).get("ended", "completed"),
@@ -186,6 +262,5 @@ def _row(run: Path) -> dict[str, Any]:
         "interval": summary["intervals"].get("federated"),
         "pooled": scores["pooled"],
         "epsilon": summary["epsilon"],
-        "unit": study.privacy.unit if study.private else None,
         "virtual_seconds": None if virtual is None else virtual["seconds"],
     }

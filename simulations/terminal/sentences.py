@@ -74,15 +74,22 @@ def answer_sentence(answer: Mapping[str, Any]) -> str:
 
 
 def runs_sentence(compared: Mapping[str, Any]) -> str:
-    """Return the best of finished runs, unless their figures cannot be compared."""
+    """Return the best of several runs, unless their figures cannot be compared."""
     rows = compared["rows"]
+    if len({row["deployed"] for row in rows}) > 1:
+        return "These runs cannot be ranked: some are simulations, and some were run by real sites."
     if any("different test records" in note for note in compared["notes"]):
         return "These runs cannot be ranked: they have different test records or metrics."
     metric = rows[0]["metric"]
     found = [row for row in rows if row["federated"] is not None]
     values = [row["federated"] for row in found]
+    if not values:
+        return "These runs cannot be ranked: none has a figure of quality."
     best = min(values) if metric == "perplexity" else max(values)
     names = [Path(row["run"]).name for row in found if row["federated"] == best]
+    if rows[0]["deployed"]:
+        lead = f"Highest {metric} before the last round: {', '.join(names)} with {as_text(metric, best)}."
+        return f"{lead} The figures of private studies carry noise, and each run holds out its own units."
     return f"Best: {', '.join(names)} with {as_text(metric, best)} {metric}."
 
 

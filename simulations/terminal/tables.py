@@ -8,12 +8,26 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from privet.simulations.runs.sweep import field_values, named
 from privet.simulations.terminal.figures import as_text
 
+_SIDE_BY_SIDE = 4
+"""Most runs that have a column each."""
 _GREEN = "#0b6e4f"
 _MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
+
+
+def titled(part: Any) -> list[Any]:
+    """Return what to print for a part of a result: of a table, first its title, on lines as wide as the terminal.
+
+    A table folds its title to its own width, which may be that of two short columns.
+    """
+    if not isinstance(part, Table) or part.title is None:
+        return [part]
+    title, part.title = part.title, None
+    return [Text(str(title), style="italic"), part]
 
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -109,38 +123,96 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
 
 
 def runs_tables(compared: Mapping[str, Any]) -> list[Table]:
-    """Return finished runs side by side: their results, and how they were trained. Both fit 80 columns."""
+    """Return runs side by side: their figures, how they were trained, in what their studies differ. All fit 80 columns.
+
+    Simulated and deployed runs have figures of different kinds, so each kind has a table of its own.
+    """
     rows = compared["rows"]
     names = short_names([row["run"].rstrip("/") for row in rows])
+    named_rows = list(zip(names, rows, strict=True))
     units = {row["unit"] for row in rows if row["unit"] is not None}
-    metrics = {row["metric"] for row in rows}
     unit = f"\nper {units.pop()}" if len(units) == 1 else ""
-    metric = metrics.pop() if len(metrics) == 1 else "result"
-    results = Table(title=f"{metric} on the test records of all sites", title_justify="left")
-    results.add_column("run", overflow="fold")
-    for name in (f"epsilon{unit}", "alone\n(mean)", "together", "95 % interval", "pooled"):
-        results.add_column(name, justify="right", no_wrap=True)
-    for name, row in zip(names, rows, strict=True):
-        own = "" if unit or row["unit"] is None else f" per {row['unit']}"
-        results.add_row(
-            escape(name if row["outcome"] == "completed" else f"{name} ({row['outcome']})"),
-            _epsilon(row["epsilon"]) + own,
-            as_text(row["metric"], row["local_mean"]),
-            as_text(row["metric"], row["federated"]),
-            _interval(row["interval"]),
-            as_text(row["metric"], row["pooled"]),
-        )
-    results.caption, results.caption_justify = "\n".join(compared["notes"]), "left"
+    simulated = [each for each in named_rows if not each[1]["deployed"]]
+    deployed = [each for each in named_rows if each[1]["deployed"]]
+    results = [_tested(simulated, unit)] if simulated else []
+    results += [_validated(deployed, unit)] if deployed else []
+    results[-1].caption, results[-1].caption_justify = "\n".join(compared["notes"]), "left"
     settings = Table(title="how they were trained", title_justify="left")
     settings.add_column("run", overflow="fold")
     settings.add_column("study", overflow="fold")
     settings.add_column("aggregation")
     settings.add_column("sites", justify="right")
     settings.add_column("rounds", justify="right")
-    for name, row in zip(names, rows, strict=True):
+    for name, row in named_rows:
         way = f"{row['aggregation']}, {row['secure_aggregation']}"
         settings.add_row(escape(name), escape(row["study"]), way, str(row["sites"]), str(row["rounds"]))
-    return [results, settings]
+    return [*results, settings, *_differences(compared, names)]
+
+
+def _tested(rows: Sequence[tuple[str, Mapping[str, Any]]], unit: str) -> Table:
+    """Return the results of simulated runs, which are tested on records."""
+    metrics = {row["metric"] for _, row in rows}
+    metric = metrics.pop() if len(metrics) == 1 else "result"
+    results = Table(title=f"{metric} on the test records of all sites", title_justify="left")
+    results.add_column("run", overflow="fold")
+    for name in (f"epsilon{unit}", "alone\n(mean)", "together", "95 % interval", "pooled"):
+        results.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows:
+        results.add_row(
+            _run_cell(name, row),
+            _spent(row, unit),
+            as_text(row["metric"], row["local_mean"]),
+            as_text(row["metric"], row["federated"]),
+            _interval(row["interval"]),
+            as_text(row["metric"], row["pooled"]),
+        )
+    return results
+
+
+def _validated(rows: Sequence[tuple[str, Mapping[str, Any]]], unit: str) -> Table:
+    """Return the results of deployed runs, whose coordinator has no records to test on."""
+    results = Table(
+        title="validation accuracy that the sites measured together, on the units that they hold out",
+        title_justify="left",
+    )
+    results.add_column("run", overflow="fold")
+    for name in (f"epsilon{unit}\n(at most)", "rounds", "before the\nfirst round", "before the\nlast round"):
+        results.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows:
+        results.add_row(
+            _run_cell(name, row),
+            _spent(row, unit),
+            f"{row['rounds']} of {row['planned']}",
+            as_text(row["metric"], row["before"]),
+            as_text(row["metric"], row["federated"]),
+        )
+    return results
+
+
+def _differences(compared: Mapping[str, Any], names: Sequence[str]) -> list[Table]:
+    """Return the table of the settings that differ; none for one run, or where all settings are the same."""
+    differs = compared["differs"]
+    if not differs:
+        return []
+    many = "setting is" if compared["same"] == 1 else "settings are"
+    title = f"in what their studies differ; {compared['same']} {many} the same"
+    table = Table(title=title, title_justify="left")
+    table.add_column("setting", overflow="fold")
+    for name in names if len(names) <= _SIDE_BY_SIDE else ("values",):
+        table.add_column(escape(name), overflow="fold")
+    for name, values in differs.items():
+        cells = ["-" if value is None else escape(_cell(value)) for value in values]
+        table.add_row(name, *(cells if len(names) <= _SIDE_BY_SIDE else [", ".join(dict.fromkeys(cells))]))
+    return [table]
+
+
+def _run_cell(name: str, row: Mapping[str, Any]) -> str:
+    return escape(name if row["outcome"] == "completed" else f"{name} ({row['outcome']})")
+
+
+def _spent(row: Mapping[str, Any], unit: str) -> str:
+    own = "" if unit or row["unit"] is None else f" per {row['unit']}"
+    return _epsilon(row["epsilon"]) + own
 
 
 def _cell(value: Any) -> str:

@@ -11,9 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
 from privet.client.budget.accounts import RoundKey
 from privet.client.budget.ledger import Ledger
@@ -26,7 +23,7 @@ from privet.client.policy.rules import Facts, judge, load_policy
 from privet.client.policy.text import first_policy
 from privet.client.setup import other_owner, safe_delta
 from privet.client.site import LimitSection, SiteConfig, load_site
-from privet.common.errors import PrivetError, StateError, StudyError, VerificationError
+from privet.common.errors import StateError, StudyError, VerificationError
 from privet.common.study.study import load_study
 from tests.support.consortium_world import World, run, running
 
@@ -59,15 +56,6 @@ def words(world: World, home: Path) -> list[str]:
     members = Enrolment(home).terms.members
     told = [f"--member={each.site}={each.words}" for each in members if each.site != home.name]
     return [f"--charter={world.coordinator.charter.words}", *told]
-
-
-def typed(command: object, *arguments: object, answers: str = "") -> Result:
-    app = typer.Typer()
-    app.command()(command)  # type: ignore[type-var]
-    result = CliRunner().invoke(app, [str(each) for each in arguments], input=answers)
-    if isinstance(result.exception, PrivetError):
-        raise result.exception
-    return result
 
 
 # --- joining ---------------------------------------------------------------------------------------------
@@ -143,7 +131,7 @@ def test_by_answers(world: World, home: Path) -> None:
     answers = [world.coordinator.charter.words]
     answers += [text for each in members for text in ("acorn", each.words)]  # misheard once
     answers += [str(home / "notes.csv"), "mrn", "", "", "", "", str(home / "elsewhere/head.json"), "y", "n"]
-    result = typed(setup, home, answers="\n".join(answers) + "\n")
+    result = run(setup, home, answers="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     site = load_site(home / "site.toml")
     assert (site.patient_ids, site.declared_count, site.anchor_same_disk) == ("number", 300, True)
@@ -157,7 +145,7 @@ def test_by_answers(world: World, home: Path) -> None:
 def test_it_stops_and_goes_on(world: World, home: Path) -> None:
     file = home / "site.toml"
     with pytest.raises(StateError, match="stopped at: Column of patients") as caught:
-        typed(setup, home, *words(world, home), answers=f"{home / 'notes.csv'}\n")
+        run(setup, home, *words(world, home), answers=f"{home / 'notes.csv'}\n")
     assert "--patient-column" in caught.value.hint
     assert load_site(file).train == (home / "notes.csv",)
     with pytest.raises(StudyError, match="no safe default") as missing:
@@ -183,7 +171,7 @@ def test_what_is_wrong_is_refused_and_changes_nothing(world: World, home: Path) 
     assert file.read_text().replace('\n[resources]\ndevice = "auto"\n', "") == before
     run_with = [*words(world, home), "--train", home / "notes.csv"]
     with pytest.raises(StudyError, match="has no column 'nobody'; found mrn, note, label"):
-        typed(setup, home, *run_with, answers="nobody\n" * 3)
+        run(setup, home, *run_with, answers="nobody\n" * 3)
     with pytest.raises(StudyError, match=r"limit\.delta"):
         run(setup, home, "--yes", "--patient-column=mrn", "--delta=0.5")
     assert load_site(file).limit is None
@@ -197,7 +185,7 @@ def test_a_person_who_answers_wrongly_is_asked_again(world: World, home: Path) -
         "patient", "mrn", "numbers", "number", "about 300", "300", "eight", "8", "1", "1e-5",
         str(other), "n", str(other), "y", "n",
     ]  # fmt: skip
-    result = typed(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
+    result = run(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     assert " ".join(result.output.split()).count("Answer again.") == 7
     site = load_site(home / "site.toml")
@@ -227,7 +215,7 @@ def test_a_rule_that_takes_one_patient_for_two_is_asked_about(world: World, home
         "y",
         "n",
     ]
-    result = typed(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
+    result = run(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
     said = " ".join(result.output.split())
     assert result.exit_code == 0, result.output
     assert "Files of training data: this question has no default. Answer again." in said
@@ -251,7 +239,7 @@ def test_a_wrong_column_in_the_site_file_is_no_dead_end(world: World, home: Path
     with pytest.raises(StudyError, match="no column 'patient'") as caught:
         run(setup, home, "--yes")
     assert f"`privet site setup {file} --patient-column COLUMN`" in caught.value.hint
-    assert typed(setup, home, answers="mrn\n").exit_code == 0
+    assert run(setup, home, answers="mrn\n").exit_code == 0
     assert load_site(file).patient_column == "mrn"
 
 

@@ -128,7 +128,7 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
 
 def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
-    monkeypatch.setattr(commands, "_proposed", lambda file, config: (stopped,))
+    monkeypatch.setattr(commands, "proposed_studies", lambda file, config: (stopped,))
     assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
 
 
@@ -139,9 +139,7 @@ def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: p
         run(commands.approve, home, short, "--yes")
     assert "leave out --yes" in caught.value.hint
     assert approved(load_site(home / "site.toml")) == frozenset()
-    monkeypatch.setattr(
-        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-    )
+    at_a_terminal(monkeypatch)
     monkeypatch.setattr("typer.confirm", lambda text: True)
     assert run(commands.approve, home, short).exit_code == 0
 
@@ -201,9 +199,7 @@ def test_a_person_is_asked_where_there_is_a_terminal(home: Path, monkeypatch: py
     assert EXAMPLE.digest in caught.value.hint
     assert run(commands.approve, home, EXAMPLE.digest).exit_code == 0  # names one study, whatever the coordinator says
     (home / "state/approvals").unlink()
-    monkeypatch.setattr(
-        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-    )
+    at_a_terminal(monkeypatch)
     for answer, code in ((False, 1), (True, 0)):
         monkeypatch.setattr("typer.confirm", lambda text, answer=answer: answer)
         assert run(commands.approve, home, "triage").exit_code == code
@@ -285,3 +281,99 @@ def test_a_site_without_a_study_file_names_a_study_by_run_or_digits(home: Path) 
         with pytest.raises(StudyError, match="no study file") as caught:
             run(*command)
         assert f"`privet site studies {home / 'site.toml'}`" in caught.value.hint
+
+
+# --- labels that the site spells otherwise ---------------------------------------------------------------
+
+CODES = {"A": EXAMPLE.task.labels[0], "B": EXAMPLE.task.labels[1]}
+
+
+@pytest.fixture
+def coded(home: Path) -> Iterator[Path]:
+    """The site with another file, in which labels are codes, separated by semicolons and in Latin-1."""
+    file = home / "site.toml"
+    before = file.read_bytes()
+    rows = "".join(f"über;{'A' if number % 2 else 'B'};{number}\n" for number in range(60))
+    (home / "codes.csv").write_bytes(("note;specialty;patient\n" + rows).encode("latin-1"))
+    shown = run(setup, home, "--yes", "--train", home / "codes.csv").output
+    assert "format.delimiter = semicolon" in shown
+    assert "Not mapped yet: B, A" in shown  # the coordinator proposes studies that do not have these
+    yield home
+    file.write_bytes(before)
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
+
+
+def labels_in(home: Path) -> dict[str, str]:
+    form = load_site(home / "site.toml").format
+    assert form is not None
+    return form.labels
+
+
+def test_options_say_what_labels_mean(coded: Path) -> None:
+    first, second = CODES.values()
+    refused = run(commands.approve, coded, "triage", "--yes")
+    assert refused.exit_code == 3
+    said = " ".join(refused.output.split())
+    assert f"say what the labels B, A mean: `privet site setup {coded / 'site.toml'} --label B=LABEL --label" in said
+    assert f"one of {', '.join(EXAMPLE.task.labels)}" in said
+    for wrong, why in (
+        ("A", "NAME=VALUE"),
+        (f"A={first.upper()}", f"the label A: expected one of {first}, .* found {first.upper()}"),
+        (f"{first}={second}", "which the study has"),
+    ):
+        with pytest.raises(StudyError, match=why):
+            run(setup, coded, "--yes", f"--label={wrong}")
+    with pytest.raises(StudyError, match="found one twice"):
+        run(setup, coded, "--yes", f"--label=A={first}", f"--label=A={second}")
+    assert labels_in(coded) == {}
+    half = " ".join(run(setup, coded, "--yes", f"--label=A={first}").output.split())
+    assert "Not mapped yet: B. Until then the site refuses the study." in half
+    assert labels_in(coded) == {"A": first}
+    done = run(setup, coded, "--yes", f"--label=B={second}").output
+    assert "How labels are written" not in done
+    assert labels_in(coded) == CODES
+    assert run(commands.approve, coded, "triage", "--yes").exit_code == 0
+
+
+def test_setup_asks_what_labels_mean_and_goes_on_where_it_stopped(coded: Path, tmp_path: Path) -> None:
+    first, second = CODES.values()
+    with pytest.raises(StateError, match=r"stopped at: A means") as caught:
+        run(setup, coded, answers=f"nothing\n{second}\n")
+    assert "--label A=LABEL" in caught.value.hint
+    assert labels_in(coded) == {"B": second}
+    shown = run(setup, coded, answers="\n").output
+    assert "Not mapped yet: A" in shown
+    assert run(setup, coded, "--study=triage", answers=f"{first}\n").exit_code == 0
+    assert labels_in(coded) == CODES
+    file = coded / "site.toml"
+    file.write_text(file.read_text().replace(f'A = "{first}"', 'A = "x"'))  # by hand, and wrong
+    assert "Not mapped yet: A." in run(setup, coded, answers="\n").output
+
+
+def test_approve_asks_what_labels_mean(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_a_terminal(monkeypatch)
+    first, second = CODES.values()
+    key = load_site(coded / "site.toml").coordinator
+    assert key is not None
+    assert run(commands.approve, coded, "triage", answers=f"\n{first}\n").exit_code == 3
+    with exclusive(key.key.with_suffix(".lock")):
+        done = run(commands.approve, coded, "triage", answers=f"{second}\ny\n")
+    assert done.exit_code == 0, done.output
+    assert labels_in(coded) == CODES
+    assert "with the former site file. Stop it" in done.output
+    assert approved(load_site(coded / "site.toml")) == {EXAMPLE.digest}
+
+
+def test_labels_of_single_files_are_left_to_a_person(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_a_terminal(monkeypatch)
+    file = coded / "site.toml"
+    file.write_text(file.read_text() + '[format.files."codes.csv"]\nlabels = { A = "x" }\n')
+    before = file.read_bytes()
+    shown = run(commands.approve, coded, "triage")
+    assert (shown.exit_code, "Complete them there by hand" in shown.output) == (3, True)
+    assert file.read_bytes() == before

@@ -237,12 +237,19 @@ def test_where_replacing_a_unit_is_not_covered_the_statement_says_so() -> None:
     assert "group privacy promises nothing at this epsilon and delta" in one_line(privacy_markdown(document))
 
 
-def test_a_statement_of_the_first_format_is_made_as_it_was(half: RunDirectory) -> None:
+def test_statements_of_earlier_formats_are_made_as_they_were(half: RunDirectory) -> None:
     statements = statements_of(half)
-    first, second = (privacy_document(half.study, statements, form=form) for form in (1, 2))
+    first, second, third = (privacy_document(half.study, statements, form=form) for form in (1, 2, 3))
+    assert third == privacy_document(half.study, statements)
+    old, new = (each["not_covered"].pop("validation split") for each in (second, third))
+    assert second == third | {"format": 2}
+    assert old.startswith("Units that go by several names")
+    assert new.startswith("Units whose name varies.")
+    assert first["not_covered"].pop("validation split") == old
     assert second["epsilon"].pop("replacing")
     assert first == second | {"format": 1}
-    text = one_line(privacy_markdown(first))
+    text = one_line(privacy_markdown(privacy_document(half.study, statements, form=1)))
+    assert list(first["not_covered"]) == list(third["not_covered"])  # in the same order, as its text lists them
     assert "Replacing one is both, and costs up to twice the epsilon." in text
     assert "Rényi" not in text
 

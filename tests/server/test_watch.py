@@ -101,7 +101,7 @@ def test_sentences() -> None:
     assert sentence(wait, 200.0).endswith("(3 min); 1 of 3 have")
     assert "every site has answered; computing" in sentence(replace(wait, missing={}), 1.0)
     consent = Wait(CONSENT, 0, 3, ("berlin",), {"lyon": "", "paris": "no\x1b[2J"}, since=0.0)
-    assert sentence(consent, 5.0).endswith("(5 s); 3 are needed, 1 has consented")
+    assert sentence(consent, 5.0).endswith("(5 s); 1 of 3 needed")
     assert details(consent) == ["  lyon: connected, has not answered yet", "  paris: no?[2J"]
     long = details(replace(consent, missing={"paris": "allowed a study " * 80}))
     assert long[0].endswith(("allowed a study ...", "allowed a ...", "allowed ..."))

@@ -14,6 +14,7 @@ from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory
 from privet.server.studies import line_of
+from privet.simulations.commands import compare
 from privet.simulations.reporting.commands import report
 from privet.simulations.reporting.gather import gather
 from privet.simulations.reporting.page import page
@@ -112,3 +113,28 @@ def test_what_was_never_begun_is_no_deployed_run(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run", masked_study(), start_adapter(), PEFT_CONFIG)
     with pytest.raises(StateError, match="not finished"):
         gather(directory.path)
+
+
+def test_runs_of_real_sites_are_compared_by_what_they_measured(
+    world: LoggedWorld, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    blind = world_of(tmp_path / "blind", masked_study(**{**PRIVATE, "data": {}, "training": {"rounds": 2}}))
+    other = deployed(tmp_path / "other", blind, "blind")
+    said = run(compare, path, other).output
+    assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
+    text = " ".join(said.split())
+    for part in (
+        "│ flu │ ",
+        " 3 of 3 │ 50.0 % │ 70.0 % │",
+        " 2 of 2 │ - │ - │",
+        "blind: no figure of quality, as its study holds out no units for validation",
+        "data.validation_fraction │ 0.2 │ 0 │",
+        "training.rounds │ 3 │ 2 │",
+        "Highest validation accuracy before the last round: flu with 70.0 %.",
+    ):
+        assert part in text, part
+    document = json.loads(run(compare, path, other, "--json").output)
+    assert [row["federated"] for row in document["rows"]] == [pytest.approx(0.7, abs=1e-3), None]
+    assert set(document["differs"]) == {"data.validation_fraction", "training.rounds"}
+    assert "none has a figure of quality" in run(compare, other).output

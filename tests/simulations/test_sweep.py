@@ -232,7 +232,8 @@ def test_one_command_answers_the_first_question(tmp_path: Path, bert: Path) -> N
     assert answer_table(answer).row_count == len(arms)
     compared = compare_runs(sorted((tmp_path / "out" / "runs").iterdir()))
     assert compared["notes"] == []
-    assert [table.row_count for table in runs_tables(compared)] == [2, 2]
+    assert sorted(compared["differs"]["aggregation.method"]) == ["fedavg", "ffa"]
+    assert [table.row_count for table in runs_tables(compared)] == [2, 2, len(compared["differs"])]
 
 
 def test_values_go_to_toml_and_back() -> None:

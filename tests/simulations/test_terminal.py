@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from privet.simulations.terminal.sentences import (
     runs_sentence,
     sweep_sentence,
 )
-from privet.simulations.terminal.tables import answer_table, runs_tables, short_names, sweep_table
+from privet.simulations.terminal.tables import answer_table, runs_tables, short_names, sweep_table, titled
 
 ROW = {
+    "deployed": False,
     "study": "triage",
     "base": "b",
     "aggregation": "fedsvd, fedavg",
@@ -67,16 +68,29 @@ def drawn(*tables: object, width: int = 80) -> str:
 def test_runs_side_by_side_fit_with_short_names_and_units(width: int) -> None:
     names = ("runs/first/epsilon-8", "runs/second/epsilon-8", "elsewhere/a-name-that-is-longer-than-thirty-letters")
     rows = [{**ROW, "run": name} for name in names]
-    text = drawn(*runs_tables({"rows": rows, "notes": ["the runs have different base models"]}), width=width)
+    text = drawn(*tables(rows, "the runs have different base models"), width=width)
     assert "80.2 %" in text
     assert "76.1 to 83.9 %" in text
     assert "per patient" in text
     assert "first/epsilon-8" in text.replace("\n", "")
     assert "runs/first" not in text
     rows[0] |= {"unit": "record"}
-    text = drawn(*runs_tables({"rows": rows, "notes": []}), width=width)
+    text = drawn(*tables(rows), width=width)
     assert "8.00 per record" in text
     assert "8.00 per patient" in text
+
+
+def tables(rows: Sequence[Mapping[str, Any]], *notes: str, **differs: list[Any]) -> list[Any]:
+    compared = {"rows": rows, "notes": notes, "differs": differs, "same": 1}
+    return [each for table in runs_tables(compared) for each in titled(table)]
+
+
+@pytest.mark.parametrize("runs", [2, 4, 5])
+def test_settings_that_differ_fit_80_columns(runs: int) -> None:
+    rows = [{**ROW, "run": f"runs/a-long-name-of-a-run-{number}"} for number in range(runs)]
+    text = drawn(*tables(rows, rounds=[*range(runs - 1), None], labels=[["cardiology", "neurology"]] * runs))
+    assert "in what their studies differ; 1 setting is the same" in text
+    assert ("0, 1, 2, 3, -" in text) is (runs == 5)
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

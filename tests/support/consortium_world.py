@@ -110,11 +110,11 @@ def running(folder: Path) -> Iterator[World]:
         yield World(folder, replace(made, settings=settings), clock, refusals)
 
 
-def run(command: object, *arguments: object) -> Result:
-    """Run one command as its own program; errors that `main` would print are raised."""
+def run(command: object, *arguments: object, answers: str = "") -> Result:
+    """Run one command as its own program, and type answers; errors that `main` would print are raised."""
     app = typer.Typer()
     app.command()(command)  # type: ignore[type-var]
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    result = CliRunner().invoke(app, [str(each) for each in arguments], input=answers)
     if isinstance(result.exception, PrivetError):
         raise result.exception
     return result

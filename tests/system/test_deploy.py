@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from privet.common.cli import build_command
 from privet.common.errors import StateError
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
@@ -21,6 +23,7 @@ from privet.simulations.deploy import Deployment, Interpreters, SitePlan, Starte
 from tests.conftest import BASES
 from tests.simulations.test_simulate import study_file
 from tests.support.forks import Forks
+from tests.support.pages import commands, inline
 from tests.support.tiny import private
 
 SITES = ("alpha", "beta", "gamma")
@@ -34,6 +37,17 @@ def study_of(folder: Path, base: Path, name: str, **more: object) -> Path:
     file = study_file(folder / name, base, {**PRIVATE, **more})
     file.write_text(file.read_text().split("[simulation]")[0])
     return file
+
+
+def coded(file: Path) -> SitePlan:
+    """Write a site's records as another program exports them: semicolons, Latin-1, and codes instead of labels."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    labels = dict(zip("JNU", sorted({row["label"] for row in rows}), strict=True))
+    codes = {label: code for code, label in labels.items()}
+    lines = [f"über {row['text']};{codes[row['label']]};{row['patient']}" for row in rows]
+    export = file.with_suffix(".csv")
+    export.write_bytes("\r\n".join(["text;label;patient", *lines, ""]).encode("latin-1"))
+    return SitePlan(export, len(rows), labels)
 
 
 def closed_rounds(run: Path) -> int:
@@ -63,6 +77,41 @@ def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object],
     made.privet("audit", "bundle", run, "--out", tar)
     verdict = json.loads(made.privet("audit", "verify", tar, "--policy", policy, "--json"))
     return verdict, made.privet("audit", "show", tar, "--policy", policy)
+
+
+AFTERWARDS = {
+    "docs/operate-site.md": ("data", "site studies", "site check", "site budget", "site receipts", "site adapters",
+                             "site personalise"),
+    "docs/operate-coordinator.md": ("coordinator charter", "coordinator members", "audit bundle", "adapter"),
+    "docs/site-policy.md": ("site policy SITE", "site check"),
+    "docs/deployment.md": ("site doctor SITE",),
+}  # fmt: skip
+"""Commands of the operators' pages that are run, as they stand there, once a run has ended."""
+
+
+def follow(made: Deployment, study: Path, base: Path) -> list[str]:
+    """Run the operators' pages: each of these commands, with this deployment's names; return the commands.
+
+    Within this process: starting one takes longer than most of them.
+    """
+    names = {
+        "site/site.toml": made.site("alpha"), "site/": made.folder / "alpha", "SITE": made.site("alpha"),
+        "DIR": made.coordinator, "DIR/runs/study": made.coordinator / "runs" / "first",
+        "study.toml": study, "STUDY": study, "RUN": "first", "triage": "first", "DIRECTORY": base,
+    }  # fmt: skip
+    lines = [
+        line
+        for page, begins in AFTERWARDS.items()
+        for line in dict.fromkeys((*commands(page), *inline(page)))
+        if line.startswith(tuple(f"privet {begin}" for begin in begins))
+        and "--init" not in line
+        and not names.keys().isdisjoint(line.split())  # not a command that is only mentioned
+    ]
+    for line in lines:
+        words = [str(names.get(word, word)) for word in shlex.split(line)[1:]]
+        done = CliRunner().invoke(build_command(), words)
+        assert done.exit_code == 0, (line, done.output, done.exception)
+    return lines
 
 
 def namespaces() -> bool:
@@ -103,12 +152,13 @@ def test_all_of_it_works_without_any_network_but_loopback(bert: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.skipif(namespaces() and ALONE not in os.environ, reason="run above, without a network")
 def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all(
-    bert: Path, tmp_path: Path, forks: Forks
+    bert: Path, tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ALONE in os.environ:
         assert [name for _, name in socket.if_nameindex()] == ["lo"]
     study = study_of(tmp_path, bert, "first")
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
+    plans["gamma"] = coded(plans["gamma"].train)
     with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
         run = made.coordinator / "runs" / "first"
         start = ("--yes", "-C", made.coordinator, "--gather", 300)
@@ -145,6 +195,8 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
         assert measured["records"] == 60
         made.serve()
         made.connected(3)
+        monkeypatch.chdir(tmp_path)
+        assert len(follow(made, study, bert)) > 15
         at = ("-C", made.coordinator)
         assert "in the round log" in made.privet("registry", "revoke", "first", "--reason", "wrong labels", *at)
         (row,) = json.loads(made.privet("site", "adapters", alpha, "--json"))["adapters"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 
 from privet.common.cli import build_command
 from tests.layout.survey import defined_in, public_names
-from tests.support.pages import PAGES, ROOT, commands, inline, links, rows, text_of
+from tests.support.pages import PAGES, ROOT, blocks, commands, inline, links, rows, text_of
 
 # Commands
 
@@ -63,6 +65,14 @@ def test_every_command_of_a_console_block_parses() -> None:
     assert [f"{page}: {wrong}" for page, line in lines if (wrong := complaint(line, whole=True))] == []
 
 
+def test_every_fenced_block_is_of_a_kind_that_is_checked_or_marked_as_output() -> None:
+    kinds = {(page, kind) for page in PAGES for kind in re.findall(r"^```(\S+)$", text_of(page), re.MULTILINE)}
+    assert {each for each in kinds if each[1] not in {"console", "json", "python", "text", "toml"}} == set()
+    for page in PAGES:
+        for block in blocks(page, "toml"):
+            tomllib.loads(block)
+
+
 def test_every_command_in_the_text_exists() -> None:
     lines = [(page, code) for page in PAGES for code in inline(page) if code.startswith("privet ")]
     assert len(lines) > 100
@@ -89,6 +99,28 @@ def test_every_benchmark_that_is_named_exists() -> None:
     pages = [text_of(page) for page in PAGES if page != "CHANGELOG.md"]  # which names one that was
     named = {name for text in pages for name in re.findall(r"benchmarks/\w+\.py", text)}
     assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+# The screens
+
+
+def test_every_screen_is_shown_once_and_small() -> None:
+    files = sorted((ROOT / "docs/images/screens").iterdir())
+    shown = re.findall(r"\]\(images/screens/([\w-]+\.svg)\)", text_of("docs/screens.md"))
+    assert sorted(shown) == [file.name for file in files]
+    assert sum(file.stat().st_size for file in files) < 400_000
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert set(re.findall(r"https?://[^\s\"<)]+", text)) == {"http://www.w3.org/2000/svg"}  # nothing is fetched
+
+
+def test_a_terminal_is_drawn_as_programs_write_to_it() -> None:
+    tool = runpy.run_path(str(ROOT / "tools/screens.py"))
+    screen = tool["Terminal"](8)
+    screen.feed(
+        "\x1b[1mab\x1b[0mc\r\n\x1b[2mbar 10 %\x1b[0m\r\x1b[2K\x1b[1Aline\r\n\x1b[32mbar 99 %more\x1b[0m\x1b[?25l"
+    )
+    assert screen.plain().splitlines() == ["line", "bar 99 %", "more"]
+    assert screen.ansi().splitlines()[1:] == ["\x1b[0m\x1b[32mbar 99 %", "\x1b[0m\x1b[32mmore"]
 
 
 # The map of the code
