@@ -19,6 +19,7 @@ from privet.client.network.following import Follower
 from privet.client.network.proposals import consulted
 from privet.client.release.opened import caution, open_release
 from privet.client.release.received import read_received
+from privet.client.rounds.logbook import COPY
 from privet.client.site import load_site
 from privet.common.audit.bundle import CHECKPOINT
 from privet.common.audit.release import ADAPTER, KEY, SIGNATURE, STUDY
@@ -391,6 +392,44 @@ def test_killed_at_any_step_the_registry_is_what_the_log_says(
         assert logged_history(own).runs[name].releases[-1].state == state
     changes = [each for each in map(str, logged_history(own).runs) if each]
     assert changes == ["flu", "flu-2"]
+
+
+def test_only_new_leaves_are_fetched(deciding_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, fetched, asked = deciding_world, list[bytes](), ConsortiumClient.leaves
+    own, file = world.coordinator, site_file(world)
+    run(commands.get, file, "flu")
+    config = load_site(file)
+    assert config.log is not None
+    kept = config.log.state / COPY
+
+    def leaves(self: ConsortiumClient, first: int) -> list[bytes]:
+        found = asked(self, first)
+        fetched.extend(found)
+        return found
+
+    def looked(follower: Follower) -> int:
+        fetched.clear()
+        follower.look()
+        return len(fetched)
+
+    monkeypatch.setattr(ConsortiumClient, "leaves", leaves)
+    follower, size = Follower(file, config), LogFile(own.log_directory).size()
+    assert looked(follower) == size  # no copy yet
+    every = list(fetched)
+    assert looked(follower) == 0
+    assert not kept.exists()  # it only reads
+    run(deciding.retire, "flu", "--reason", "not maintained", "--directory", own.directory)
+    assert looked(follower) == LogFile(own.log_directory).size() - size > 0
+
+    write = b"".join(len(leaf).to_bytes(4, "big") + leaf for leaf in every)
+    kept.write_bytes(write)  # as the site's worker keeps it
+    assert looked(Follower(file, config)) == LogFile(own.log_directory).size() - size
+    assert kept.read_bytes() == write
+    kept.write_bytes(write[:-1] + bytes([write[-1] ^ 1]))  # damaged: all are fetched, after the new ones
+    assert looked(Follower(file, config)) >= LogFile(own.log_directory).size()
+    received = read_received(folder_of(world) / "flu")
+    assert received is not None
+    assert received.state == "retired"
 
 
 def test_a_follower_survives_whatever_the_coordinator_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
