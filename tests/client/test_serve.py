@@ -58,6 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     token.write_text(TOKEN + "\n")
     token.chmod(0o600)
     command = [sys.executable, "-m", "privet", "serve", *map(str, runs), "--port", "0", "--token-file", str(token)]
+    command += ["--counts", str(folder / "counts")]
     command += ["--queue", "0", "--max-tokens", "3000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
@@ -73,6 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         finally:
             process.terminate()
             process.wait(30)
+    kept = {file.name for file in (folder / "counts").glob("*.*") if not file.name.startswith(".")}
+    assert kept == {f"{name}.{ending}" for name in ("one", "two", "base") for ending in ("counts.json", "prom")}
 
 
 pytestmark = pytest.mark.slow
@@ -206,6 +209,27 @@ def test_nothing_of_a_prompt_is_logged(server: Server) -> None:
     text = server.log.read_text()
     assert "POST /v1/chat/completions: 200" in text
     assert not any(part in text for part in (SECRET, answer, TOKEN, "Traceback"))
+
+
+def test_answers_are_counted_for_whoever_has_the_token(server: Server) -> None:
+    for _ in range(10):
+        server.ask("two", max_tokens=2)
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(model="two", prompt="", max_tokens=2)
+    address = server.url.removesuffix("/v1") + "/metrics"
+    asked = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})  # noqa: S310 - its own
+    with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310
+        text = answer.read().decode()
+    # How many have a length or an ending is shown in steps of ten; other tests ask this model, too.
+    inputs = next(line for line in text.splitlines() if line.startswith('privet_model_inputs_total{model="two"}'))
+    assert float(inputs.split()[1]) >= 10
+    assert 'privet_model_predictions_total{class="cut",model="two"} 10.0' in text
+    assert 'privet_model_refused_total{model="two",reason="no_text"} 1.0' in text
+    assert 'privet_model_answer_tokens_bucket{le="2.0",model="two"} 10.0' in text
+    assert SECRET.split()[1] not in text
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(address, timeout=10)  # noqa: S310
+    assert refused.value.code == 401
 
 
 def test_what_cannot_be_served_is_refused(privet: Run, tmp_path: Path, bert: Path, llama: Path) -> None:
