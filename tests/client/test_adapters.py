@@ -41,6 +41,7 @@ from privet.server.log.logfile import LogFile
 from privet.server.rounds.release import digests_of, sign_files
 from privet.server.rounds.state import RunDirectory
 from privet.server.studies import begin
+from privet.server.tracking.figures import tracked
 from tests.support.consortium_world import World, leaf_of_site, lines_of_site, run
 from tests.support.site_world import ready
 from tests.support.synthetic import B, start_adapter
@@ -319,6 +320,8 @@ def test_an_adapter_is_superseded_retired_and_revoked_and_sites_follow(deciding_
     for refused in (lambda: adapter_at(folder_of(world), "flu"), lambda: open_release(path)):
         with pytest.raises(RefusedError, match="revoked this adapter: a canary was found"):
             refused()
+    with pytest.raises(RefusedError, match="the adapter of run flu is revoked: a canary was found"):
+        tracked(own.directory / "runs/flu")
     shown = run(deciding.show, "flu", "--directory", own.directory).output
     assert "state       revoked: a canary was found" in shown
     with pytest.raises(StateError, match="is revoked already"):

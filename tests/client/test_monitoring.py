@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -68,7 +67,7 @@ def test_indices_of_known_histograms() -> None:
     # Lin 1991, eq. 3.1: the entropy of the mean less the mean of the entropies.
     p, q = (0.75, 0.25), (0.25, 0.75)
 
-    def entropy(shares: Any) -> float:
+    def entropy(shares: tuple[float, ...]) -> float:
         return -sum(x * math.log2(x) for x in shares)
 
     assert divergence([3, 1], [1, 3]) == pytest.approx(entropy((0.5, 0.5)) - (entropy(p) + entropy(q)) / 2)
@@ -236,6 +235,7 @@ def test_predictions_of_files_are_counted_and_compared(privet: Run, tmp_path: Pa
 
 
 def test_every_metric_of_an_alert_exists() -> None:
+    yaml: Any = pytest.importorskip("yaml")
     document = yaml.safe_load((ROOT / "deploy/privet-alerts.yml").read_text(encoding="utf-8"))
     rules = [rule for group in document["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in rules}) == len(rules) >= 8
