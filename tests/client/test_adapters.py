@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from privet.client.network.adapters import FOLDER, LEAF, PROOF, adapter_at, rece
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.following import Follower
 from privet.client.network.proposals import consulted
+from privet.client.release import opened
 from privet.client.release.opened import caution, open_release
 from privet.client.release.received import read_received
 from privet.client.rounds.logbook import COPY
@@ -32,10 +34,13 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import Note, parse_note
 from privet.common.log.replay import STATES
 from privet.common.log.statements import Export, RoundClose, RoundOpened, SeenCheckpoint, SiteRound
+from privet.common.pki.enrolment import ReleasedRequest
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study, load_study
+from privet.common.study.terms import check_receiver, terms_text
 from privet.server.commands import registry as deciding
 from privet.server.consortium.registry import decide, entries, log_decisions, logged_history
+from privet.server.consortium.releases import released_part
 from privet.server.log.journal import open_journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.release import digests_of, sign_files
@@ -47,6 +52,7 @@ from tests.support.site_world import ready
 from tests.support.synthetic import B, start_adapter
 
 SITES = ("berlin", "lyon")
+TERMS = {"to": "participants", "purpose": "triage of referrals", "until": "2200-02-28"}
 
 
 def study_of(name: str, **changes: Any) -> Study:
@@ -135,8 +141,9 @@ def cosign(world: World, sites: tuple[str, ...] = SITES) -> None:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A consortium of two with three runs: flu, flu-2 that goes on from it, and copd, which another site's is."""
+    """A consortium of two with four runs: lent, whose study states terms; flu, flu-2 that goes on from it, and copd."""
     with ready(tmp_path_factory.mktemp("consortium")) as world:
+        play(world, "lent", start_adapter(2), study_of("lent", release=TERMS))
         first = play(world, "flu", start_adapter())
         play(world, "flu-2", first)
         play(world, "copd", start_adapter(1))
@@ -163,7 +170,7 @@ def folder_of(world: World) -> Path:
 
 def test_adapters_are_listed_received_and_opened(world: World) -> None:
     rows = json.loads(run(commands.adapters, site_file(world), "--json").output)["adapters"]
-    assert [row["run"] for row in rows] == ["copd", "flu-2", "flu"]
+    assert [row["run"] for row in rows] == ["copd", "flu-2", "flu", "lent"]
     assert all((row["state"], row["own"], row["path"]) == ("released", True, "") for row in rows)
     said = run(commands.adapters, site_file(world)).output
     assert f"next: receive one with `privet site get {site_file(world)} copd`" in said
@@ -179,7 +186,7 @@ def test_adapters_are_listed_received_and_opened(world: World) -> None:
     assert release.adapter.digest == export.adapter
     assert caution(release) == ""
     rows = json.loads(run(commands.adapters, site_file(world), "--json").output)["adapters"]
-    assert [row["path"] for row in rows] == ["", "", str(path)]
+    assert [row["path"] for row in rows] == ["", "", str(path), ""]
     with pytest.raises(StateError, match="flu exists already"):
         run(commands.get, site_file(world), "flu")
 
@@ -221,6 +228,68 @@ def test_another_runs_files_are_refused(world: World) -> None:
     finally:
         shutil.rmtree(runs / "flu/release")
         (runs / "kept").rename(runs / "flu/release")
+
+
+def test_terms_and_policy_decide_about_receiving(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, config, fetched = site_file(world), load_site(site_file(world)), list[str]()
+    assert config.policy is not None
+    ask, written = ConsortiumClient.released, config.policy.read_text()
+
+    def released(self: ConsortiumClient, name: str, part: str, first: int) -> tuple[bytes, int]:
+        fetched.append(part)
+        return ask(self, name, part, first)
+
+    monkeypatch.setattr(ConsortiumClient, "released", released)
+    rounds = world.coordinator.directory / "runs/lent/rounds"
+    rounds.mkdir(exist_ok=True)
+    (rounds / "0001.json").write_text(json.dumps({"survivors": ["lyon"]}))
+    with pytest.raises(RefusedError, match="to the sites that took part, and site berlin did not"):
+        run(commands.get, file, "lent")
+    (rounds / "0001.json").write_text(json.dumps({"survivors": SITES}))
+    rules = '[adapters]\npurposes = ["research"]\nprivate = true\nown = true\n'
+    try:
+        config.policy.write_text(written + rules)
+        fetched.clear()
+        with pytest.raises(RefusedError, match=r"E_ADAPTER_PURPOSE.*'triage of referrals', allowed research") as caught:
+            run(commands.get, file, "lent")
+        assert "E_ADAPTER_NOT_PRIVATE" in caught.value.message
+        assert "E_ADAPTER_NOT_OWN" not in caught.value.message
+        assert fetched == [STUDY]  # nothing else is asked for
+        with pytest.raises(RefusedError, match=r"E_ADAPTER_PURPOSE.*no stated purpose"):
+            run(commands.get, file, "flu")
+        config.policy.write_text(written + rules.replace("research", TERMS["purpose"]).replace("true", "false", 1))
+        run(commands.get, file, "lent")
+    finally:
+        config.policy.write_text(written)
+    path = folder_of(world) / "lent"
+    assert open_release(path).study.release is not None
+    assert "release" not in load_study(Path("simulations/studies/deploy.toml")).document()
+
+    service, log = consulted(file, config, now)
+    assert log is not None
+    late = datetime(2200, 3, 1, tzinfo=UTC)
+    with pytest.raises(RefusedError, match=r"until 2200-02-28 \(UTC\), which is over"):
+        receive(config, folder_of(world) / "late", "lent", log, service, late, lambda *_: None)
+    asked = ReleasedRequest(run="lent", file=ADAPTER, first=0)
+    assert released_part(world.coordinator.directory, "lyon", asked, late - timedelta(seconds=1)).size
+    with pytest.raises(RefusedError, match="which is over"):
+        released_part(world.coordinator.directory, "lyon", asked, late)
+    monkeypatch.setattr(opened, "now", lambda: late)
+    with pytest.raises(RefusedError, match="which is over"):
+        open_release(path)
+
+
+def test_terms_are_checked_and_told() -> None:
+    lent = study_of("lent", release=TERMS)
+    assert lent.digest != study_of("lent").digest
+    assert "for this purpose: triage of referrals, until 2200-02-28" in terms_text(lent)
+    assert terms_text(study_of("flu")) == ""
+    check_receiver(lent, "lyon", SITES)
+    with pytest.raises(RefusedError, match="site oslo did not"):
+        check_receiver(lent, "oslo", SITES)
+    for wrong in ({"until": "2026-2-3"}, {"until": "2026-02-30"}, {"to": "all"}, {"purpose": "a\x1b[2J"}):
+        with pytest.raises(StudyError, match=f"release.{next(iter(wrong))}|until"):
+            study_of("lent", release=wrong)
 
 
 class Lying(ConsortiumClient):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from privet.common.errors import PrivetError, RefusedError, StateError, StudyError, VerificationError
 from privet.server.commands.tracking import track
 from privet.server.tracking import stores
-from privet.server.tracking.figures import _point, tracked
+from privet.server.tracking.figures import Tracked, _point, tracked
 from privet.server.tracking.stores import to_mlflow, to_tensorboard
 from tests.support.consortium_world import run
 from tests.support.logged_world import world_of
@@ -99,11 +100,12 @@ def test_nothing_is_tracked_unasked_or_elsewhere(
         with pytest.raises(StudyError, match="expected sqlite:///FILE") as caught:
             to_mlflow(found, uri)
         assert "p@h" not in caught.value.hint
-    for package, store in (("mlflow", to_mlflow), ("tensorboard", to_tensorboard)):
+    of_mlflow: Callable[[Tracked, Path], object] = lambda run, place: to_mlflow(run, str(place))  # noqa: E731
+    for package, store in (("mlflow", of_mlflow), ("tensorboard", to_tensorboard)):
         for name in (package, "mlflow.exceptions", "tensorboard.summary.writer.event_file_writer"):
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(StudyError, match="needs the package") as missing:
-            store(found, tmp_path if package == "tensorboard" else str(tmp_path))  # type: ignore[operator]
+            store(found, tmp_path)
         assert f"privet[{package}]" in missing.value.hint
     assert list(tmp_path.iterdir()) == []
 
