@@ -52,7 +52,7 @@ def to_mlflow(run: Tracked, uri: str, experiment: str | None = None) -> str:
         client: Any = mlflow.MlflowClient(tracking_uri=uri)
         name = experiment or run.study.name
         found = client.get_experiment_by_name(name)
-        place = (home.resolve() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
+        place = (home.resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         where = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
         condition = f"tags.`privet.adapter` = '{run.adapter}' and tags.`privet.run` = '{run.name}'"
         if client.search_runs([where], condition, max_results=1):

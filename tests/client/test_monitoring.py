@@ -179,12 +179,12 @@ def test_counting_takes_less_than_a_hundredth_of_a_prediction() -> None:
     watched, outcome = monitor()["one"], Outcome(500, ("flu",), (0.7,))
 
     def spent() -> float:
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(1000):
             watched.answered(outcome)
-        return (time.perf_counter() - began) / 1000
+        return (time.thread_time() - began) / 1000
 
-    assert min(spent() for _ in range(5)) < 30e-6  # a prediction of the smallest base takes 3 ms
+    assert min(spent() for _ in range(5)) < 20e-6  # a text takes the demo's base, of 22 million parameters, 2.2 ms
 
 
 def test_results_of_each_task_are_counted(bert: Path) -> None:
@@ -253,3 +253,4 @@ def test_every_metric_of_an_alert_exists() -> None:
         assert named, rule["alert"]
         assert named <= known, named - known
         assert rule["expr"].count("(") == rule["expr"].count(")")
+        assert not re.search(r"[\d.]+ [*+-] (on|ignoring)\b", rule["expr"])  # only vectors are matched
