@@ -108,7 +108,7 @@ def predict(
     if data is not None:
         from privet.client.formats import FileFormat, load_format
         from privet.client.release.applied import look, predict_file, wanted_columns
-        from privet.client.release.monitoring import Monitor, keep_reference
+        from privet.client.release.monitoring import Monitor, keep_reference, reference_file
         from privet.client.training.proposals import with_settings
 
         written = FileFormat() if form is None else load_format(form).of(data)
@@ -120,7 +120,9 @@ def predict(
         name = _name_of(run)
         # A reference is counted by itself, in memory: it is no part of what the adapter is used for.
         monitor = Monitor.of({name: release}, None if reference else counts)
-        with monitor.kept(), mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
+        if reference and counts is not None:
+            reference_file(counts, name)  # before hours of work, not after
+        with monitor.kept(always=False), mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
 
             def tell(done: int) -> None:
                 stages.tell("predicting rows", done, found.rows)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,7 @@ class Monitor:
         """
         self._directory = directory
         self._locks: list[int] = []
+        self._saving, self._left = threading.Lock(), False
         self.registry = CollectorRegistry()
         if directory is not None:
             make_directory(directory)
@@ -87,31 +89,45 @@ class Monitor:
         Raises:
             StateError: They cannot be written.
         """
-        if self._directory is None:
-            return
+        # One thread at a time: an older state must not be written over a newer one, nor after the directory was left.
+        with self._saving:
+            if self._directory is not None and not self._left:
+                self._write(self._directory)
+
+    def _write(self, directory: Path) -> None:
         for name, counts in self._counts.items():
             try:
                 state = counts.state().model_dump_json().encode()
-                write_durably(self._directory / f"{name}.counts.json", state + b"\n", 0o600)
+                write_durably(directory / f"{name}.counts.json", state + b"\n", 0o600)
                 own = CollectorRegistry()
                 own.register(_Published({name: counts}))
-                write_durably(self._directory / f"{name}.prom", generate_latest(own), 0o644)
+                write_durably(directory / f"{name}.prom", generate_latest(own), 0o644)
             except OSError as error:
                 raise StateError(
-                    f"the counts in {self._directory} cannot be written ({error.strerror})",
+                    f"the counts in {directory} cannot be written ({error.strerror})",
                     "check the disk space and the permissions; answers are given all the same",
                 ) from None
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Save the counts when the block ends, however it ends, and let other processes use the directory."""
+    def kept(self, *, always: bool = True) -> Iterator[None]:
+        """Save the counts when the block ends, and let other processes use the directory.
+
+        Args:
+            always: Whether to save them also if the block fails. Where its results are then lost and computed again,
+                they would count twice.
+        """
+        done = always
         try:
             yield
+            done = True
         finally:
             try:
-                self.save()
+                if done:
+                    self.save()
             finally:
-                self._unlock()
+                with self._saving:
+                    self._left = True
+                    self._unlock()
 
     def _opened(self, name: str, adapter: str, classes: tuple[str, ...]) -> Counts:
         fresh = State.new(adapter, classes)
@@ -127,18 +143,24 @@ class Monitor:
             os.close(self._locks.pop())
 
 
+def reference_file(directory: Path, name: str) -> Path:
+    """Return the file for a new reference of an adapter. Raises StateError: there is one already."""
+    path = directory / f"{name}.reference.json"
+    require_free(path, f"move it away first: `mv {path} {path}.old`")
+    return path
+
+
 def keep_reference(directory: Path, name: str, counts: Counts) -> Path:
     """Keep counts of a file of the site's own as the reference of an adapter, and return the file.
 
     Raises:
         StateError: There is one already, or it cannot be written; or the file had no input that was answered.
     """
-    path, state = directory / f"{name}.reference.json", counts.state()
+    path, state = reference_file(directory, name), counts.state()
     if not state.total.inputs:
         raise StateError(
             "expected a file with inputs that the adapter answers, found none", "choose another file with --data"
         )
-    require_free(path, f"move it away first: `mv {path} {path}.old`")
     make_directory(directory)
     write_new(path, state.model_dump_json().encode() + b"\n")
     return path

@@ -156,6 +156,13 @@ def test_counts_survive_a_restart_and_one_process_keeps_them(tmp_path: Path) -> 
     text = (tmp_path / "one.prom").read_text()
     assert 'privet_model_inputs_total{model="one"} 25.0' in text
     assert text == generate_latest(again.registry).decode()
+    failing = monitor(tmp_path)
+    answer(failing["one"], 50)
+    with pytest.raises(ZeroDivisionError), failing.kept(always=False):
+        raise ZeroDivisionError
+    assert json.loads((tmp_path / "one.counts.json").read_text()) == last
+    failing.save()  # it has left the directory
+    assert json.loads((tmp_path / "one.counts.json").read_text()) == last
     (tmp_path / "one.counts.json").write_text('{"format": 1}')
     with pytest.raises(StateError, match="cannot be read"):
         monitor(tmp_path)

@@ -72,10 +72,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             client = openai.OpenAI(base_url=url, api_key=TOKEN, max_retries=0, timeout=60)
             yield Server(url, client, runs, folder / "log")
         finally:
+            ended = time.time()
             process.terminate()
-            process.wait(30)
+            assert process.wait(30) == 0
     kept = {file.name for file in (folder / "counts").glob("*.*") if not file.name.startswith(".")}
     assert kept == {f"{name}.{ending}" for name in ("one", "two", "base") for ending in ("counts.json", "prom")}
+    assert (folder / "counts/one.counts.json").stat().st_mtime >= ended - 1  # kept at the end, not only now and then
 
 
 pytestmark = pytest.mark.slow
