@@ -35,6 +35,7 @@ from privet.client.release.monitoring import Monitor, keep_reference
 from privet.common.errors import StateError
 from privet.server.studies import RunMetrics
 from tests.conftest import Run
+from tests.layout.survey import imports, sources
 from tests.support.pages import ROOT
 from tests.support.released import run_of
 from tests.support.tiny import tiny_study, write_rows
@@ -118,7 +119,20 @@ def test_drift_is_measured_over_recent_inputs_and_beyond_chance(tmp_path: Path) 
     assert "mv " in str(caught.value.hint)
 
 
+def test_counts_have_no_way_out() -> None:
+    """What counts imports nothing that could send, and nothing that sends imports what counts."""
+    counting = {"privet.client.release.counts", "privet.client.release.monitoring"}
+    sending = re.compile(r"(socket|ssl|http|urllib|requests|grpc|flwr|privet\.client\.(network|rounds))\b")
+    for module in counting:
+        file = module.removeprefix("privet.").replace(".", "/") + ".py"
+        assert not [name for name in imports(file) if sending.match(name)]
+    others = sources("client/network", "client/rounds", "client/budget", "common", "server")
+    for file in others:
+        assert not [name for name in imports(file) if name.startswith(tuple(counting))], file
+
+
 def test_no_step_of_a_published_figure_is_one_input_s() -> None:
+    assert LEAST == 10  # as docs/use.md promises
     watched = monitor()
     answer(watched["one"], LEAST - 1)
     assert published(watched)["privet_model_inputs_total[]"] == 0
