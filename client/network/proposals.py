@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment
 from privet.client.rounds.history import LogCopy
-from privet.client.rounds.logbook import open_witness
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.logbook import COPY, open_witness
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError, VerificationError
@@ -68,32 +66,58 @@ class NewestLog:
     history: Replay
 
 
-def newest_log(site: SiteConfig, service: ConsortiumClient, witness: Witness) -> NewestLog | None:
-    """Replay the round log from its first leaf, against all that this site's operator confirmed.
+@dataclass
+class LogReader:
+    """Reads the round log beyond what this site has cosigned, for an answer to its operator.
 
-    Returns:
-        The log; None while it is empty.
+    It goes on from the leaves of the site's own copy, and then from those that it has read itself, so only new leaves
+    are fetched. All of them are hashed, and must give the root of the checkpoint that the log signed: that proves more
+    than a proof of consistency would. The copy's file is only read: the worker of a site that serves adds to it.
 
-    Raises:
-        VerificationError: It is not the log of the charter, or not signed with its present key; or it breaks the rules.
-        PrivetError: As `ConsortiumClient.call`. StateError: The file of confirmed keys cannot be read.
+    Attributes:
+        site: The site.
     """
-    note = service.checkpoint()
-    if not note or site.trusted is None:
-        return None
-    path, seen = site.trusted, witness.last
-    head = witness.open(note)[0]
-    newest = head if head.size > seen.size else seen
-    with TemporaryDirectory() as folder:
-        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
-        policy = copy.policy(seen if seen.size else newest)
-        return NewestLog(newest, policy, copy.history(newest))
+
+    site: SiteConfig
+    _copy: LogCopy | None = None
+
+    def read(self, service: ConsortiumClient, note: bytes | None = None) -> NewestLog | None:
+        """Replay the round log up to its newest checkpoint, against all that this site's operator confirmed.
+
+        Args:
+            service: The consortium service.
+            note: The newest checkpoint, if the caller has asked for it.
+
+        Returns:
+            The log; None while it is empty.
+
+        Raises:
+            VerificationError: It is not the log of the charter, or not signed with its present key; or it breaks the
+                rules.
+            PrivetError: As `ConsortiumClient.call`. StateError: The site's files cannot be read.
+        """
+        note = service.checkpoint() if note is None else note
+        if not note or self.site.trusted is None or self.site.log is None:
+            return None
+        witness = open_witness(self.site, self.site.log)
+        seen, head = witness.last, witness.open(note)[0]
+        newest, path = head if head.size > seen.size else seen, self.site.trusted
+        copy = self._copy or LogCopy(
+            self.site.name,
+            self.site.log.state / COPY,
+            lambda: read_trusted(path),
+            lambda: newest,
+            service.leaves,
+            writes=False,
+        )
+        self._copy, copy.newest, copy.fetch = copy, lambda: newest, service.leaves
+        return NewestLog(newest, copy.policy(seen if seen.size else newest), copy.history(newest))
 
 
 def consulted(
     file: Path, config: SiteConfig, clock: Callable[[], datetime]
 ) -> tuple[ConsortiumClient, NewestLog | None]:
-    """Return a site's access to the consortium service, and the round log as `newest_log`.
+    """Return a site's access to the consortium service, and the round log as `LogReader.read`.
 
     Args:
         file: The site file.
@@ -101,12 +125,12 @@ def consulted(
         clock: Returns the time.
 
     Raises:
-        StateError: The site is not set up. PrivetError: As `newest_log`.
+        StateError: The site is not set up. PrivetError: As `LogReader.read`.
     """
     if config.log is None:
         raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
     service = ConsortiumClient(Enrolment(file.parent), clock)
-    return service, newest_log(config, service, open_witness(config, config.log))
+    return service, LogReader(config).read(service)
 
 
 def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Proposed, ...]:

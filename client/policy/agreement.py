@@ -15,6 +15,7 @@ from privet.common.errors import Finding
 from privet.common.masking.groups import smallest_sum
 from privet.common.masking.parameters import suite_of
 from privet.common.study.study import Study
+from privet.common.study.terms import terms_text
 
 LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
 """Findings that do not speak against an approval: they pass with it, or with time."""
@@ -59,6 +60,7 @@ def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> 
         ("hidden among", _hidden(study)),
         ("leaves", _leaves(site, study)),
         ("for how long", _duration(site, study)),
+        *([("adapter", terms_text(study))] if study.release is not None else []),
     ]
 
 

@@ -124,6 +124,17 @@ class LimitRules(Section):
     """Most rounds in a row that may cost this site privacy and lead to no adapter; None: `MOST_LOST`."""
 
 
+class AdapterRules(Section):
+    """Released adapters that this site receives, of those that their terms admit. Without the table: all."""
+
+    purposes: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | Literal["any"]
+    """Purposes for which it receives adapters, each as a study states it."""
+    private: bool
+    """Whether it receives only adapters of private studies."""
+    own: bool
+    """Whether it receives only adapters that its own records are in."""
+
+
 class SitePolicy(Section):
     """A site's policy. Every key is mandatory, so that a rule which is left out never allows anything."""
 
@@ -136,6 +147,7 @@ class SitePolicy(Section):
     cohort: CohortRules
     metrics: MetricRules
     limits: LimitRules
+    adapters: Annotated[AdapterRules | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _rules_decide(self) -> Self:
@@ -165,6 +177,29 @@ class Facts:
     upload_bytes: int | None = None
     patient_column: str | None = None
     floor: Floor = field(default_factory=Floor)
+
+
+def judge_adapter(policy: SitePolicy, study: Study, *, own: bool) -> tuple[Finding, ...]:
+    """Return the findings of the policy against receiving a released adapter; empty if the policy admits it.
+
+    Args:
+        policy: The site's policy.
+        study: The study that made it.
+        own: Whether this site's records are in it.
+    """
+    rules, found = policy.adapters, []
+    if rules is None:
+        return ()
+    purpose = None if study.release is None else study.release.purpose
+    if rules.purposes != "any" and purpose not in rules.purposes:
+        asked = "no stated purpose" if purpose is None else f"the purpose {purpose!r}"
+        found.append(_finding("E_ADAPTER_PURPOSE", "adapters.purposes", asked, _listed(rules.purposes)))
+    if rules.private and not study.private:
+        found.append(_finding("E_ADAPTER_NOT_PRIVATE", "adapters.private", "no privacy", "adapters of private studies"))
+    if rules.own and not own:
+        asked, allowed = "an adapter without this site's records", "adapters with this site's records"
+        found.append(_finding("E_ADAPTER_NOT_OWN", "adapters.own", asked, allowed))
+    return tuple(found)
 
 
 def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = True) -> tuple[Finding, ...]:

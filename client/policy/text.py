@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from privet.client.editing import changed
-from privet.client.policy.rules import MOST_LOST, SitePolicy
+from privet.client.policy.rules import MOST_LOST, AdapterRules, SitePolicy
 from privet.client.site import SiteConfig
 
 EXAMPLE = """\
@@ -47,6 +47,11 @@ max_studies_per_day = 2
 max_upload_bytes = 67108864
 hours_utc = ["00:00-00:00"]      # all day; at night only: ["18:00-06:00"]
 max_lost_rounds = 5              # rounds in a row without a result that this site pays for
+
+# [adapters]                     # released adapters that this site receives; without the table, all that terms admit
+# purposes = "any"               # or a list of purposes, as studies state them
+# private = true                 # only adapters of private studies
+# own = false                    # only adapters with this site's records
 """
 
 _MOST_EPSILON = 8.0
@@ -103,7 +108,17 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         f"An update has at most {limits.max_upload_bytes} bytes.",
         f"It pays for at most {limits.max_lost_rounds or MOST_LOST} rounds in a row that lead to no result.",
         f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
+        *_adapters(policy.adapters),
     ]
+
+
+def _adapters(rules: AdapterRules | None) -> list[str]:
+    if rules is None:
+        return []
+    private = " of private studies" if rules.private else ""
+    own = " that its own records are in" if rules.own else ""
+    purposes = "any purpose" if rules.purposes == "any" else f"these purposes: {_listed(rules.purposes)}"
+    return [f"It receives adapters{private}{own}, for {purposes}."]
 
 
 def explain_patients(site: SiteConfig) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from privet.client.formats import FileFormat
+from privet.client.release.counts import CUT, FINISHED, NO_SPAN, Counts, Outcome
 from privet.client.release.generation import Answer, Sampling, answers, room_for
 from privet.client.release.tables import PREDICTION, Survey, survey, writing
 from privet.client.training.data import Records
@@ -31,6 +32,7 @@ Result = dict[str, Any]
 Tell = Callable[[int], None]
 """Called with the number of rows that are done."""
 REASON = "reason"
+NO_TEXT, NO_TURN, LONG = "no text", "no user's turn", "the prompt has"
 _BATCH = dict.fromkeys(GENERATING, 16)
 _GREEDY = Sampling()
 # Roles of the columns that predictions are made from, and names that are tried where the study's is absent.
@@ -81,13 +83,13 @@ def predict(host: ModelHost, study: Study, inputs: Sequence[Any], sampling: Samp
 def _reason(kind: str, value: Any) -> str:
     """Return why there can be no result for a value; empty if there can."""
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        return "no text"
+        return NO_TEXT
     if isinstance(value, str):
         return ""
     if isinstance(value, list) and kind == "token-classification" and all(isinstance(word, str) for word in value):
-        return "" if any(word.strip() for word in value) else "no text"
+        return "" if any(word.strip() for word in value) else NO_TEXT
     if isinstance(value, list) and kind in GENERATING and all(map(_is_message, value)):
-        return "" if any(turn["role"] == "user" for turn in value) else "no user's turn"
+        return "" if any(turn["role"] == "user" for turn in value) else NO_TURN
     return f"not text, but {type(value).__name__}"
 
 
@@ -198,7 +200,7 @@ def _answered(host: ModelHost, study: Study, values: Sequence[Any], sampling: Sa
             results.append({REASON: error.message})
             continue
         long = most is not None and len(ids) > most
-        results.append({REASON: f"the prompt has {len(ids)} tokens, and the model has room for {most}"} if long else {})
+        results.append({REASON: f"{LONG} {len(ids)} tokens, and the model has room for {most}"} if long else {})
         if not long:
             prompts[row] = ids
     found = answers(host, study, list(prompts.values()), sampling, offset) if prompts else []
@@ -236,6 +238,32 @@ def flat(study: Study, result: Result) -> Row:
     return {PREDICTION: result.get("answer"), f"{PREDICTION}_finished": result.get("finished"), **reason}
 
 
+def count(counts: Counts, value: Any, result: Result) -> None:
+    """Count a result, and of its input the length alone."""
+    if reason := result.get(REASON):
+        none = reason in (NO_TEXT, NO_TURN)
+        counts.refused("no_text" if none else "too_long" if reason.startswith(LONG) else "malformed")
+        return
+    size = characters(value)
+    if "probabilities" in result:
+        label, sure = max(result["probabilities"].items(), key=lambda item: item[1])
+        counts.answered(Outcome(size, (label,), (sure,)))
+    elif "spans" in result:
+        spans = result["spans"]
+        labels = tuple(span["label"] for span in spans) or (NO_SPAN,)
+        counts.answered(Outcome(size, labels, tuple(span["probability"] for span in spans)))
+    else:
+        counts.answered(Outcome(size, (FINISHED if result["finished"] else CUT,), tokens=result["tokens"]))
+
+
+def characters(value: Any) -> int:
+    """Return the length of an input: of a text, of words joined by spaces, or of all messages of a chat."""
+    if isinstance(value, str):
+        return len(value)
+    parts = [part if isinstance(part, str) else part["content"] for part in value]
+    return sum(map(len, parts)) + (len(parts) - 1 if isinstance(value[0], str) else 0)
+
+
 def _input(study: Study, column: str, row: Row) -> Any:
     """Return what a row is predicted from: a text, words or a chat; of an instruction, with its input."""
     value = row.get(column)
@@ -263,6 +291,7 @@ def predict_file(
     tell: Tell,
     sampling: Sampling = _GREEDY,
     form: FileFormat = PLAIN,
+    counts: Counts | None = None,
 ) -> int:
     """Predict on every row of a file, in order, and write each with its result. Return the number of rows without one.
 
@@ -276,6 +305,7 @@ def predict_file(
         tell: Told the number of finished rows, after each batch.
         sampling: How answers are generated.
         form: How the file is written.
+        counts: Counts the results, if they are counted.
 
     Raises:
         DataError: The file is malformed.
@@ -287,10 +317,14 @@ def predict_file(
     with writing(out, screen, found.names, lambda result: flat(study, result)) as write:
         while batch := list(islice(rows, size)):
             own = Sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed + done)
-            results = predict(host, study, [_input(study, found.column, row) for row in batch], own)
+            inputs = [_input(study, found.column, row) for row in batch]
+            results = predict(host, study, inputs, own)
             empty += sum(bool(result.get(REASON)) for result in results)
             kept = [{name: row[name] for name in found.names if name in row} for row in batch]
             write([{**row, PREDICTION: result} for row, result in zip(kept, results, strict=True)])
+            if counts is not None:
+                for value, result in zip(inputs, results, strict=True):
+                    count(counts, value, result)
             done += len(batch)
             tell(done)
     return empty

@@ -16,10 +16,12 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
+from privet.common.clock import now
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, inside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
+from privet.common.study.terms import check_until
 
 PERSONAL = "personal.json"
 """File beside an adapter that a site trained for itself."""
@@ -53,7 +55,7 @@ def open_release(path: Path) -> Release:
     Raises:
         StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout, or was changed since it was received.
-        RefusedError: It was received, and is revoked.
+        RefusedError: It was received, and is revoked; or the terms of its study have ended.
     """
     if why := no_directory(path):
         raise StateError(
@@ -75,6 +77,7 @@ def open_release(path: Path) -> Release:
     site, shared = _personal(path)
     # What a site made of a revoked adapter is revoked with it.
     received = check_received(path.parent, shared) if site else check_received(folder, digest(data))
+    check_until(study, now())
     return Release(path, study, Adapter.read(read_layout(data), data), received, site)
 
 

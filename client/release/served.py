@@ -1,7 +1,8 @@
 """An endpoint on loopback for trying adapters, in the form of OpenAI's API: models, chat completions, completions.
 
 One base is loaded, with several adapters. One answer is generated at a time; others wait in a queue of bounded length.
-Nothing of a prompt or an answer is logged. A client that disconnects stops its generation.
+Nothing of a prompt or an answer is logged; answers are counted (`privet.client.release.counts`). A client that
+disconnects stops its generation.
 
 It is for trying, by one person on one machine. `docs/use.md` names servers for production.
 """
@@ -17,13 +18,14 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from peft import get_peft_model
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,7 +34,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import nn
 
+from privet.client.release.counts import CUT, FINISHED, Outcome, Reason
 from privet.client.release.generation import Answer, Sampling, room_for, stream
+from privet.client.release.monitoring import Monitor
 from privet.client.release.opened import Release, knowing_bases
 from privet.client.site import Resources
 from privet.client.training.features import prompt_ids, text_ids
@@ -147,11 +151,18 @@ class Models:
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form, and the reason by which it is counted."""
 
-    def __init__(self, status: int, message: str, code: str, kind: str = "invalid_request_error") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        kind: str = "invalid_request_error",
+        counted: Reason = "malformed",
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.kind = status, message, code, kind
+        self.status, self.message, self.code, self.kind, self.counted = status, message, code, kind, counted
 
     def response(self) -> Response:
         """Return the answer that a client gets."""
@@ -234,6 +245,7 @@ class _Job:
 
     model: str
     prompt: list[int]
+    characters: int
     sampling: Sampling
     stops: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
@@ -249,8 +261,8 @@ class _Job:
 class Endpoint:
     """Answers requests. `app` is the ASGI application."""
 
-    def __init__(self, models: Models, token: str, limits: Limits) -> None:
-        self._models, self._limits = models, limits
+    def __init__(self, models: Models, token: str, limits: Limits, monitor: Monitor) -> None:
+        self._models, self._limits, self._monitor = models, limits, monitor
         self._secret = hashlib.sha256(token.encode()).digest()
         self._thread = ThreadPoolExecutor(1, "privet-serve")
         self._pending = 0
@@ -261,6 +273,7 @@ class Endpoint:
                 self._route("/v1/models/{name}", self._show, "GET"),
                 self._route("/v1/chat/completions", self._chat, "POST"),
                 self._route("/v1/completions", self._complete, "POST"),
+                self._route("/metrics", self._metrics, "GET"),
             ],
             exception_handlers={HTTPException: _not_found},
         )
@@ -309,6 +322,9 @@ class Endpoint:
         self._study(name)
         return JSONResponse(self._described(name))
 
+    async def _metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._monitor.registry), media_type=CONTENT_TYPE_LATEST)
+
     def _study(self, name: str) -> Study:
         study = self._models.studies.get(name)
         if study is None:
@@ -329,17 +345,42 @@ class Endpoint:
         asked: _Chat = _parsed(_Chat, await self._body(request))
         study = self._study(asked.model)
         turns = [turn.plain for turn in asked.messages]
-        prompt = list(prompt_ids(study, self._models.host.tokenizer, turns))
-        return await self._answer(request, asked, prompt, _chat_form)
+        with self._counting(asked.model):
+            prompt = list(prompt_ids(study, self._models.host.tokenizer, turns))
+            job = self._job(asked, prompt, sum(len(turn["content"]) for turn in turns))
+        return await self._answer(request, asked, job, _chat_form)
 
     async def _complete(self, request: Request) -> Response:
         asked: _Completion = _parsed(_Completion, await self._body(request))
-        prompt = text_ids(self._study(asked.model), self._models.host.tokenizer, asked.prompt)
-        if not prompt:
-            raise ApiError(400, "prompt: expected a text, found an empty one", "invalid_value")
-        return await self._answer(request, asked, prompt, _text_form)
+        study = self._study(asked.model)
+        with self._counting(asked.model):
+            prompt = text_ids(study, self._models.host.tokenizer, asked.prompt)
+            if not prompt:
+                raise ApiError(400, "prompt: expected a text, found an empty one", "invalid_value", counted="no_text")
+            job = self._job(asked, prompt, len(asked.prompt))
+        return await self._answer(request, asked, job, _text_form)
 
-    def _job(self, asked: _Asked, prompt: list[int]) -> _Job:
+    @contextlib.contextmanager
+    def _counting(self, model: str) -> Iterator[None]:
+        """Count a request that the block refuses, and end the block when too many wait."""
+        try:
+            if self._pending > self._limits.waiting:
+                raise ApiError(
+                    429,
+                    "too many requests are waiting; try again later",
+                    "rate_limit_exceeded",
+                    "rate_limit_error",
+                    counted="too_many_waiting",
+                )
+            yield
+        except ApiError as error:
+            self._monitor[model].refused(error.counted)
+            raise
+        except PrivetError:
+            self._monitor[model].refused("malformed")
+            raise
+
+    def _job(self, asked: _Asked, prompt: list[int], characters: int) -> _Job:
         study = self._study(asked.model)
         most = asked.max_completion_tokens or asked.max_tokens or min(study.task.max_new_tokens, self._limits.tokens)
         if most > self._limits.tokens:
@@ -350,20 +391,16 @@ class Endpoint:
                 400,
                 f"the model has room for {room} tokens; the prompt has {len(prompt)} and the answer may have {most}",
                 "context_length_exceeded",
+                counted="too_long",
             )
         stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         sampling = Sampling(
             asked.temperature or 0.0, 1.0 if asked.top_p is None else asked.top_p, most, (asked.seed or 0) % 2**62
         )
         texts = tuple(stop for stop in stops if stop)
-        return _Job(asked.model, prompt, sampling, texts, asyncio.get_running_loop())
+        return _Job(asked.model, prompt, characters, sampling, texts, asyncio.get_running_loop())
 
-    async def _answer(self, request: Request, asked: _Asked, prompt: list[int], form: _Form) -> Response:
-        job = self._job(asked, prompt)
-        if self._pending > self._limits.waiting:
-            raise ApiError(
-                429, "too many requests are waiting; try again later", "rate_limit_exceeded", "rate_limit_error"
-            )
+    async def _answer(self, request: Request, asked: _Asked, job: _Job, form: _Form) -> Response:
         self._pending += 1
         self._thread.submit(self._generate, job)
         head = {"id": f"privet-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
@@ -385,7 +422,11 @@ class Endpoint:
                 with self._models.chosen(job.model) as host:
                     study = self._models.studies[job.model]
                     last = stream(host, study, job.prompt, job.sampling, job.say, job.stops, job.stopped.is_set)
+                if not job.stopped.is_set():
+                    ending = FINISHED if last.finished else CUT
+                    self._monitor[job.model].answered(Outcome(job.characters, (ending,), tokens=last.tokens))
         except Exception as error:
+            self._monitor[job.model].refused("failed")
             last = error
         # The place is free before the client reads the end of its answer.
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
@@ -475,5 +516,5 @@ def _event(document: Mapping[str, Any]) -> str:
 async def _not_found(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     return ApiError(
-        status, "this server has /v1/models, /v1/chat/completions and /v1/completions", "unknown_url"
+        status, "this server has /v1/models, /v1/chat/completions, /v1/completions and /metrics", "unknown_url"
     ).response()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(endpoint: Endpoint, opened: socket.socket, ready: Callable[[str], None]) -> None:
-    """Answer requests until SIGINT or SIGTERM.
+    """Answer requests until SIGINT or SIGTERM, in the main thread.
 
     Args:
         endpoint: What answers.
@@ -93,5 +94,7 @@ def serve(endpoint: Endpoint, opened: socket.socket, ready: Callable[[str], None
     )
     # Its errors would quote what a request held.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+    # uvicorn raises the signal again once it has stopped. By default it would end the process, and what follows here.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     ready(f"http://{_LOOPBACK}:{opened.getsockname()[1]}/v1")
     asyncio.run(uvicorn.Server(config).serve(sockets=[opened]))

@@ -50,6 +50,7 @@ class LogCopy:
         trusted: Returns what the site's operator has confirmed, as it stands now.
         newest: Returns the newest checkpoint that this site cosigned.
         fetch: Returns leaves from the coordinator.
+        writes: Whether leaves are added to the file. One process at a time may do so; others read it.
     """
 
     site: str
@@ -57,6 +58,7 @@ class LogCopy:
     trusted: Callable[[], Trusted]
     newest: Callable[[], Checkpoint]
     fetch: Fetch
+    writes: bool = True
     _tree: Tree = field(default_factory=Tree)
     _history: Replay = field(default_factory=Replay)
     _broken: str = ""
@@ -154,7 +156,8 @@ class LogCopy:
                 # Of any other kind, such as too little memory: a history without this leaf must not be relied on.
                 self._tree, self._history, self._loaded = Tree(), Replay(), False
                 raise
-        _keep(self.file, leaves, first)
+        if self.writes:
+            _keep(self.file, leaves, first)
 
 
 def policy_of(history: Replay, trusted: Trusted, site: str, size: int) -> Policy:

@@ -12,6 +12,7 @@ from typing import Any
 from privet.common.audit.release import LINEAGE, PRIVACY, SIGNATURE
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.study import Study
+from privet.common.study.terms import terms_text
 
 _SEEN = {"masked": "nothing but sums: updates were masked", "plain": "the update of each site"}
 
@@ -69,6 +70,7 @@ def model_card(
         "",
         _privacy_line(privacy),
         "",
+        *(["## Terms", "", terms_text(study), ""] if study.release is not None else []),
         "## Measured",
         "",
         *(_metric_lines(metrics) if metrics else ["Nothing was validated at the sites during training."]),

@@ -422,6 +422,30 @@ class CohortSection(Section):
     """Least number of sites that must deliver. With fewer, the round is aborted."""
 
 
+class ReleaseSection(Section):
+    """Terms of the adapter that the study releases. Sites agree to them with the study.
+
+    Without the table, every member that may see the study may receive the adapter, for any purpose and without end.
+    """
+
+    to: Literal["members", "participants"] = "members"
+    """Who may receive it. members: every member that may see the study. participants: of these, the sites that answered
+    a round."""
+    purpose: Annotated[str, Field(pattern=r"^[ -~]{1,256}$")] | None = None
+    """What it may be used for, in words. A site's policy may list the purposes for which it receives adapters."""
+    until: str | None = None
+    """Last day on which it may be received and used, as YYYY-MM-DD, in UTC."""
+
+    @model_validator(mode="after")
+    def _until_is_a_day(self) -> Self:
+        try:
+            if self.until is not None and date.fromisoformat(self.until).isoformat() != self.until:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"until: expected a day as YYYY-MM-DD, found {self.until!r}") from None
+        return self
+
+
 class Promise(NamedTuple):
     """What a private study promises for one unit, and the clip norm that the noise is scaled to.
 

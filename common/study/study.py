@@ -29,6 +29,7 @@ from privet.common.study.sections import (
     ModelSection,
     Name,
     PrivacySection,
+    ReleaseSection,
     Schedule,
     Section,
     SecureAggregationSection,
@@ -59,6 +60,7 @@ class Study(Section):
     cohort: CohortSection = CohortSection()
     privacy: PrivacySection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
+    release: Annotated[ReleaseSection | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -125,13 +125,17 @@ def run(
 
 
 def _release_of(made: Coordinator, name: str, adapter: Path | None) -> Path:
-    """Return the directory of what a run released."""
+    """Return the directory of what a run released. Its terms must not have ended."""
+    from privet.common.study.terms import check_until
     from privet.server.consortium.registry import entry_of
     from privet.server.rounds.run_log import RELEASE
+    from privet.server.rounds.state import RunDirectory
 
     if adapter is not None:
         raise StudyError("--continue: expected no --adapter beside it", "leave one of them out")
-    return made.directory / "runs" / entry_of(made, name).name / RELEASE
+    run = made.directory / "runs" / entry_of(made, name).name
+    check_until(RunDirectory.open(run).study, now())
+    return run / RELEASE
 
 
 def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:

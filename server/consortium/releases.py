@@ -6,11 +6,14 @@ A member checks all of it by itself, against the round log. Here it is only deci
 from __future__ import annotations
 
 import base64
+import json
+from datetime import datetime
 from pathlib import Path
 
 from privet.common.audit.bundle import CHECKPOINT
 from privet.common.errors import RefusedError
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
+from privet.common.study.terms import check_receiver, check_until
 from privet.server.rounds.run_log import RELEASE
 from privet.server.rounds.state import RunDirectory
 
@@ -23,12 +26,12 @@ def accepted(directory: Path) -> bytes:
         return b""
 
 
-def released_part(directory: Path, site: str, asked: ReleasedRequest) -> ReleasedReply:
+def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datetime) -> ReleasedReply:
     """Return a part of a file that a run released.
 
     Raises:
         RefusedError: There is no such file, or the study is not for this site. Both have one text: a site learns
-            nothing of a study that names others.
+            nothing of a study that names others. Or the terms of the release do not admit it.
     """
     refused = RefusedError(
         f"run {asked.run} released no file {asked.file} for site {site}",
@@ -41,6 +44,7 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest) -> Release
     run = RunDirectory.open(folder)
     if run.withdrawn is not None or (run.study.cohort.sites and site not in run.study.cohort.sites):
         raise refused
+    _check_terms(run, site, now)
     try:
         with (folder / RELEASE / asked.file).open("rb") as file:
             size = file.seek(0, 2)
@@ -49,3 +53,13 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest) -> Release
     except OSError:
         raise refused from None
     return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
+
+
+def _check_terms(run: RunDirectory, site: str, now: datetime) -> None:
+    terms = run.study.release
+    if terms is None:
+        return
+    check_until(run.study, now)
+    if terms.to == "participants":
+        published = [json.loads(file.read_bytes()) for file in (run.path / "rounds").glob("*.json")]
+        check_receiver(run.study, site, {each for statement in published for each in statement["survivors"]})

@@ -168,7 +168,7 @@ class Service:
 
     def released(self, request: ReleasedRequest, caller: Caller) -> ReleasedReply:
         """Return a part of a released file."""
-        return released_part(self.coordinator.directory, caller.site, request)
+        return released_part(self.coordinator.directory, caller.site, request, self.clock())
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
         """Prove that the newer log extends the older one."""

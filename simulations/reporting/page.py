@@ -17,6 +17,7 @@ from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
 from privet.simulations.runs.own_records import better_together
+from privet.simulations.terminal import continued
 from privet.simulations.terminal.figures import as_text, extremes
 from privet.simulations.terminal.own_records import OwnRecords, hidden_rows, promise_of_baselines
 
@@ -335,9 +336,18 @@ def _sites(run: RunFacts) -> Html:
     parts += [paragraph(line) for line in own.sentences]
     if own.gain:
         parts.append(paragraph("On few test records, a difference may be chance."))
+    if (found := run.summary.get("continued")) is not None:
+        parts += [element("h3", {}, "Continued"), _continued(found)]
     if (used := run.summary.get("training_records")) is not None:
         parts += [element("h3", {}, "Records used"), _used(used)]
     return joined(parts)
+
+
+def _continued(found: Mapping[str, Any]) -> Html:
+    """Return what a run that continues another forgot and learned, and the budget of both."""
+    rows = continued.cells(found)
+    parts = [table(continued.title(found), continued.HEAD, rows, numbers=range(1, len(continued.HEAD)))]
+    return joined([*parts, *map(paragraph, continued.sentences(found))])
 
 
 def _used(found: Mapping[str, Mapping[str, int | None]]) -> Html:

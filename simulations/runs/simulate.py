@@ -46,6 +46,7 @@ from privet.simulations.engines.choice import check_engine
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
+from privet.simulations.runs.continued import continuation, keep_parent
 from privet.simulations.runs.inspection import inspect
 from privet.simulations.runs.own_records import better_together, own_records, training_records
 from privet.simulations.runs.personal import run_personal
@@ -133,6 +134,8 @@ def prepare(
         evaluator = inspect(plan, files, pool, say, lambda line: say(f"WARNING: {line}"))
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
+        if start is not None:
+            keep_parent(directory, start)
     return Simulated(out, plan, pool, evaluator)
 
 
@@ -249,10 +252,13 @@ def run_simulation(
         if "personal" in plan.simulation.baselines:
             personal = run_personal(path, plan.study, simulated.sites, evaluator, state.adapter, tell)
         summary = summarise(simulated, evaluator, state, arms, before, tell)
+        continued = continuation(path, plan.study, evaluator, state.adapter, tell)
         if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
             summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
     if personal is not None:
         summary["personal"] = personal
+    if continued is not None:
+        summary["continued"] = continued
     summary["outcome"] = outcome
     summary["scenario"] = scenario_document(plan, fleet, path)
     summary["curve"] = curve.points

@@ -14,6 +14,7 @@ from privet.common.masking.isolation import cohort_size
 from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
+from privet.simulations.terminal import continued
 from privet.simulations.terminal.figures import as_text
 from privet.simulations.terminal.own_records import OwnRecords, promise_of_baselines
 from privet.simulations.terminal.sentences import arm_name
@@ -129,7 +130,19 @@ def result_parts(summary: Mapping[str, Any]) -> list[Table | str]:
     parts: list[Table | str] = [result_table(summary), *promise_of_baselines(summary)]
     if (own := own_table(summary)) is not None:
         parts += [own, *OwnRecords.of(summary).sentences]
+    if (found := summary.get("continued")) is not None:
+        parts += [continued_table(found), *continued.sentences(found)]
     return parts
+
+
+def continued_table(found: Mapping[str, Any]) -> Table:
+    """Return the table of what a run that continues another forgot and learned."""
+    table = Table(title=continued.title(found), title_justify="left")
+    for number, name in enumerate(continued.HEAD):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for cells in continued.cells(found):
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def _holds_against(meaning: Mapping[str, Any]) -> str:

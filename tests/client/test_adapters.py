@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from privet.client.network.adapters import FOLDER, LEAF, PROOF, adapter_at, foll
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.following import Follower
 from privet.client.network.proposals import consulted
+from privet.client.release import opened
 from privet.client.release.opened import caution, open_release
 from privet.client.release.received import read_received
+from privet.client.rounds.logbook import COPY
 from privet.client.site import load_site
 from privet.common.audit.bundle import CHECKPOINT
 from privet.common.audit.release import ADAPTER, CONFIG, KEY, SIGNATURE, STUDY
@@ -31,15 +34,19 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import Note, parse_note
 from privet.common.log.replay import STATES, Replay, admit
 from privet.common.log.statements import AdapterState, Export, RoundClose, RoundOpened, SeenCheckpoint, SiteRound
+from privet.common.pki.enrolment import ReleasedRequest
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study, load_study
+from privet.common.study.terms import check_receiver, terms_text
 from privet.server.commands import registry as deciding
 from privet.server.consortium.registry import decide, entries, log_decisions, logged_history
+from privet.server.consortium.releases import released_part
 from privet.server.log.journal import open_journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.release import digests_of, sign_files
 from privet.server.rounds.state import RunDirectory
 from privet.server.studies import begin
+from privet.server.tracking.figures import tracked
 from tests.support.consortium_world import World, leaf_of_site, lines_of_site, run
 from tests.support.log_world import World as LogWorld
 from tests.support.site_world import ready
@@ -53,6 +60,7 @@ OWN_FILES = {
     PROOF: b"proof",
 }
 """Names of files that only a site writes, in a release of a coordinator that wants to write them."""
+TERMS = {"to": "participants", "purpose": "triage of referrals", "until": "2200-02-28"}
 
 
 def study_of(name: str, **changes: Any) -> Study:
@@ -144,8 +152,9 @@ def cosign(world: World, sites: tuple[str, ...] = SITES) -> None:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A consortium of two with three runs: flu, flu-2 that goes on from it, and copd, which another site's is."""
+    """A consortium of two with four runs: lent, whose study states terms; flu, flu-2 that goes on from it, and copd."""
     with ready(tmp_path_factory.mktemp("consortium")) as world:
+        play(world, "lent", start_adapter(2), study_of("lent", release=TERMS))
         first = play(world, "flu", start_adapter())
         play(world, "flu-2", first)
         play(world, "copd", start_adapter(1), besides=OWN_FILES)
@@ -172,7 +181,7 @@ def folder_of(world: World) -> Path:
 
 def test_adapters_are_listed_received_and_opened(world: World) -> None:
     rows = json.loads(run(commands.adapters, site_file(world), "--json").output)["adapters"]
-    assert [row["run"] for row in rows] == ["copd", "flu-2", "flu"]
+    assert [row["run"] for row in rows] == ["copd", "flu-2", "flu", "lent"]
     assert all((row["state"], row["own"], row["path"]) == ("released", True, "") for row in rows)
     said = run(commands.adapters, site_file(world)).output
     assert f"next: receive one with `privet site get {site_file(world)} copd`" in said
@@ -188,7 +197,7 @@ def test_adapters_are_listed_received_and_opened(world: World) -> None:
     assert release.adapter.digest == export.adapter
     assert caution(release) == ""
     rows = json.loads(run(commands.adapters, site_file(world), "--json").output)["adapters"]
-    assert [row["path"] for row in rows] == ["", "", str(path)]
+    assert [row["path"] for row in rows] == ["", "", str(path), ""]
     with pytest.raises(StateError, match="flu exists already"):
         run(commands.get, site_file(world), "flu")
 
@@ -244,6 +253,68 @@ def test_another_runs_files_are_refused(world: World) -> None:
     finally:
         shutil.rmtree(runs / "flu/release")
         (runs / "kept").rename(runs / "flu/release")
+
+
+def test_terms_and_policy_decide_about_receiving(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, config, fetched = site_file(world), load_site(site_file(world)), list[str]()
+    assert config.policy is not None
+    ask, written = ConsortiumClient.released, config.policy.read_text()
+
+    def released(self: ConsortiumClient, name: str, part: str, first: int) -> tuple[bytes, int]:
+        fetched.append(part)
+        return ask(self, name, part, first)
+
+    monkeypatch.setattr(ConsortiumClient, "released", released)
+    rounds = world.coordinator.directory / "runs/lent/rounds"
+    rounds.mkdir(exist_ok=True)
+    (rounds / "0001.json").write_text(json.dumps({"survivors": ["lyon"]}))
+    with pytest.raises(RefusedError, match="to the sites that took part, and site berlin did not"):
+        run(commands.get, file, "lent")
+    (rounds / "0001.json").write_text(json.dumps({"survivors": SITES}))
+    rules = '[adapters]\npurposes = ["research"]\nprivate = true\nown = true\n'
+    try:
+        config.policy.write_text(written + rules)
+        fetched.clear()
+        with pytest.raises(RefusedError, match=r"E_ADAPTER_PURPOSE.*'triage of referrals', allowed research") as caught:
+            run(commands.get, file, "lent")
+        assert "E_ADAPTER_NOT_PRIVATE" in caught.value.message
+        assert "E_ADAPTER_NOT_OWN" not in caught.value.message
+        assert fetched == [STUDY]  # nothing else is asked for
+        with pytest.raises(RefusedError, match=r"E_ADAPTER_PURPOSE.*no stated purpose"):
+            run(commands.get, file, "flu")
+        config.policy.write_text(written + rules.replace("research", TERMS["purpose"]).replace("true", "false", 1))
+        run(commands.get, file, "lent")
+    finally:
+        config.policy.write_text(written)
+    path = folder_of(world) / "lent"
+    assert open_release(path).study.release is not None
+    assert "release" not in load_study(Path("simulations/studies/deploy.toml")).document()
+
+    service, log = consulted(file, config, now)
+    assert log is not None
+    late = datetime(2200, 3, 1, tzinfo=UTC)
+    with pytest.raises(RefusedError, match=r"until 2200-02-28 \(UTC\), which is over"):
+        receive(config, folder_of(world) / "late", "lent", log, service, late, lambda *_: None)
+    asked = ReleasedRequest(run="lent", file=ADAPTER, first=0)
+    assert released_part(world.coordinator.directory, "lyon", asked, late - timedelta(seconds=1)).size
+    with pytest.raises(RefusedError, match="which is over"):
+        released_part(world.coordinator.directory, "lyon", asked, late)
+    monkeypatch.setattr(opened, "now", lambda: late)
+    with pytest.raises(RefusedError, match="which is over"):
+        open_release(path)
+
+
+def test_terms_are_checked_and_told() -> None:
+    lent = study_of("lent", release=TERMS)
+    assert lent.digest != study_of("lent").digest
+    assert "for this purpose: triage of referrals, until 2200-02-28" in terms_text(lent)
+    assert terms_text(study_of("flu")) == ""
+    check_receiver(lent, "lyon", SITES)
+    with pytest.raises(RefusedError, match="site oslo did not"):
+        check_receiver(lent, "oslo", SITES)
+    for wrong in ({"until": "2026-2-3"}, {"until": "2026-02-30"}, {"to": "all"}, {"purpose": "a\x1b[2J"}):
+        with pytest.raises(StudyError, match=f"release.{next(iter(wrong))}|until"):
+            study_of("lent", release=wrong)
 
 
 class Lying(ConsortiumClient):
@@ -343,6 +414,8 @@ def test_an_adapter_is_superseded_retired_and_revoked_and_sites_follow(deciding_
     for refused in (lambda: adapter_at(folder_of(world), "flu"), lambda: open_release(path)):
         with pytest.raises(RefusedError, match="revoked this adapter: a canary was found"):
             refused()
+    with pytest.raises(RefusedError, match="the adapter of run flu is revoked: a canary was found"):
+        tracked(own.directory / "runs/flu")
     shown = run(deciding.show, "flu", "--directory", own.directory).output
     assert "state       revoked: a canary was found" in shown
     with pytest.raises(StateError, match="is revoked already"):
@@ -491,6 +564,44 @@ def test_killed_at_any_step_the_registry_is_what_the_log_says(
         assert logged_history(own).runs[name].releases[-1].state == state
     changes = [each for each in map(str, logged_history(own).runs) if each]
     assert changes == ["flu", "flu-2"]
+
+
+def test_only_new_leaves_are_fetched(deciding_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, fetched, asked = deciding_world, list[bytes](), ConsortiumClient.leaves
+    own, file = world.coordinator, site_file(world)
+    run(commands.get, file, "flu")
+    config = load_site(file)
+    assert config.log is not None
+    kept = config.log.state / COPY
+
+    def leaves(self: ConsortiumClient, first: int) -> list[bytes]:
+        found = asked(self, first)
+        fetched.extend(found)
+        return found
+
+    def looked(follower: Follower) -> int:
+        fetched.clear()
+        follower.look()
+        return len(fetched)
+
+    monkeypatch.setattr(ConsortiumClient, "leaves", leaves)
+    follower, size = Follower(file, config), LogFile(own.log_directory).size()
+    assert looked(follower) == size  # no copy yet
+    every = list(fetched)
+    assert looked(follower) == 0
+    assert not kept.exists()  # it only reads
+    run(deciding.retire, "flu", "--reason", "not maintained", "--directory", own.directory)
+    assert looked(follower) == LogFile(own.log_directory).size() - size > 0
+
+    write = b"".join(len(leaf).to_bytes(4, "big") + leaf for leaf in every)
+    kept.write_bytes(write)  # as the site's worker keeps it
+    assert looked(Follower(file, config)) == LogFile(own.log_directory).size() - size
+    assert kept.read_bytes() == write
+    kept.write_bytes(write[:-1] + bytes([write[-1] ^ 1]))  # damaged: all are fetched, after the new ones
+    assert looked(Follower(file, config)) >= LogFile(own.log_directory).size()
+    received = read_received(folder_of(world) / "flu")
+    assert received is not None
+    assert received.state == "retired"
 
 
 def test_a_follower_survives_whatever_the_coordinator_says(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

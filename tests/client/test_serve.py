@@ -56,7 +56,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[S
     token = folder / "token"
     token.write_text(TOKEN + "\n")
     token.chmod(0o600)
-    arguments = ("serve", *runs, "--port", 0, "--token-file", token, "--queue", 0, "--max-tokens", 3000)
+    arguments = ("serve", *runs, "--port", 0, "--token-file", token, "--counts", folder / "counts")
+    arguments = (*arguments, "--queue", 0, "--max-tokens", 3000)
     reading, writing = os.pipe()
     with open(reading) as output, (folder / "log").open("wb") as log:  # noqa: PTH123 - no path
         with open(writing, "wb") as theirs:  # noqa: PTH123
@@ -69,8 +70,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[S
             client = openai.OpenAI(base_url=url, api_key=TOKEN, max_retries=0, timeout=60)
             yield Server(url, client, runs, folder / "log")
         finally:
+            ended = time.time()
             process.terminate()
-            process.wait(30)
+            assert process.wait(30) == 0
+    kept = {file.name for file in (folder / "counts").glob("*.*") if not file.name.startswith(".")}
+    assert kept == {f"{name}.{ending}" for name in ("one", "two", "base") for ending in ("counts.json", "prom")}
+    assert (folder / "counts/one.counts.json").stat().st_mtime >= ended - 1  # kept at the end, not only now and then
 
 
 pytestmark = pytest.mark.slow
@@ -204,6 +209,27 @@ def test_nothing_of_a_prompt_is_logged(server: Server) -> None:
     text = server.log.read_text()
     assert "POST /v1/chat/completions: 200" in text
     assert not any(part in text for part in (SECRET, answer, TOKEN, "Traceback"))
+
+
+def test_answers_are_counted_for_whoever_has_the_token(server: Server) -> None:
+    for _ in range(10):
+        server.ask("two", max_tokens=2)
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(model="two", prompt="", max_tokens=2)
+    address = server.url.removesuffix("/v1") + "/metrics"
+    asked = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})  # noqa: S310 - its own
+    with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310
+        text = answer.read().decode()
+    # How many have a length or an ending is shown in steps of ten; other tests ask this model, too.
+    inputs = next(line for line in text.splitlines() if line.startswith('privet_model_inputs_total{model="two"}'))
+    assert float(inputs.split()[1]) >= 10
+    assert 'privet_model_predictions_total{class="cut",model="two"} 10.0' in text
+    assert 'privet_model_refused_total{model="two",reason="no_text"} 1.0' in text
+    assert 'privet_model_answer_tokens_bucket{le="2.0",model="two"} 10.0' in text
+    assert SECRET.split()[1] not in text
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(address, timeout=10)  # noqa: S310
+    assert refused.value.code == 401
 
 
 def test_what_cannot_be_served_is_refused(privet: Run, tmp_path: Path, bert: Path, llama: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from privet.client.release.card import modelfile
+from privet.client.release.monitoring import Monitor
 from privet.client.release.served import Endpoint, Limits
 from tests.support.tiny import tiny_study
 
@@ -48,7 +49,7 @@ def answer_to(path: str, method: str = "GET", **headers: str) -> tuple[int, dict
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    endpoint: Any = Endpoint(NoModels(), TOKEN, Limits())  # type: ignore[arg-type]
+    endpoint: Any = Endpoint(NoModels(), TOKEN, Limits(), Monitor({}))  # type: ignore[arg-type]
     asyncio.run(endpoint.app(scope, receive, send))
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 

@@ -19,9 +19,9 @@ from privet.client.network.enrolment import (
     keep_terms,
     prepare_request,
 )
-from privet.client.network.proposals import newest_log
+from privet.client.network.proposals import LogReader
 from privet.client.rounds.history import policy_of
-from privet.client.rounds.logbook import create_witness, open_witness
+from privet.client.rounds.logbook import create_witness
 from privet.client.second_key import gain_second_key
 from privet.client.site import load_site
 from privet.client.trust import read_trusted
@@ -193,7 +193,7 @@ def policy_at(world: World, site: str) -> Policy:
     assert config.log is not None
     if not (config.log.state / "witness").exists():
         create_witness(config)
-    log = newest_log(config, world.service(site), open_witness(config, config.log))
+    log = LogReader(config).read(world.service(site))
     assert log is not None
     return policy_of(log.history, read_trusted(world.folder / site / "consortium/trusted.json"), site, log.newest.size)
 

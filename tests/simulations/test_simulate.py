@@ -14,8 +14,11 @@ from safetensors.numpy import load_file
 
 from privet.client.training.model import load_bare
 from privet.common.errors import StateError, StudyError
+from privet.common.privacy.accounting import epsilon, plan
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.runs.continued import continuation
 from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
+from privet.simulations.terminal import continued
 from privet.simulations.terminal.report import round_line
 from tests.support.forks import training_processes
 from tests.support.tiny import class_rows, private, tiny_document, write_rows
@@ -154,13 +157,37 @@ def test_the_released_adapter_loads_with_peft_and_predicts_the_same(tmp_path: Pa
 
 
 def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) -> None:
-    first = prepare(study_file(tmp_path / "a", bert), tmp_path / "run-a")
-    run_simulation(first)
-    second = prepare(study_file(tmp_path / "b", bert, {"seed": 5}), tmp_path / "run-b", start=tmp_path / "run-a")
+    promise = {"privacy": private(), **WHOLE}
+    first = prepare(study_file(tmp_path / "a", bert, promise), tmp_path / "run-a")
+    alone = run_simulation(first)
+    assert "continued" not in alone
+    changed = {**promise, "seed": 5, "training.rounds": 2, "privacy": private(epsilon=3.0)}
+    second = prepare(study_file(tmp_path / "b", bert, changed), tmp_path / "run-b", start=tmp_path / "run-a")
     start = RunDirectory.open(tmp_path / "run-b").load()
     assert start.round == 0
     assert start.adapter.digest == RunDirectory.open(tmp_path / "run-a").load().adapter.digest
-    run_simulation(second)
+    summary = run_simulation(second)
+    found = summary["continued"]
+    assert found["missing"] == {}
+    old, new = found["tests"]["old"], found["tests"]["new"]
+    assert (old["before"], new["after"]) == (alone["accuracy"]["federated"], summary["accuracy"]["federated"])
+    assert old["records"] == new["records"] == 60
+    # One accountant over both runs, for a unit that trains in both.
+    plans = [plan(each.plan.study) for each in (first, second)]
+    events = [each.training for each, rounds in zip(plans, (3, 2), strict=True) if each for _ in range(rounds)]
+    together = epsilon(events, found["epsilon"]["delta"])
+    assert found["epsilon"]["together"] == pytest.approx(together, abs=1e-6)
+    assert max(found["epsilon"]["before"], found["epsilon"]["this"]) < together
+    assert found["epsilon"]["this"] == pytest.approx(summary["epsilon"], abs=1e-6)
+    text = " ".join(str(cell) for row in continued.cells(found) for cell in row)
+    assert "forgetting" in text
+    assert f"epsilon {together:.2f} at delta" in continued.sentences(found)[0]
+    (tmp_path / "run-a").rename(tmp_path / "moved")
+    gone = continuation(tmp_path / "run-b", second.plan.study, second.evaluator(), start.adapter)
+    assert gone is not None
+    assert set(gone["missing"]) == {"tests", "epsilon"}  # a cost that is not known is not given
+    assert gone["epsilon"] is None
+    (tmp_path / "moved").rename(tmp_path / "run-a")
     wider = study_file(tmp_path / "c", bert, {"lora.rank": 3})
     with pytest.raises(StateError, match="does not fit"):
         prepare(wider, tmp_path / "run-c", start=tmp_path / "run-a")

@@ -32,7 +32,8 @@ def versions(name: str) -> dict[str, str]:
 def wanted(*, dev: bool) -> list[Requirement]:
     """Return what `pyproject.toml` asks for, with the extras if a lock is for development."""
     project = PROJECT["project"]
-    extras = [line for lines in project["optional-dependencies"].values() for line in lines] if dev else []
+    locked = [lines for name, lines in project["optional-dependencies"].items() if name not in locks.UNLOCKED]
+    extras = [line for lines in locked for line in lines] if dev else []
     return [each for each in map(Requirement, [*project["dependencies"], *extras]) if each.name != "privet"]
 
 

@@ -88,4 +88,5 @@ class BlockWorld:
 
     def expected(self, number: int) -> Words:
         """The sum of all vectors of a round."""
-        return np.sum([self.words(i, number) for i in range(self.n)], axis=0, dtype=WORD)
+        total: Words = np.sum([self.words(i, number) for i in range(self.n)], axis=0, dtype=WORD)
+        return total

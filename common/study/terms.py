@@ -1,0 +1,60 @@
+"""The terms under which a study's adapter is released: who may receive it, for what, and until when.
+
+They are part of the study, so every site that took part has agreed to them, and the digest in the round log covers
+them. The coordinator gives no file against them, and a site's own software neither receives nor opens one. That binds
+whoever runs privet as it is: nothing can be taken back from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, date, datetime, time, timedelta
+
+from privet.common.errors import RefusedError
+from privet.common.study.study import Study
+
+
+def check_until(study: Study, now: datetime) -> None:
+    """Check that the released adapter of a study may still be received and used.
+
+    Raises:
+        RefusedError: The last day of its terms is over, in UTC.
+    """
+    terms = study.release
+    if terms is None or terms.until is None:
+        return
+    ended = datetime.combine(date.fromisoformat(terms.until) + timedelta(days=1), time(), UTC)
+    if now >= ended:
+        raise RefusedError(
+            f"the terms of study {study.name} allow the use of its adapter until {terms.until} (UTC), which is over",
+            "take an adapter of a later study; the sites may agree to new terms with it",
+        )
+
+
+def check_receiver(study: Study, site: str, answered: Collection[str]) -> None:
+    """Check that a site may receive the released adapter of a study.
+
+    Args:
+        study: The study.
+        site: Name of the site.
+        answered: Names of the sites that answered a round of the run.
+
+    Raises:
+        RefusedError: The terms are for the sites that took part, and this one did not.
+    """
+    if study.release is not None and study.release.to == "participants" and site not in answered:
+        raise RefusedError(
+            f"the terms of study {study.name} give its adapter to the sites that took part, and site {site} did not",
+            "take part in the next study, or ask the coordinator's operator for one with other terms",
+        )
+
+
+def terms_text(study: Study) -> str:
+    """Return the terms in words; empty where the study states none."""
+    terms = study.release
+    if terms is None:
+        return ""
+    who = "the sites that took part" if terms.to == "participants" else "every member that may see the study"
+    purpose = "" if terms.purpose is None else f", for this purpose: {terms.purpose}"
+    until = "" if terms.until is None else f", until {terms.until} (UTC)"
+    return f"The adapter is for {who}{purpose}{until}."
