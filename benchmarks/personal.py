@@ -132,7 +132,8 @@ def main() -> None:
     parts = [(split, bench.seed + number) for number in range(bench.seeds) for split in SPLITS]
     parts = [part for part in parts if bench.only in name_of(part)]
     found = measured(bench, parts)
-    checks, details = [], {}
+    checks: list[Check] = []
+    details: dict[str, Any] = {}
     for split in SPLITS:
         runs = {name_of(part): found[part] for part in parts if part[0] == split}
         details |= runs

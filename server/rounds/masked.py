@@ -254,8 +254,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     total, head = group.coordinator.total(workers=2), study.is_head_start(group.opened.round)
     p = group.parameters
     survivors = tuple(group.names[site] for site in total.survivors)
-    declared = study.aggregation.weighting == "declared"
-    expected = float(sum(cohort[name].consent.weight if declared else 1 for name in survivors))
+    expected = float(sum(study.aggregation.weight(cohort[name].consent.weight) for name in survivors))
     document = {
         "sites": list(group.names),
         "survivors": list(survivors),
