@@ -53,7 +53,7 @@ def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> 
         ("study", f"{study.name}, {study.digest}"),
         ("task", _task(study)),
         ("base", _base(site, study)),
-        ("training", _training(study)),
+        ("training", _training(site, study)),
         ("protects", _protection(study)),
         ("costs", _cost(study, price)),
         ("hidden among", _hidden(study)),
@@ -107,10 +107,12 @@ def _base(site: SiteConfig, study: Study) -> str:
     return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
 
 
-def _training(study: Study) -> str:
+def _training(site: SiteConfig, study: Study) -> str:
     training = study.training
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
     adapter = f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}"
+    if study.rank_at(site.name) < study.lora.ranks[1]:
+        adapter += f", of which this site trains and sends the first {study.rank_at(site.name)} columns of each B alone"
     head = " Round 1 sums the features of each class over all your units; the head starts from these sums."
     rounds, steps = "round" if training.rounds == 1 else "rounds", "step" if training.steps == 1 else "steps"
     if not training.rounds:
