@@ -102,6 +102,9 @@ def _open(study: Study, worker: SimulatedWorker, say: Say) -> None:
     data, _ = worker.open(study)
     for report in data.reports:
         say(f"{worker.name}: {report.headline(report.file)}")
+    counts = [report.labels for report in data.reports]
+    if missing := [label for label in study.task.labels if not any(each.get(label) for each in counts)]:
+        say(f"{worker.name}: no training record has the label {', '.join(missing)}; it learns of it from the others")
     if data.training.declared > study.aggregation.largest_count:
         raise StudyError(
             f"site {worker.name}: it declares {data.training.declared} units, the study allows at most "
