@@ -84,6 +84,12 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             lines.append(f"declare a count: `privet site setup {file} --declared-count NUMBER`")
         elif each.code == "E_SIMULATION":
             lines.append("no site can admit this: ask the coordinator for a study without settings of a simulation")
+        elif each.code == "E_RANK":
+            most = each.allowed.removeprefix("at most ")
+            lines.append(
+                f"{each.rule} in {policy}: the study asks {each.asked}, allowed is {each.allowed}; or ask the coordinator "
+                f"for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with aggregation method ffa"
+            )
         elif each.code not in LATER:
             where = "the site file" if each.rule.startswith("floor.") else policy
             lines.append(f"{each.rule} in {where}: the study asks {each.asked}, allowed is {each.allowed}")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.masking.groups import groups_of
+from privet.common.masking.groups import check_columns, groups_of
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import read_step, read_sums
@@ -104,7 +104,10 @@ class _Group:
 
     def survivors(self) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
-        return {site: self._secured(body) for site, body in self.coordinator.survivors().items()}
+        found = self.coordinator.survivors()
+        study = Study.parse(dict(self.opened.study))
+        check_columns(study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
+        return {site: self._secured(body) for site, body in found.items()}
 
     def proofs(self) -> dict[int, Message]:
         """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""

@@ -18,6 +18,7 @@ import numpy as np
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
 from privet.common.masking.bounds import bound_of
+from privet.common.masking.groups import check_columns, corrupt_sites, groups_of
 from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import VALIDATION_SUMS, released
@@ -172,7 +173,7 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
     """Return the message that opens the next round, to a cohort drawn from the participants.
 
     Raises:
-        TooFewSitesError: Without the sites that are left out, there are too few.
+        TooFewSitesError: Without the sites that are left out, there are too few; or too few train the last columns.
     """
     isolation = isolation_of(state.statements)
     cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation)
@@ -183,6 +184,9 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
             f"cohort.min_sites demands {study.cohort.min_sites}",
             "invite more sites, or find out at these sites what they send, and begin a new run",
         )
+    if study.secure_aggregation.mode == "masked":
+        for group in groups_of(study, state.round + 1, cohort):
+            check_columns(study, group, corrupt_sites(study, len(cohort)), state.round + 1)
     return RoundOpen(
         study=study.document(),
         round=state.round + 1,

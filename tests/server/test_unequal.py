@@ -13,7 +13,7 @@ import pytest
 
 from privet.client.rounds.worker import Worker
 from privet.client.training.train import Draws, release_step
-from privet.common.errors import StudyError
+from privet.common.errors import StudyError, TooFewSitesError
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.privacy.shared_noise import contribute
@@ -25,7 +25,7 @@ from privet.server.rounds.aggregate import ServerOptimizer, apply_update
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
-from tests.support.masked_world import QUICK, federation, masked_study, one_round, sharing_study
+from tests.support.masked_world import QUICK, REVEAL, Relay, federation, masked_study, one_round, sharing_study
 from tests.support.secagg_world import identity
 from tests.support.synthetic import (
     NAMES,
@@ -78,30 +78,66 @@ def second_column(flat_values: Array) -> Array:
     return flat_values[3:].reshape(4, 2)[:, 1]
 
 
+def masked_ranks(form: Mapping[str, Any]) -> tuple[list[str], Study, Relay]:
+    """Return five sites of a masked study, of which three train both columns of B."""
+    names = [identity(number).name for number in range(5)]
+    ranks = {names[0]: 1, names[2]: 1}
+    study = masked_study(lora={"site_ranks": ranks}, aggregation={**FFA, **form}, training={"rounds": 2})
+    learners = [of_rank(study, name, towards(x)) for name, x in zip(names, optima(study, 5), strict=True)]
+    return names, study, federation(study, 5, learners=learners)
+
+
 # --- the mean ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", [{}, {"weighting": "equal"}, {"weight_power": 0.5}], ids=["counts", "equal", "root"])
 def test_a_masked_mean_of_each_column_is_that_of_the_sites_that_train_it(form: dict[str, Any]) -> None:
-    names = [identity(number).name for number in range(4)]
-    study = masked_study(
-        lora={"site_ranks": {names[0]: 1, names[2]: 1}}, aggregation={**FFA, **form}, training={"rounds": 2}
-    )
-    learners = [of_rank(study, name, towards(x)) for name, x in zip(names, optima(study, 4), strict=True)]
-    exchange = federation(study, 4, learners=learners)
+    names, study, exchange = masked_ranks(form)
     state = one_round(study, exchange)
-    weights = {"weighting": [1.0] * 4, "weight_power": [10**0.5, 20**0.5, 30**0.5, 40**0.5]}
-    weight = np.array(weights[next(iter(form))] if form else [10.0, 20.0, 30.0, 40.0])
+    weights = {"weighting": [1.0] * 5, "weight_power": [(10 * n) ** 0.5 for n in range(1, 6)]}
+    weight = np.array(weights[next(iter(form))] if form else [10.0, 20.0, 30.0, 40.0, 50.0])
     sent = np.array([site.contributions[1].update for site in exchange.sites.values()], np.float64)
     count = np.zeros(sent.shape[1])
     for name, each in zip(names, weight, strict=True):
         own = own_values(study, SPEC, name)
         count += each if own is None else each * own
-    # A level of the sum is 60 x 8 / 2^18; four sites, each less than one off.
-    level = 4 * study.aggregation.weight(60) * 8 / 2**17
+    # A level of the sum is 60 x 8 / 2^17; five sites, each less than one off.
+    level = 5 * study.aggregation.weight(60) * 8 / 2**17
     moved = flat(study, state.adapter) - flat(study, start_adapter())
     assert np.abs(moved - sent.sum(0) / count).max() < level / count.min()
     assert state.statements[-1]["survivors"] == names
+
+
+@pytest.mark.parametrize("stage", ["advertise", "mask"])
+def test_no_column_is_unmasked_that_too_few_sites_train(stage: str) -> None:
+    _, study, exchange = masked_ranks({})
+    exchange.sites[3].asleep = (stage,)  # one of the three that train the second column
+    state = one_round(study, exchange)
+    assert state.statements[-1]["type"] == "round-abort"
+    assert "column 2 of B would be the sum of 2 of 4 sites; a sum that hides each of them needs 3" in str(
+        state.statements
+    )
+    assert REVEAL not in exchange.kinds()
+    assert state.adapter.digest == start_adapter().digest
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["sites check", "no site checks"])
+def test_sites_refuse_what_a_coordinator_does_not_check(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, study, exchange = masked_ranks({})
+    monkeypatch.setattr("privet.server.rounds.masked.check_columns", lambda *_: None)
+    exchange.sites[3].asleep = ("mask",)
+    if broken:  # then shares are revealed, so it is the sites' check that this test sees
+        monkeypatch.setattr("privet.client.rounds.masked.check_columns", lambda *_: None)
+    state = one_round(study, exchange)
+    assert (REVEAL in exchange.kinds()) == broken
+    assert (state.statements[-1]["type"] == "round-close") == broken
+
+
+def test_a_round_that_could_not_hide_a_column_is_not_opened() -> None:
+    _, study, exchange = masked_ranks({})
+    exchange = Relay({node: site for node, site in exchange.sites.items() if node != 3})
+    with pytest.raises(TooFewSitesError, match="column 2 of B would be the sum of 2 of 4 sites"):
+        one_round(study, exchange)
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "adam", "fedyogi"])
@@ -170,6 +206,38 @@ def test_what_would_not_be_exact_is_refused(sections: Mapping[str, Any], said: s
 def test_weights_by_a_power_are_refused_where_sites_share_the_noise() -> None:
     with pytest.raises(StudyError, match=r"weight_power: in privacy\.mode distributed all units count equally"):
         sharing_study(aggregation={"weight_power": 0.5})
+
+
+class Late(MemoryExchange):
+    """The first site connects once the others have closed a round."""
+
+    def nodes(self) -> list[int]:
+        return [node for node in super().nodes() if node != 2 or self.rounds]
+
+
+def test_a_site_that_joins_in_the_middle_trains_and_pays_from_the_next_round_on(tmp_path: Path) -> None:
+    privacy = {"mode": "local", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
+    study = study_of(
+        lora={"site_ranks": {NAMES[0]: 1}},
+        aggregation=FFA,
+        privacy=privacy,
+        training={"rounds": 3, "sampling_rate": 1.0},
+    )
+    state, seen = run(tmp_path / "run", study, Late(plain_sites(study).sites))
+    assert [statement["cohort"] for statement in state.statements] == [list(NAMES[1:3]), *[list(NAMES[:3])] * 2]
+    spent = state.statements[-1]["privacy"]["epsilon"]
+    assert 0 < spent[NAMES[0]] < spent[NAMES[1]] == spent[NAMES[2]]
+    # Its weight is in the divisors of its own columns from round 2 on.
+    weights = [np.array([0.0, 20, 30]), np.array([10.0, 20, 30])]
+    for number, weight in enumerate(weights):
+        sent = np.array(
+            [of_rank(study, n, towards(x))(study, seen[number]) for n, x in zip(NAMES, optima(study, 3), strict=False)]
+        )
+        ranks = np.array(
+            [own if (own := own_values(study, SPEC, n)) is not None else np.ones(11, np.bool_) for n in NAMES[:3]]
+        )
+        mean = (weight[:, None] * sent).sum(0) / (weight[:, None] * ranks).sum(0)
+        assert flat(study, seen[number + 1]) - flat(study, seen[number]) == pytest.approx(mean, abs=1e-6)
 
 
 # --- at the site -------------------------------------------------------------------------------------------
