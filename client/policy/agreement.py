@@ -87,8 +87,8 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
         elif each.code == "E_RANK":
             most = each.allowed.removeprefix("at most ")
             lines.append(
-                f"{each.rule} in {policy}: the study asks {each.asked}, allowed is {each.allowed}; or ask the coordinator "
-                f"for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with aggregation method ffa"
+                f"{each.rule} in {policy}: the study asks {each.asked}, allowed is {each.allowed}; or ask the "
+                f"coordinator for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with aggregation method ffa"
             )
         elif each.code not in LATER:
             where = "the site file" if each.rule.startswith("floor.") else policy

@@ -86,8 +86,8 @@ def smallest_sum(study: Study) -> int:
 def check_columns(study: Study, sites: Collection[str], corrupt: int, round_number: int) -> None:
     """Check that each column of B that one of the sites of a sum trains is trained by enough of them.
 
-    Where sites have unequal ranks, the last columns are sums over fewer sites: the others are known to send zeros there.
-    So these few have to be as many as a whole sum needs, or a mask would hide what the study shows.
+    Where sites have unequal ranks, the last columns are sums over fewer sites: the others are known to send zeros
+    there. So these few have to be as many as a whole sum needs, or a mask would hide what the study shows.
 
     Args:
         study: The study.
@@ -105,8 +105,8 @@ def check_columns(study: Study, sites: Collection[str], corrupt: int, round_numb
     training = ranks.count(last)  # every other column is trained by these and by more
     if training < needed:
         raise TooFewSitesError(
-            f"round {round_number}: column {last} of B would be the sum of {training} of {len(ranks)} sites; a sum that "
-            f"hides each of them needs {needed}",
+            f"round {round_number}: column {last} of B would be the sum of {training} of {len(ranks)} sites; a sum "
+            f"that hides each of them needs {needed}",
             f"wait for more sites that train {last} columns; or give every site at most the rank that {needed} sites "
             "have, in lora.site_ranks and lora.rank of a new study",
         )

@@ -1,9 +1,10 @@
 """Sites of unequal rank: which values of an update a site trains, and the weight of the sites that train each value.
 
 All sites have one A, which stays fixed, so column j of B belongs to row j of A at every site. A site of rank r trains
-columns 0 to r - 1 of each B, and everything that is trained in full. The rest of its update is zero. The mean of a value
-is the weighted sum over sites, divided by the weight of those that train it: the exact mean over these sites. Ranks are
-in the study and weights in the consents, so everybody can compute the divisors, and nothing else about a site is shown.
+columns 0 to r - 1 of each B, and everything that is trained in full. The rest of its update is zero. The mean of
+a value is the weighted sum over sites, divided by the weight of those that train it: the exact mean over these sites.
+Ranks are in the study and weights in the consents, so everybody can compute the divisors, and nothing else about a site
+is shown.
 """
 
 from __future__ import annotations
