@@ -88,7 +88,8 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             most = each.allowed.removeprefix("at most ")
             lines.append(
                 f"{each.rule} in {policy}: the study asks {each.asked}, allowed is {each.allowed}; or ask the "
-                f"coordinator for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with aggregation method ffa"
+                f"coordinator for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with "
+                "aggregation method ffa"
             )
         elif each.code not in LATER:
             where = "the site file" if each.rule.startswith("floor.") else policy
