@@ -54,7 +54,7 @@ def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> 
         ("study", f"{study.name}, {study.digest}"),
         ("task", _task(study)),
         ("base", _base(site, study)),
-        ("training", _training(study)),
+        ("training", _training(site, study)),
         ("protects", _protection(study)),
         ("costs", _cost(study, price)),
         ("hidden among", _hidden(study)),
@@ -86,6 +86,13 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             lines.append(f"declare a count: `privet site setup {file} --declared-count NUMBER`")
         elif each.code == "E_SIMULATION":
             lines.append("no site can admit this: ask the coordinator for a study without settings of a simulation")
+        elif each.code == "E_RANK":
+            most = each.allowed.removeprefix("at most ")
+            lines.append(
+                f"{each.rule} in {policy}: the study asks {each.asked}, allowed is {each.allowed}; or ask the "
+                f"coordinator for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with "
+                "aggregation method ffa"
+            )
         elif each.code not in LATER:
             where = "the site file" if each.rule.startswith("floor.") else policy
             lines.append(f"{each.rule} in {where}: the study asks {each.asked}, allowed is {each.allowed}")
@@ -109,10 +116,12 @@ def _base(site: SiteConfig, study: Study) -> str:
     return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
 
 
-def _training(study: Study) -> str:
+def _training(site: SiteConfig, study: Study) -> str:
     training = study.training
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
     adapter = f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}"
+    if study.rank_at(site.name) < study.lora.ranks[1]:
+        adapter += f", of which this site trains and sends the first {study.rank_at(site.name)} columns of each B alone"
     head = " Round 1 sums the features of each class over all your units; the head starts from these sums."
     rounds, steps = "round" if training.rounds == 1 else "rounds", "step" if training.steps == 1 else "steps"
     if not training.rounds:

@@ -81,6 +81,7 @@ def verdict(
         upload_bytes=upload_bytes,
         patient_column=site.patient_column,
         floor=site.floor.terms(),
+        site=site.name,
     )
     return _digest(site, policy), judge(policy, study, facts, thorough=thorough)
 

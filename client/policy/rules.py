@@ -50,7 +50,7 @@ class ModelRules(Section):
     full_modules: tuple[ShortText, ...]
     """Modules that may be trained in full, besides the task's own head."""
     max_rank: Count
-    """Largest rank of the adapter."""
+    """Largest rank of the adapter; or of the part that this site trains, where the study gives the site a rank."""
 
 
 class TaskRules(Section):
@@ -168,6 +168,7 @@ class Facts:
         upload_bytes: Size of the update that is to be released; None while there is no update.
         patient_column: Column that identifies patients at this site; None where the site file names none.
         floor: The site's minima for secure aggregation.
+        site: The site's name; empty if a study's ranks of sites do not count.
     """
 
     now: datetime
@@ -177,6 +178,7 @@ class Facts:
     upload_bytes: int | None = None
     patient_column: str | None = None
     floor: Floor = field(default_factory=Floor)
+    site: str = ""
 
 
 def judge_adapter(policy: SitePolicy, study: Study, *, own: bool) -> tuple[Finding, ...]:
@@ -219,7 +221,7 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
     """
     # All of them, not the first: an operator and a coordinator can then correct a study in one step.
     found = [
-        *_model(policy.model, study),
+        *_model(policy.model, study, facts),
         *_tasks(policy.tasks, study),
         *_privacy(policy.privacy, study, facts),
         *_column(study, facts),
@@ -242,7 +244,7 @@ def base_digest(study: Study) -> str:
     return digest(canonical_json(study.model.sha256))
 
 
-def _model(rules: ModelRules, study: Study) -> Iterator[Finding]:
+def _model(rules: ModelRules, study: Study, facts: Facts) -> Iterator[Finding]:
     base = base_digest(study)
     if rules.bases != "any" and base not in rules.bases:
         yield _finding("E_BASE", "model.bases", base, _listed(rules.bases))
@@ -252,7 +254,7 @@ def _model(rules: ModelRules, study: Study) -> Iterator[Finding]:
     full = set(study.lora.modules_to_save) - set(rules.full_modules)
     if full:
         yield _finding("E_FULL_MODULES", "model.full_modules", _listed(full), _listed(rules.full_modules))
-    yield from _at_most("E_RANK", "model.max_rank", study.lora.ranks[1], rules.max_rank)
+    yield from _at_most("E_RANK", "model.max_rank", study.rank_at(facts.site), rules.max_rank)
 
 
 def _tasks(rules: TaskRules, study: Study) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from privet.common.errors import ProtocolError, RefusedError
+from privet.common.masking.groups import check_columns
 from privet.common.masking.parameters import check_proposal, check_step, inputs_of
 from privet.common.masking.vector import words_of
 from privet.common.secagg import block as blocks
@@ -141,6 +142,7 @@ class MaskedRounds:
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
+        check_columns(study, [member.name for member in parameters.cohort], parameters.corrupt, opened.round)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
         state, advert = protocol.advertise(
             self.identity, parameters, inputs, self.pins, self.floor, random_bytes, kem=self.kem
@@ -241,7 +243,13 @@ class MaskedRounds:
                 live.state, message = protocol.mask(live.state, shares, words, self.record)
                 statement = self.state(live.opened, encode(message))
             case protocol.MaskedState():
-                live.state, message = protocol.confirm(live.state, decode(Survivors, asked.body))
+                survivors = decode(Survivors, asked.body)
+                confirmed, message = protocol.confirm(live.state, survivors)
+                # Before the site goes on to a state that could reveal. Every site checks, not those of the last column
+                # alone: the others may be enough for a quorum.
+                names = [live.parameters.cohort[site].name for site in survivors.survivors]
+                check_columns(live.study, names, live.parameters.corrupt, live.opened.round)
+                live.state = confirmed
             case protocol.Confirmed():
                 message = protocol.reveal(live.state, decode(Proof, asked.body), self.record)
                 # With the shares revealed, masks can be removed: nothing of the round is kept or sent again.

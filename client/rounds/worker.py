@@ -41,6 +41,7 @@ from privet.common.privacy.noise import lattice_release, lattice_unit
 from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import check_suite
 from privet.common.study.adapter import Adapter
+from privet.common.study.columns import own_values
 from privet.common.study.messages import (
     Consent,
     Contribution,
@@ -353,9 +354,17 @@ class Worker:
         else:
             done = study.trained_before(opened.round) * study.training.steps
             update = train_round(
-                host, study, adapter, data.training, draws, first_step=done, mechanism=event, physical_batch=batch
+                host,
+                study,
+                adapter,
+                data.training,
+                draws,
+                first_step=done,
+                mechanism=event,
+                physical_batch=batch,
+                own=own_values(study, host.spec, self.name),
             )
-        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
+        weight = study.aggregation.weight(data.training.declared)
         with np.errstate(over="ignore"):
             weighted = (weight * update).astype(np.float32)
         if not np.isfinite(weighted).all():
@@ -378,11 +387,13 @@ class Worker:
         """Return this site's part of the single step in a round where sites share the noise."""
         draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
         head = study.is_head_start(opened.round)
-        shares = shared_noise(study, len(opened.cohort), head=head)
+        shares, own = shared_noise(study, len(opened.cohort), head=head), own_values(study, host.spec, self.name)
         if head:
             numbers = share_head(host, study, adapter, data.training, draws.noise, shares=shares, physical_batch=batch)
         elif shares.band is None:
-            numbers = release_step(host, study, adapter, data.training, draws, shares=shares, physical_batch=batch)
+            numbers = release_step(
+                host, study, adapter, data.training, draws, shares=shares, physical_batch=batch, own=own
+            )
         else:
             # The step is the number of the round, whether or not this site was in the rounds before: a clock of its own
             # would bring the steps of a class closer together than the band.
@@ -396,6 +407,7 @@ class Worker:
                 physical_batch=batch,
                 step=opened.round - 1,
                 past=self.site.memory.past(study, opened),
+                own=own,
             )
             self.site.memory.keep(study, opened, noise)
         weight = float(data.training.declared)

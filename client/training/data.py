@@ -194,7 +194,7 @@ def load_records(
         kept=len(records),
         units=len(set(records.units)),
         dropped=counts,
-        labels=_count_labels(records, study),
+        labels=count_labels(records, study),
         places={reason: table.places(rows) for reason, rows in dropped.items()},
         path=str(path),
     )
@@ -515,7 +515,8 @@ def _unusable_turns(row: dict[str, Any]) -> str:
     return "" if "user" in roles else NO_USER
 
 
-def _count_labels(records: Records, study: Study) -> dict[str, int]:
+def count_labels(records: Records, study: Study) -> dict[str, int]:
+    """Return the records of each label of the study, or the tokens of each tag; zero where there are none."""
     counts: Counter[int] = Counter()
     for row in records.rows:
         counts.update(row["tags"] if "tags" in row else [row["label"]] if "label" in row else [])

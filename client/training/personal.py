@@ -76,6 +76,7 @@ class Personal:
         shared: The shared adapter, measured likewise.
         trained: The best one that was trained, unmixed.
         trained_adapter: That adapter.
+        mixture: The best mixture of it and the shared one.
         units: Units that were trained on, and units held out.
     """
 
@@ -84,6 +85,7 @@ class Personal:
     shared: Candidate
     trained: Candidate
     trained_adapter: Adapter
+    mixture: Candidate
     units: tuple[int, int]
 
 
@@ -161,19 +163,24 @@ def personalise(
                 break
     before = Candidate(0.0, 0.0, 0, float(base[0].mean()), float(base[1].mean()))
     if best is None:  # every rate diverged
-        return Personal(shared, before, before, before, shared, (count, len(material.held_units)))
+        return Personal(shared, before, before, before, shared, before, (count, len(material.held_units)))
     trained, adapter, losses = best
-    chosen, taken, lowest_losses = trained, adapter, losses
+    mixtures = []
     for number, share in enumerate(MIXTURES):
         tell("comparing mixtures", number, len(MIXTURES))
-        mixture = mixed(shared, adapter, share)
-        losses, correct = compared.measure(mixture)
-        if losses.mean() < lowest_losses.mean():
-            chosen = replace(trained, share=share, loss=float(losses.mean()), correct=float(correct.mean()))
-            taken, lowest_losses = mixture, losses
-    if not _is_lower(base[0], lowest_losses):
-        chosen, taken = before, shared
-    return Personal(taken, chosen, before, trained, adapter, (count, len(material.held_units)))
+        between, correct = compared.measure(mixed(shared, adapter, share))
+        mixture = replace(trained, share=share, loss=float(between.mean()), correct=float(correct.mean()))
+        mixtures.append((mixture, between))
+    chosen, least = min([(trained, losses), *mixtures], key=_loss)
+    if not _is_lower(base[0], least):
+        chosen = before
+    taken = shared if chosen is before else adapter if chosen is trained else mixed(shared, adapter, chosen.share)
+    mixture, _ = min(mixtures, key=_loss)
+    return Personal(taken, chosen, before, trained, adapter, mixture, (count, len(material.held_units)))
+
+
+def _loss(candidate: tuple[Candidate, NDArray[np.float64]]) -> float:
+    return candidate[0].loss
 
 
 def mixed(shared: Adapter, trained: Adapter, share: float) -> Adapter:

@@ -93,6 +93,7 @@ def train_round(
     mechanism: PrivacyEvent | None,
     physical_batch: int,
     stepped: Callable[[int], None] = lambda done: None,
+    own: NDArray[np.bool_] | None = None,
 ) -> Vector:
     """Train for one round and return the update: trained values after minus before, flattened, float32.
 
@@ -106,6 +107,7 @@ def train_round(
         mechanism: Noise multiplier and sampling rate of private training; None trains without privacy.
         physical_batch: Most records of a pass.
         stepped: Called after each step with the number of steps done.
+        own: Which values [d] the site trains; the update is zero elsewhere. None: all.
 
     Raises:
         DivergedError: Without privacy, a loss is not finite. (With privacy such a record counts as zero.)
@@ -119,7 +121,7 @@ def train_round(
     rates = [group["lr"] for group in optimizer.param_groups]
     # A constant that everybody knows, so dividing by it costs no privacy; the number drawn would be a secret.
     expected = study.training.sampling_rate * data.declared
-    steps = Steps(host, study, data, parameters, physical_batch)
+    steps = Steps(host, study, data, parameters, physical_batch, own_part(own, host.device))
     with host.passing(training=True), _summing(steps, mechanism, draws.noise, expected) as sums, quiet_warnings():
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
@@ -129,6 +131,7 @@ def train_round(
             set_gradients(parameters, total / expected)
             _pull_back(parameters, start, study.training.fedprox_mu)
             optimizer.step()
+            _put_back(steps, start)
             stepped(step + 1)
     with torch.no_grad():
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
@@ -153,6 +156,7 @@ class Steps:
         data: The site's training records.
         parameters: What is trained.
         most: Most records of a pass.
+        own: Which values [d] the site trains; None: all.
     """
 
     host: ModelHost
@@ -160,11 +164,16 @@ class Steps:
     data: TrainingSet
     parameters: Sequence[nn.Parameter]
     most: int
+    own: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
         """Number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    def owned(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Return gradients [n, d] of single records with zeros where the site does not train."""
+        return gradients if self.own is None else gradients.masked_fill_(~self.own, 0.0)
 
     def passes(self, drawn: Drawn) -> Iterator[Pass]:
         """Yield the passes of one step; a unit of several rows gives them one after another."""
@@ -272,6 +281,24 @@ class PrivateSums:
         return total
 
 
+def own_part(own: NDArray[np.bool_] | None, device: torch.device) -> torch.Tensor | None:
+    """Return which values [d] a site trains as a tensor; None: all."""
+    return None if own is None else torch.from_numpy(own).to(device)
+
+
+def _put_back(steps: Steps, start: Sequence[torch.Tensor]) -> None:
+    """Undo a step where the site does not train. There the sum is noise or zero, and weights would decay.
+
+    Optimizers work value by value, so the other values are those of a training of these alone.
+    """
+    if steps.own is None:
+        return
+    parts = torch.split(steps.own, [parameter.numel() for parameter in steps.parameters])
+    with torch.no_grad():
+        for parameter, origin, part in zip(steps.parameters, start, parts, strict=True):
+            parameter.copy_(torch.where(part.view(parameter.shape), parameter, origin))
+
+
 def _pull_back(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], mu: float) -> None:
     """Add the gradient of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020)."""
     if not mu:
@@ -290,6 +317,7 @@ def release_step(
     *,
     shares: SharedNoise,
     physical_batch: int,
+    own: NDArray[np.bool_] | None = None,
 ) -> Integers:
     """Take this site's part in one step of a study whose sites share the noise; nothing at the site moves.
 
@@ -301,12 +329,14 @@ def release_step(
         draws: This round's randomness.
         shares: How much of the noise is this site's.
         physical_batch: Most records of a pass.
+        own: Which values [d] the site trains; None: all. Elsewhere its terms are zero. The noise is everywhere, as
+            every value of the sum needs a share from each site.
 
     Returns:
         The sum over the drawn units of their clipped gradients plus a share of the noise, in levels, int64 [d]. Only
         a sum over enough sites is private.
     """
-    points = _step_points(host, study, adapter, data, draws, shares, physical_batch)
+    points = _step_points(host, study, adapter, data, draws, shares, physical_batch, own)
     with host.meter.phase("noise"):
         return contribute(points, shares, draws.noise)
 
@@ -322,6 +352,7 @@ def release_correlated(
     physical_batch: int,
     step: int,
     past: Mapping[int, Integers],
+    own: NDArray[np.bool_] | None = None,
 ) -> tuple[Integers, Integers]:
     """Take this site's part in one step whose noise is correlated with that of earlier steps.
 
@@ -335,11 +366,12 @@ def release_correlated(
         physical_batch: Most records of a pass.
         step: Number of the step in the study, from 0. Units of its class alone are drawn.
         past: Noise of earlier steps that is taken back, [d] each, by the number of steps since.
+        own: Which values [d] the site trains, as in `release_step`.
 
     Returns:
         This site's part, as `release_step` returns it, and the noise of the step, which the site keeps; int64 [d].
     """
-    points = _step_points(host, study, adapter, data, draws, shares, physical_batch, step)
+    points = _step_points(host, study, adapter, data, draws, shares, physical_batch, own, step)
     with host.meter.phase("noise"):
         return contribute_correlated(points, shares, past, draws.noise)
 
@@ -352,13 +384,14 @@ def _step_points(
     draws: Draws,
     shares: SharedNoise,
     physical_batch: int,
+    own: NDArray[np.bool_] | None,
     step: int = 0,
 ) -> Integers:
     """Return the sum of the drawn units' terms, in multiples of the lattice of the noise, int64 [d]."""
     prepare(host, data, physical_batch)
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
-    steps = Steps(host, study, data, parameters, physical_batch)
+    steps = Steps(host, study, data, parameters, physical_batch, own_part(own, host.device))
     clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
     check_room(clipping, len(data.units), study.draws[0], MOST_SHARED)
     collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
@@ -450,13 +483,13 @@ def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clippin
     if steps.host.beta is not None:
         for gradients, rows in steps.pairs(drawn, per_sample):
             with steps.host.meter.phase("clipping"):
-                terms.add(torch.stack(gradients), rows)
+                terms.add(steps.owned(torch.stack(gradients)), rows)
         return terms
     for passed in steps.passes(drawn):
         per_sample.begin(passed.layout)
         backward(steps.host, passed)
         with steps.host.meter.phase("clipping"):
-            terms.add(per_sample.take(), [rows_of[row] for row in passed.records])
+            terms.add(steps.owned(per_sample.take()), [rows_of[row] for row in passed.records])
     return terms
 
 

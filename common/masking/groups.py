@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from privet.common.errors import TooFewSitesError
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.secagg.graph import quorum
 from privet.common.secagg.messages import MAX_SITES
@@ -80,6 +81,35 @@ def smallest_sum(study: Study) -> int:
     if study.secure_aggregation.mode != "masked":
         return study.cohort.min_sites
     return min(survivors_of(study, sites, cohort) for sites, cohort in smallest_groups(study))
+
+
+def check_columns(study: Study, sites: Collection[str], corrupt: int, round_number: int) -> None:
+    """Check that each column of B that one of the sites of a sum trains is trained by enough of them.
+
+    Where sites have unequal ranks, the last columns are sums over fewer sites: the others are known to send zeros
+    there. So these few have to be as many as a whole sum needs, or a mask would hide what the study shows.
+
+    Args:
+        study: The study.
+        sites: Those of one sum: of a group, or its survivors.
+        corrupt: How many of them may collude with the coordinator.
+        round_number: The round; a head start has no columns.
+
+    Raises:
+        TooFewSitesError: Fewer train the last column.
+    """
+    if not study.lora.site_ranks or study.is_head_start(round_number):
+        return
+    ranks = [study.rank_at(site) for site in sites]
+    last, needed = max(ranks), max(smallest_sum(study), corrupt + 2)
+    training = ranks.count(last)  # every other column is trained by these and by more
+    if training < needed:
+        raise TooFewSitesError(
+            f"round {round_number}: column {last} of B would be the sum of {training} of {len(ranks)} sites; a sum "
+            f"that hides each of them needs {needed}",
+            f"wait for more sites that train {last} columns; or give every site at most the rank that {needed} sites "
+            "have, in lora.site_ranks and lora.rank of a new study",
+        )
 
 
 def survivors_of(study: Study, sites: int, cohort: int) -> int:

@@ -45,7 +45,7 @@ def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple
     """
     largest_count = study.aggregation.largest_count
     trained = released(study, spec, head=head)
-    weight = largest_count if study.aggregation.weighting == "declared" else 1
+    weight = study.aggregation.weight(largest_count)
     parts = [
         Segment(_CUT, 1, float(sum(tensor.size for tensor in trained) + VALIDATION_SUMS), count=True),
     ]
@@ -99,12 +99,12 @@ def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layou
     bounds = {segment.name: segment.bound for segment in layout.segments}
     # The segments' bounds are for the largest weight. Cutting to this site's own weight times bound gives its update
     # the same bound as that of every other site.
-    declared = study.aggregation.weighting == "declared"
-    share = contribution.weight / study.aggregation.largest_count if declared else 1.0
-    weight = contribution.weight
-    if not (1 <= weight <= study.aggregation.largest_count and weight == int(weight)):
+    weight, largest = contribution.weight, study.aggregation.weight(study.aggregation.largest_count)
+    share = weight / largest
+    whole = study.aggregation.weight_power is None
+    if not (1 <= weight <= largest and (weight == int(weight) or not whole)):
         raise DivergedError(
-            f"the weight of the site's update: expected a whole number from 1 to {study.aggregation.largest_count}, "
+            f"the weight of the site's update: expected a {'whole ' if whole else ''}number from 1 to {largest:g}, "
             f"found {weight:g}",
             "set declared_count in the site file to at most aggregation.largest_count of the study",
         )

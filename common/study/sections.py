@@ -257,6 +257,9 @@ class LoraSection(Section):
     Only one entry may name a layer."""
     alpha_pattern: Annotated[dict[_Layer, Positive], Field(exclude_if=lambda value: not value)] = {}
     """The same for `alpha`."""
+    site_ranks: Annotated[dict[Name, _Rank], Field(exclude_if=lambda value: not value)] = {}
+    """Ranks of sites that train less than the rest, by name of the site: such a site trains and sends the first so many
+    columns of each B alone. The mean of a column is over the sites that train it. Needs aggregation method ffa."""
     start: Annotated[Literal["random", "inputs"] | None, Field(exclude_if=lambda value: value is None)] = None
     """Rows of A at the start. random, the default: orthonormal. inputs: the directions in which the layer's inputs vary
     most, taken from the base on random tokens. They let a private study learn several times as much under the same
@@ -385,6 +388,9 @@ class AggregationSection(OptimizerSection):
     a value adapts to the size of its updates."""
     weighting: Literal["declared", "equal"] = "declared"
     """Weight of a site in the mean. declared: the count that it declares. equal: 1."""
+    weight_power: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    """For declared: the weight is the count to this power, so that small sites count for more than their share. 0.5 is
+    the root. Under privacy.mode local it costs accuracy of the mean: small sites have the most noise for each unit."""
     largest_count: Annotated[int, Field(ge=1, lt=2**48)] = 10_000
     """Largest count of units that a site may declare. The scale of masked values follows from it, so set it near the
     count of the largest site."""
@@ -395,6 +401,19 @@ class AggregationSection(OptimizerSection):
     max_norm: Positive | None = None
     """Largest L2 norm of a round's mean update. A longer one ends the round. Without it, the limit is what the bounds
     on the sites' values allow."""
+
+    def weight(self, declared: int) -> float:
+        """Return the weight of a site that declares so many units. It is public, and the same on every machine."""
+        if self.weighting == "equal":
+            return 1.0
+        # Rounded, as libraries of mathematics differ in the last digit of a power.
+        return float(declared) if self.weight_power is None else round(declared**self.weight_power, 6)
+
+    @model_validator(mode="after")
+    def _power(self) -> Self:
+        if self.weight_power is not None and self.weighting == "equal":
+            raise ValueError('weight_power: weighting = "equal" takes no count; remove one of the keys')
+        return self
 
     @model_validator(mode="after")
     def _basis(self) -> Self:

@@ -111,8 +111,35 @@ class Study(Section):
                 "training.head_start: its sums count units, so sites weigh by their counts; set "
                 'aggregation.weighting = "declared"'
             )
+        if self.training.starts_head and self.aggregation.weight_power is not None:
+            raise ValueError(
+                "training.head_start: its sums count units, so sites weigh by their counts; remove "
+                "aggregation.weight_power"
+            )
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _site_ranks_fit(self) -> Self:
+        ranks, largest = self.lora.site_ranks, self.lora.ranks[1]
+        if not ranks:
+            return self
+        if self.aggregation.method != "ffa":
+            why = "fedavg trains A as well" if self.aggregation.method == "fedavg" else "fedsvd turns the columns of B"
+            raise ValueError(
+                "lora.site_ranks: a mean by column is exact only if all sites keep one A, and "
+                f'{why}; set aggregation.method = "ffa", or remove lora.site_ranks'
+            )
+        above = sorted(name for name, rank in ranks.items() if rank > largest)
+        if above:
+            raise ValueError(
+                f"lora.site_ranks: expected ranks of at most {largest}, the adapter's own, found "
+                + ", ".join(f"{name} = {ranks[name]}" for name in above)
+            )
+        strangers = sorted(set(ranks) - set(self.cohort.sites)) if self.cohort.sites else []
+        if strangers:
+            raise ValueError(f"lora.site_ranks: cohort.sites does not name {', '.join(strangers)}; correct one of them")
         return self
 
     @model_validator(mode="after")
@@ -135,6 +162,11 @@ class Study(Section):
             )
         if self.aggregation.weighting != "declared":
             raise ValueError("aggregation.weighting: in privacy.mode distributed all units count equally; set declared")
+        if self.aggregation.weight_power is not None:
+            raise ValueError(
+                "aggregation.weight_power: in privacy.mode distributed all units count equally; remove it, or set "
+                "privacy.mode = local"
+            )
         if self.data.validation_fraction:
             raise ValueError("data.validation_fraction: privacy.mode distributed releases only gradients; set 0")
         return self
@@ -187,6 +219,10 @@ class Study(Section):
     def rounds(self) -> int:
         """Number of rounds of a run: those that train, and the head start before them."""
         return self.training.rounds + self.training.starts_head
+
+    def rank_at(self, site: str) -> int:
+        """Return the largest rank of a layer that a site trains."""
+        return min(self.lora.ranks[1], self.lora.site_ranks.get(site, self.lora.ranks[1]))
 
     def is_head_start(self, number: int) -> bool:
         """Whether round `number`, from 1, is the head start."""

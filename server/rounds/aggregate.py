@@ -111,13 +111,21 @@ class ServerOptimizer:
         momentum = settings.momentum if settings.optimizer == "fedavgm" else 0.0
         return torch.optim.SGD(groups, momentum=momentum, foreach=False)
 
-    def step(self, values: Mapping[str, Vector], updates: Mapping[str, _Array], step: int) -> dict[str, Vector]:
+    def step(
+        self,
+        values: Mapping[str, Vector],
+        updates: Mapping[str, _Array],
+        step: int,
+        moving: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> dict[str, Vector]:
         """Return the new values of the trained tensors, given their old values and mean updates.
 
         Args:
             values: float32 value by tensor name; tensors that are not trained are not looked at.
             updates: float64 mean update of each trained tensor, in its shape.
             step: Round of the study, from 0; sets the place in the schedule.
+            moving: Which values of each trained tensor some site trained. The others stay, with their momenta: for
+                them there was no step. None: all moved.
 
         Raises:
             StudyError: `step` is not one of the study's rounds.
@@ -130,9 +138,23 @@ class ServerOptimizer:
             # only the rounded values.
             parameter.copy_(torch.from_numpy(values[name].astype(np.float64)))
             parameter.grad = torch.from_numpy(-updates[name])
+        kept = [] if moving is None else list(self._kept(moving))
         self._optimizer.step()
+        for tensor, before, still in kept:
+            tensor.copy_(torch.where(still, before, tensor))
         # A value too large for float32 becomes infinite here; the caller checks for that.
         return {name: p.to(torch.float32).numpy().copy() for name, p in self._parameters.items()}
+
+    def _kept(
+        self, moving: Mapping[str, NDArray[np.bool_]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield parameters and their momenta, each with a copy and where to put it back."""
+        for name, parameter in self._parameters.items():
+            still = torch.from_numpy(~moving[name])
+            buffers = self._optimizer.state.get(parameter, {}).values()
+            for tensor in (parameter, *(buffer for buffer in buffers if buffer is not None)):
+                if tensor.shape == parameter.shape and bool(still.any()):
+                    yield tensor, tensor.clone(), still
 
     def change_basis(self, bases: Mapping[str, _Array]) -> None:
         """Transform the momenta of B to a new basis: buffer @ M, as B itself becomes B @ M.
@@ -217,7 +239,13 @@ class ServerOptimizer:
         return {f"{b}/{t.name}": (1,) if b == "step" else t.shape for b in buffers for t in self.trained}
 
 
-def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, step: int) -> Adapter:
+def apply_update(
+    adapter: Adapter,
+    mean: _Array,
+    optimizer: ServerOptimizer,
+    step: int,
+    moving: NDArray[np.bool_] | None = None,
+) -> Adapter:
     """Return the adapter after one server step on the sites' mean update.
 
     Args:
@@ -226,6 +254,7 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
             `optimizer.trained` in that order.
         optimizer: Takes the step, and keeps its momenta for the next round.
         step: Round of the study, from 0.
+        moving: Which values [d] some site trained; the others stay. None: all.
 
     Raises:
         ProtocolError: `mean` has another shape than the trained tensors have together.
@@ -244,9 +273,14 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
             f"the sites' mean update has {bad} of {mean.size} values that are infinite or not a number",
             "lower training.learning_rate in the study file",
         )
-    parts = np.split(mean.astype(np.float64), np.cumsum(sizes)[:-1])
-    updates = {t.name: part.reshape(t.shape) for t, part in zip(optimizer.trained, parts, strict=True)}
-    moved = adapter.replace(optimizer.step(adapter.values, updates, step))
+    ends = np.cumsum(sizes)[:-1]
+
+    def by_tensor(flat: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        parts = zip(optimizer.trained, np.split(flat, ends), strict=True)
+        return {tensor.name: part.reshape(tensor.shape) for tensor, part in parts}
+
+    steps = None if moving is None else by_tensor(moving)
+    moved = adapter.replace(optimizer.step(adapter.values, by_tensor(mean.astype(np.float64)), step, steps))
     moved.check_finite("the adapter after the server step")
     return moved
 

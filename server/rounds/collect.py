@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen
@@ -21,11 +22,19 @@ _LARGEST_METRIC = 2.0**53
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a round's contributions must have, and how sites are weighted."""
+    """What a round's contributions must have.
+
+    Attributes:
+        update: Number of values of an update.
+        metrics: Number of validation sums.
+        weight: The weight of a site by its declared count.
+        own: Which values [d] a site trains, by its name; None: all.
+    """
 
     update: int
     metrics: int
-    weighting: str
+    weight: Callable[[int], float]
+    own: Callable[[str], NDArray[np.bool_] | None] = lambda site: None
 
 
 def collect(
@@ -90,7 +99,7 @@ def check_contribution(
         "site": site,
         "round": opened.round,
         "nonce": opened.nonce,
-        "weight": float(member.consent.weight) if shape.weighting == "declared" else 1.0,
+        "weight": shape.weight(member.consent.weight),
     }
     for name, value in expected.items():
         if getattr(reply, name) != value:
@@ -110,6 +119,12 @@ def check_contribution(
                 f"the site's contribution has values in its field {name} that are infinite or not a number",
                 "lower training.learning_rate in the study file",
             )
+    own = shape.own(site)
+    if own is not None and reply.update[~own].any():
+        # They would count in a mean that is not divided by this site's weight.
+        raise ProtocolError(
+            "the site's contribution has values in columns beyond the rank that lora.site_ranks gives it", _VERSION
+        )
     if np.abs(reply.metrics).max(initial=0.0) > _LARGEST_METRIC:
         raise ProtocolError(
             "the site's contribution has a validation sum above 2^53, more than any number of records gives",

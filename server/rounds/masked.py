@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.masking.groups import groups_of
+from privet.common.masking.groups import check_columns, groups_of
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import read_step, read_sums
@@ -117,7 +117,10 @@ class Group(Generic[_A]):
 
     def survivors(self: Group[Aggregator]) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
-        return {site: self._secured(body) for site, body in self.coordinator.survivors().items()}
+        found = self.coordinator.survivors()
+        study = Study.parse(dict(self.opened.study))
+        check_columns(study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
+        return {site: self._secured(body) for site, body in found.items()}
 
     def proofs(self: Group[Aggregator]) -> dict[int, Message]:
         """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""
@@ -285,8 +288,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[s
     total, head = group.coordinator.total(workers=2), study.is_head_start(group.opened.round)
     p = group.parameters
     survivors = tuple(group.names[site] for site in total.survivors)
-    declared = study.aggregation.weighting == "declared"
-    expected = float(sum(cohort[name].consent.weight if declared else 1 for name in survivors))
+    expected = float(sum(study.aggregation.weight(cohort[name].consent.weight) for name in survivors))
     document: dict[str, Any] = {
         "sites": list(group.names),
         "survivors": list(survivors),

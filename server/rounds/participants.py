@@ -33,6 +33,7 @@ class RoundSum:
         failures: Why each other site of the cohort is not in the sum.
         groups: Under secure aggregation, the sites and the parameters of each group's sum.
         spoiled: The sites of each group whose sum could not be used.
+        weights: Where sites have unequal ranks, the weight of those that train each value, [d]; None: `weight`.
     """
 
     weight: float
@@ -42,6 +43,14 @@ class RoundSum:
     failures: Mapping[str, Failure]
     groups: tuple[Mapping[str, Any], ...] = ()
     spoiled: tuple[frozenset[str], ...] = ()
+    weights: NDArray[np.float64] | None = None
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """The mean update, [d]: of each value over the sites that train it, and 0 where no site does."""
+        if self.weights is None:
+            return self.update / self.weight
+        return np.divide(self.update, self.weights, out=np.zeros_like(self.update), where=self.weights > 0)
 
 
 def too_few(

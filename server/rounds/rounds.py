@@ -18,10 +18,12 @@ import numpy as np
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
 from privet.common.masking.bounds import bound_of
+from privet.common.masking.groups import check_columns, corrupt_sites, groups_of
 from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import VALIDATION_SUMS, released
 from privet.common.study.adapter import Adapter
+from privet.common.study.columns import own_values, weights_by_value
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from privet.server.exchange import Exchange
@@ -172,7 +174,7 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
     """Return the message that opens the next round, to a cohort drawn from the participants.
 
     Raises:
-        TooFewSitesError: Without the sites that are left out, there are too few.
+        TooFewSitesError: Without the sites that are left out, there are too few; or too few train the last columns.
     """
     isolation = isolation_of(state.statements)
     cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation)
@@ -183,6 +185,9 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
             f"cohort.min_sites demands {study.cohort.min_sites}",
             "invite more sites, or find out at these sites what they send, and begin a new run",
         )
+    if study.secure_aggregation.mode == "masked":
+        for group in groups_of(study, state.round + 1, cohort):
+            check_columns(study, group, corrupt_sites(study, len(cohort)), state.round + 1)
     return RoundOpen(
         study=study.document(),
         round=state.round + 1,
@@ -235,15 +240,23 @@ def collect_sum(
     blocks: Blocks | None = None,
 ) -> RoundSum:
     """Collect the round's sum, masked unless the study asks for plain aggregation."""
-    spec = state.adapter.spec
-    if study.secure_aggregation.block is not None:
-        return (blocks or Blocks()).collect(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
+    spec, head, weight = state.adapter.spec, study.is_head_start(opened.round), study.aggregation.weight
     if study.secure_aggregation.mode == "masked":
-        return collect_masked(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
-    validates = study.data.validation_fraction > 0
-    size = sum(tensor.size for tensor in released(study, spec, head=study.is_head_start(opened.round)))
-    shape = Shape(size, VALIDATION_SUMS if validates else 0, study.aggregation.weighting)
-    return collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timing.round)
+        collected = collect_masked if study.secure_aggregation.block is None else (blocks or Blocks()).collect
+        total = collected(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
+    else:
+        validates = study.data.validation_fraction > 0
+        size = sum(tensor.size for tensor in released(study, spec, head=head))
+        own = partial(own_values, study, spec) if not head else lambda site: None
+        shape = Shape(size, VALIDATION_SUMS if validates else 0, weight, own)
+        total = collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timing.round)
+    if head or not study.lora.site_ranks:
+        return total
+    # Of the sites in the sum alone: the others' ranks and counts must not enter the divisors.
+    weights = {site: weight(cohort[site].consent.weight) for site in total.survivors}
+    expected = study.training.sampling_rate if study.distributed else 1.0
+    by_value = weights_by_value(study, spec, weights)
+    return replace(total, weights=None if by_value is None else expected * by_value)
 
 
 def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
@@ -267,7 +280,7 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
             limit = _longest(study, sum(tensor.size for tensor in trained), total, noise)
         else:
             limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
-    norm = float(np.linalg.norm(total.update)) / total.weight
+    norm = float(np.linalg.norm(total.mean))
     if np.isfinite(norm) and norm > _ROUNDING * limit:
         error = ProtocolError(
             f"the sites' mean update has the norm {norm:.3g}, but the study allows at most {limit:.3g}",
@@ -280,8 +293,13 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
 def _longest(study: Study, size: int, total: RoundSum, deviation: float) -> float:
     """Return a norm that a mean of clipped terms [size] with its noise exceeds with a probability below 10^-13.
 
-    Terms are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
-    deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
+    Terms are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise whose
+    values have the deviations s_i exceeds |s| + t max(s_i) with a probability of at most exp(-t²/2); here t = 8. Where
+    sites have unequal ranks, the values that the same sites train are one block, and each block's mean is so bounded.
     """
     clip_norm = study.privacy.promise.clip_norm if study.private else 1.0
-    return float(_MOST_DRAWN * clip_norm + deviation * (size**0.5 + 8) / total.weight)
+    if total.weights is None:
+        return float(_MOST_DRAWN * clip_norm + deviation * (size**0.5 + 8) / total.weight)
+    trained = total.weights[total.weights > 0]
+    blocks, noise = len(np.unique(trained)), deviation / trained
+    return float(_MOST_DRAWN * clip_norm * blocks**0.5 + np.linalg.norm(noise) + 8 * noise.max())

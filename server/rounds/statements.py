@@ -84,7 +84,8 @@ def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, tota
     if study.is_head_start(state.round + 1):
         return started(study, state.adapter, total)
     trained = study.trained_before(state.round + 1)
-    adapter = apply_update(state.adapter, total.update / total.weight, optimizer, trained)
+    moving = None if total.weights is None else total.weights > 0
+    adapter = apply_update(state.adapter, total.mean, optimizer, trained, moving)
     # Before refactoring, which may change A although the step changed nothing.
     first = all(statement["type"] == "round-abort" for statement in state.statements)
     if first and adapter.digest == state.adapter.digest:

@@ -140,6 +140,10 @@ def complaints(study: Study, malicious: Sequence[Malicious], sites: Sequence[str
             f"cohort.sites: the study demands {study.cohort.min_sites} of the sites that it lists; the simulation has "
             f"{len(set(study.cohort.sites) & set(sites))} of them"
         )
+    if strangers := sorted(set(study.lora.site_ranks) - set(sites)):
+        found.append(
+            f"lora.site_ranks: the simulation has no site {', '.join(strangers)}; its sites are {', '.join(sites[:20])}"
+        )
     for number, entry in enumerate(malicious):
         where = f"simulation.malicious.{number}"
         if entry.attack in ("label-flip", "backdoor") and not labelled:

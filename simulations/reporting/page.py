@@ -120,12 +120,24 @@ def _lead(run: RunFacts) -> Html:
         pairs.append(("Data", run.data))
     if (tested := run.summary.get("federated", {}).get("records")) is not None:
         pairs.append(("Measured on", f"{tested:,.0f} test records of all sites"))
+    if lacking := _missing_labels(run):
+        pairs.append(("No training record of the label", lacking))
     if run.statements and "started" in run.statements[0]:
         began = datetime.fromtimestamp(float(run.statements[0]["started"]), UTC)
         pairs.insert(0, ("Date", f"{began.day} {began:%B %Y}"))
     kind = "A simulation on one machine." if run.privacy["simulated"] else "The records of each site stayed there."
     rounds = run.summary["rounds"]
     return joined([element("p", {"class": "lead"}, f"{kind} {rounds} round{'s'[: rounds != 1]}."), facts(pairs)])
+
+
+def _missing_labels(run: RunFacts) -> str:
+    """Return which sites trained on no record of some labels, and of which, in words; of a simulation alone."""
+    found = [
+        f"{site}: {', '.join(each['missing_labels'])}"
+        for site, each in sorted(run.summary.get("training_records", {}).items())
+        if each.get("missing_labels")
+    ]
+    return "; ".join(found[:_NAMED]) + (f"; and {len(found) - _NAMED} other sites" if len(found) > _NAMED else "")
 
 
 def _tiles(run: RunFacts) -> Html:

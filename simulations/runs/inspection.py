@@ -13,7 +13,7 @@ from privet.client.training.data import load_files
 from privet.client.training.overlap import Part, overlaps, part_of
 from privet.common.errors import PrivetError, StudyError, together
 from privet.common.log.agreement import check_leaf_size as check_round
-from privet.common.masking.groups import groups_of
+from privet.common.masking.groups import check_columns, corrupt_sites, groups_of
 from privet.common.masking.isolation import cohort_size
 from privet.common.masking.parameters import parameters_of
 from privet.common.privacy.accounting import plan as privacy_plan
@@ -102,6 +102,9 @@ def _open(study: Study, worker: SimulatedWorker, say: Say) -> None:
     data, _ = worker.open(study)
     for report in data.reports:
         say(f"{worker.name}: {report.headline(report.file)}")
+    counts = [report.labels for report in data.reports]
+    if missing := [label for label in study.task.labels if not any(each.get(label) for each in counts)]:
+        say(f"{worker.name}: no training record has the label {', '.join(missing)}; it learns of it from the others")
     if data.training.declared > study.aggregation.largest_count:
         raise StudyError(
             f"site {worker.name}: it declares {data.training.declared} units, the study allows at most "
@@ -138,11 +141,13 @@ def _check_masks(study: Study, evaluator: Evaluator, names: Sequence[str]) -> No
 
     Raises:
         StudyError: No parameters allow so many corrupt sites.
+        TooFewSitesError: Too few sites train the last columns.
     """
     if study.secure_aggregation.mode != "masked":
         return
     cohort = tuple(sorted(names)[: cohort_size(study, len(names))])
     opened = RoundOpen(study.document(), 1, os.urandom(16).hex(), "sha256:" + "0" * 64, cohort, b"")
     for group in groups_of(study, 1, cohort):
+        check_columns(study, group, corrupt_sites(study, len(cohort)), 1 + study.training.starts_head)
         keys = {name: number.to_bytes(32) for number, name in enumerate(group)}
         parameters_of(study, evaluator.host.spec, opened, keys)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privet.client.training.data import concatenate, load_files
+from privet.client.training.data import concatenate, count_labels, load_files
 from privet.client.training.scores import Tally
 from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites
@@ -56,17 +56,22 @@ def better_together(rows: Mapping[str, Mapping[str, Any]], metric: str) -> dict[
     return {"better": sum(better(metric, *pair) for pair in pairs), "sites": len(pairs)}
 
 
-def training_records(study: Study, files: Sequence[Path]) -> dict[str, dict[str, int | None]]:
+def training_records(study: Study, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return how many records, and patients where the study names their column, each site's training files hold.
+
+    Where they hold no record of some of the study's labels, these are named as well: such a site learns of them from
+    the others alone.
 
     Units that are held out for validation count.
 
     Raises:
         StudyError, DataError: A file does not fit the study.
     """
-    found: dict[str, dict[str, int | None]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for site in load_sites(files):
         records = concatenate(load_files(site, study)[0])
         patients = None if study.data.unit is None else len(records.by_unit())
         found[site.name] = {"records": len(records), "patients": patients}
+        if missing := [label for label, count in count_labels(records, study).items() if not count]:
+            found[site.name]["missing_labels"] = missing
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.rounds.loading import load_data
-from privet.client.training.personal import Material, Personal, personal_study, personalise
+from privet.client.training.personal import Material, Personal, mixed, personal_study, personalise
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws
 from privet.common.errors import DataError
@@ -40,8 +40,9 @@ def run_personal(
         tell: Hears how far it is.
 
     Returns:
-        Per site its test records and the primary metric of the shared adapter, of the trained one and of the one that
-        the site chose; and over the sites with test records: mean, worst site and gap, before and after.
+        Per site its test records and the primary metric of the shared adapter, of the trained one, of the best mixture
+        of both and of the one that the site chose; and over the sites with test records: mean, worst site and gap,
+        before and after.
     """
     (folder / FOLDER).mkdir(exist_ok=True)
     found = {}
@@ -91,10 +92,12 @@ def _measured(study: Study, site: str, evaluator: Evaluator, shared: Adapter, ma
     before = measured(shared)
     after = before if made is None or made.chosen.share == 0 else measured(made.adapter)
     trained = before if made is None else measured(made.trained_adapter)
+    mixture = before if made is None else measured(mixed(shared, made.trained_adapter, made.mixture.share))
     return {
         "records": before["records"],
         "shared": before[metric],
         "trained": trained[metric],
+        "mixed": mixture[metric],
         "chosen": after[metric],
         "share": 0.0 if made is None else made.chosen.share,
     }

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privet.client.policy.agreement import advice
 from privet.client.policy.consent import approved, began_before, check_policy, policy_digest, record_approval, verdict
 from privet.client.policy.rules import (
     Facts,
@@ -141,6 +142,17 @@ def test_the_floor_of_the_site_file_decides_about_suites() -> None:
     # The study that names no suite has the digest of an earlier version.
     assert "suite" not in studies[0].document()["secure_aggregation"]
     assert len({study.digest for study in studies}) == 4
+
+
+def test_the_rank_that_counts_is_the_one_that_the_study_gives_this_site() -> None:
+    lower = {"lora": {"rank": 16, "site_ranks": {"north": 8}}, "aggregation": {"method": "ffa"}}
+    study = study_of(**lower)
+    assert codes(policy_of(), study, site="north") == []
+    assert codes(policy_of(), study, site="south") == ["E_RANK"]
+    (finding,) = judge(policy_of(), study, facts(site="south"))
+    site = SiteConfig(name="south", train=(Path("x"),))
+    (line,) = advice(site, [finding], "site.toml", "study.toml")
+    assert "site_ranks = { south = 8 }" in line
 
 
 def test_the_agreed_study_passes() -> None:

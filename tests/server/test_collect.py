@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from privet.common.errors import TooFewSitesError
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
+from privet.common.study.sections import AggregationSection
 from privet.server.rounds.collect import Shape, collect
 from privet.server.rounds.participants import Participant, RoundSum
 
@@ -57,9 +59,18 @@ def contributions(seed: int = 0, scale: float = 1.0) -> dict[str, Contribution]:
     }
 
 
-def run(replies: Mapping[str, Message], min_sites: int = 1, weighting: str = "declared") -> RoundSum:
+def run(
+    replies: Mapping[str, Message], min_sites: int = 1, weighting: Literal["declared", "equal"] = "declared"
+) -> RoundSum:
     exchange = Replies({COHORT[site].node: reply for site, reply in replies.items()})
-    return collect(exchange, COHORT, OPENED, Shape(D, K, weighting), min_sites=min_sites, timeout=5)
+    return collect(
+        exchange,
+        COHORT,
+        OPENED,
+        Shape(D, K, AggregationSection(weighting=weighting).weight),
+        min_sites=min_sites,
+        timeout=5,
+    )
 
 
 @given(seeds, st.permutations(SITES), st.sampled_from([1e-20, 1.0, 1e20]))
@@ -82,7 +93,7 @@ def test_the_sum_is_numpys_in_name_order_whatever_the_order_of_replies(
 
 def test_every_member_is_asked_the_same_at_its_own_address() -> None:
     exchange = Replies({COHORT[site].node: reply for site, reply in contributions().items()})
-    collect(exchange, COHORT, OPENED, Shape(D, K, "declared"), min_sites=1, timeout=5)
+    collect(exchange, COHORT, OPENED, Shape(D, K, float), min_sites=1, timeout=5)
     assert exchange.asked == {member.node: OPENED for member in COHORT.values()}
     assert exchange.timeout == 5
 
@@ -161,7 +172,7 @@ def test_equal_weighting_takes_one_and_nothing_else() -> None:
 
 def test_an_answer_from_a_stranger_is_not_looked_at() -> None:
     exchange = Replies({**{COHORT[s].node: c for s, c in contributions().items()}, 77: Failure("X", "y", "z")})
-    total = collect(exchange, COHORT, OPENED, Shape(D, K, "declared"), min_sites=4, timeout=5)
+    total = collect(exchange, COHORT, OPENED, Shape(D, K, float), min_sites=4, timeout=5)
     assert total.survivors == SITES
     assert total.failures == {}
 

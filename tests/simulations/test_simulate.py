@@ -13,15 +13,17 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 from privet.client.training.model import load_bare
-from privet.common.errors import StateError, StudyError
+from privet.common.errors import StateError, StudyError, TooFewSitesError
 from privet.common.privacy.accounting import epsilon, plan
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.reporting.gather import gather
+from privet.simulations.reporting.page import page
 from privet.simulations.runs.continued import continuation
 from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
 from privet.simulations.terminal import continued
 from privet.simulations.terminal.report import round_line
 from tests.support.forks import training_processes
-from tests.support.tiny import class_rows, private, tiny_document, write_rows
+from tests.support.tiny import LABELS, class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
 MASKED = {"cohort.min_sites": 3, "secure_aggregation.mode": "masked"}
@@ -100,6 +102,48 @@ def test_a_simulation_with_correlated_noise_is_the_same_after_an_interruption(tm
     with pytest.raises(KilledError):
         run_simulation(prepare(tmp_path / "banded" / "study.toml", tmp_path / "killed"), kill)
     assert run_simulation(reopen(tmp_path / "killed"))["adapter_digest"] == digests["banded"]
+
+
+def test_sites_of_unequal_rank_and_labels_end_alike_after_an_interruption(tmp_path: Path, bert: Path) -> None:
+    server = {"method": "ffa", "optimizer": "fedavgm", "weight_power": 0.5}
+    overrides = {
+        "aggregation": server,
+        "lora.rank": 4,
+        "lora.site_ranks": {"alpha": 1, "beta": 2},
+        "training.rounds": 2,
+    }
+    with pytest.raises(TooFewSitesError, match="column 4 of B would be the sum of 1 of 3 sites"):
+        prepare(study_file(tmp_path, bert, overrides), tmp_path / "masked")
+    file = study_file(tmp_path, bert, {**overrides, "secure_aggregation.mode": "plain"})
+    write_rows(tmp_path / "beta.jsonl", class_rows(60, seed=1, labels=LABELS[:2]))
+    said: list[str] = []
+    whole = run_simulation(prepare(file, tmp_path / "whole", say=said.append))
+    # A site that has no record of a label trains all the same, and it is said.
+    line = f"beta: no training record has the label {LABELS[2]}; it learns of it from the others"
+    assert [each for each in said if "no training record" in each] == [line]
+    assert whole["training_records"]["beta"]["missing_labels"] == [LABELS[2]]
+    assert "missing_labels" not in whole["training_records"]["alpha"]
+    assert whole["log_verified"]
+    shown = page([gather(tmp_path / "whole")])
+    assert f"No training record of the label</dt><dd>beta: {LABELS[2]}" in shown
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: RoundReport) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run_simulation(prepare(file, tmp_path / "killed"), kill)
+    assert run_simulation(reopen(tmp_path / "killed"))["adapter_digest"] == whole["adapter_digest"]
+
+
+def test_ranks_of_sites_that_are_not_simulated_are_refused(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"aggregation.method": "ffa", "lora.site_ranks": {"delta": 1}})
+    with pytest.raises(
+        StudyError, match=r"lora.site_ranks: the simulation has no site delta; its sites are alpha, beta"
+    ):
+        prepare(file, tmp_path / "run")
 
 
 def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> None:

@@ -131,7 +131,7 @@ class Site:
             asked = completed(self, study, asked, self.first)
         except PrivetError as error:
             return Failure(type(error).__name__, error.message, error.hint)
-        weight = float(self.weight) if study.aggregation.weighting == "declared" else 1.0
+        weight = study.aggregation.weight(self.weight)
         update = weight * self.learn(study, Adapter.read(SPEC, asked.adapter))
         metrics = np.asarray(self.metrics(asked.round), np.float64)
         return Contribution(self.name, asked.round, asked.nonce, weight, update.astype(np.float32), metrics)
