@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,12 @@ from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
-from privet.client.training.headstart import share_head, start_head
+from privet.client.training.counts import count_sum, score_sum
+from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
+from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError
@@ -41,6 +43,7 @@ from privet.common.privacy.noise import lattice_release, lattice_unit
 from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import check_suite
 from privet.common.study.adapter import Adapter
+from privet.common.study.counts import check_measured
 from privet.common.study.messages import (
     Consent,
     Contribution,
@@ -273,6 +276,8 @@ class Worker:
         self.site.check_lost(study, opened)
         data, host = self.open(study)
         whole = completed(host, study, opened, lambda: initial_adapter(study, host))
+        if study.counts:
+            check_measured(study, read_adapter(host, whole))
         if seen is not None:
             self._checked = whole, seen
         return study, data, host, whole
@@ -342,16 +347,19 @@ class Worker:
         # Before training, which replaces the received adapter in the host.
         metrics = self._validate(study, host, adapter, data, opened.round, payment)
         draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
-        head = study.is_head_start(opened.round)
+        head = study.sums_units(opened.round)
         event = None if mechanism is None else mechanism.event(head=head)
+        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         if head:
-            update = start_head(host, study, adapter, data.training, draws.noise, mechanism=event, physical_batch=batch)
+            terms = _terms(study, host, adapter, data, draws, batch)
+            update = release_sum(study, terms, len(data.training.units), draws.noise, event, host.meter)
+            # Counts leave as they are. What a head start sends is a mean, as every other update is.
+            update = update / weight if study.counts else (update / weight).astype(np.float32)
         else:
             done = study.trained_before(opened.round) * study.training.steps
             update = train_round(
                 host, study, adapter, data.training, draws, first_step=done, mechanism=event, physical_batch=batch
             )
-        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         with np.errstate(over="ignore"):
             weighted = (weight * update).astype(np.float32)
         if not np.isfinite(weighted).all():
@@ -373,10 +381,11 @@ class Worker:
     ) -> Contribution:
         """Return this site's part of the single step in a round where sites share the noise."""
         draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
-        head = study.is_head_start(opened.round)
+        head = study.sums_units(opened.round)
         shares = shared_noise(study, len(opened.cohort), head=head)
         if head:
-            numbers = share_head(host, study, adapter, data.training, draws.noise, shares=shares, physical_batch=batch)
+            terms = _terms(study, host, adapter, data, draws, batch)
+            numbers = share_sum(terms, len(data.training.units), draws.noise, shares, host.meter)
         elif shares.band is None:
             numbers = release_step(host, study, adapter, data.training, draws, shares=shares, physical_batch=batch)
         else:
@@ -423,9 +432,20 @@ class Worker:
         return Draws(Paid(sampling, payment), Paid(noise, payment))
 
 
+def _terms(
+    study: Study, host: ModelHost, adapter: Adapter, data: SiteData, draws: Draws, physical_batch: int
+) -> Summing:
+    """Return what adds up the terms of all units, of a round that is one sum over them."""
+    if data.counts is not None:
+        return partial(count_sum, study, data.counts, draws.sampling)
+    if study.kind == "evaluate":
+        return partial(score_sum, host, study, adapter, data.training.features, data.training.units)
+    return partial(class_sums, host, study, adapter, data.training, physical_batch)
+
+
 def _upload_bytes(study: Study, host: ModelHost, number: int) -> int:
     """Return the bytes of an update as the policy counts them: 4 for each value, also of a step's sum, before masks."""
-    values = sum(tensor.size for tensor in released(study, host.spec, head=study.is_head_start(number)))
+    values = sum(tensor.size for tensor in released(study, host.spec, head=study.sums_units(number)))
     validates = study.data.validation_fraction > 0 and not study.distributed
     return 4 * values + (8 * VALIDATION_SUMS if validates else 0)
 

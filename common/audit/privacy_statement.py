@@ -306,7 +306,7 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
 
 def _own(study: Study, mechanism: PrivacyPlan, statement: RoundStatement) -> PrivacyEvent:
     """Return what one site's share in a round is worth alone."""
-    head = study.is_head_start(statement["round"])
+    head = study.sums_units(statement["round"])
     share = shared_noise(study, len(statement["cohort"]), head=head)
     return replace(mechanism.event(head=head), noise_multiplier=share.own_multiplier)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
-from privet.common.masking.bounds import bound_of
+from privet.common.masking.bounds import bound_of, largest_term
 from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import VALIDATION_SUMS, released
@@ -236,7 +236,7 @@ def collect_sum(
     if study.secure_aggregation.mode == "masked":
         return collect_masked(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
     validates = study.data.validation_fraction > 0
-    size = sum(tensor.size for tensor in released(study, spec, head=study.is_head_start(opened.round)))
+    size = sum(tensor.size for tensor in released(study, spec, head=study.sums_units(opened.round)))
     shape = Shape(size, VALIDATION_SUMS if validates else 0, study.aggregation.weighting)
     return collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timing.round)
 
@@ -248,8 +248,8 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         ProtocolError: It is larger. `apply_update` checks for NaN and infinity.
     """
     limit = study.aggregation.max_norm
-    if study.is_head_start(state.round + 1):
-        size = state.adapter.spec.class_sums().size
+    if study.sums_units(state.round + 1):
+        size = sum(tensor.size for tensor in released(study, state.adapter.spec, head=True))
         limit = _longest(study, size, total, deviation_of_sums(study, total))
     elif limit is None:
         trained = state.adapter.spec.trained(study.aggregation.method)
@@ -278,5 +278,4 @@ def _longest(study: Study, size: int, total: RoundSum, deviation: float) -> floa
     Terms are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
     deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
     """
-    clip_norm = study.privacy.promise.clip_norm if study.private else 1.0
-    return float(_MOST_DRAWN * clip_norm + deviation * (size**0.5 + 8) / total.weight)
+    return float(_MOST_DRAWN * largest_term(study) + deviation * (size**0.5 + 8) / total.weight)
