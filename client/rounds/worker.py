@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -352,9 +353,10 @@ class Worker:
         weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         if head:
             terms = _terms(study, host, adapter, data, draws, batch)
-            update = release_sum(study, terms, len(data.training.units), draws.noise, event, host.meter)
-            # Counts leave as they are. What a head start sends is a mean, as every other update is.
-            update = update / weight if study.counts else (update / weight).astype(np.float32)
+            total = release_sum(study, terms, len(data.training.units), draws.noise, event, host.meter)
+            # What a head start sends is weight times a mean in float32, as every update is. Counts leave as they are.
+            update: NDArray[np.floating[Any]]
+            update = total / weight if study.counts else (total / weight).astype(np.float32)
         else:
             done = study.trained_before(opened.round) * study.training.steps
             update = train_round(

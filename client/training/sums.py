@@ -47,7 +47,9 @@ def release_sum(
     check_room(clipping, units, 1.0, MOST)
     points = terms(clipping)
     with meter.phase("noise"):
-        return points * lattice if mechanism is None else lattice_release(points, lattice, noise)
+        if mechanism is None:
+            return points.astype(np.float64) * lattice
+        return lattice_release(points, lattice, noise)
 
 
 def share_sum(terms: Summing, units: int, noise: Randomness, shares: SharedNoise, meter: Meter) -> Integers:

@@ -173,7 +173,9 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str,
         totals = [sum(cell["value"] for cell in cells) for cells in (first, second)]
         if min(totals) <= 0:
             continue
-        shares = [[cell["value"] / total for cell in cells] for cells, total in zip((first, second), totals, strict=True)]
+        shares = [
+            [cell["value"] / total for cell in cells] for cells, total in zip((first, second), totals, strict=True)
+        ]
         deviation = math.hypot(before["deviation"] / totals[0], after["deviation"] / totals[1])
         distance = sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2
         # E|N(0, s²)| = s sqrt(2 / pi)

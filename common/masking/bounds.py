@@ -31,8 +31,9 @@ def bound_of(study: Study, role: str) -> float:
 def bound_of_sums(study: Study) -> float:
     """Return the largest value of a sum over all units, divided by the site's weight, that is not cut.
 
-    It is a head start's, or that of a private study which counts. A unit's term is at most the clip norm. As much again for each deviation of the noise holds it at a site of ten
-    units or more, except with a probability of 10^-22 a value.
+    It is a head start's, or that of a private study which counts. A unit's term is at most the clip norm. As much
+    again for each deviation of the noise holds it at a site of ten units or more, except with a probability of 10^-22 a
+    value.
     """
     mechanism = plan(study)
     if mechanism is None:

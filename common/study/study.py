@@ -91,13 +91,12 @@ class Study(Section):
                 )
         if not self.counts:
             return self
-        measured = self.evaluation
-        if measured is not None and measured.adapter == "base":
-            if not self.task.generates or self.lora.modules_to_save:
-                raise ValueError(
-                    f"evaluation.adapter: the base alone has no head for {self.task.kind} and no module trained in "
-                    "full; set the digest of an adapter"
-                )
+        base = self.evaluation is not None and self.evaluation.adapter == "base"
+        if base and (not self.task.generates or self.lora.modules_to_save):
+            raise ValueError(
+                f"evaluation.adapter: the base alone has no head for {self.task.kind} and no module trained in full; "
+                "set the digest of an adapter"
+            )
         wrong = [
             name
             for name, differs in (

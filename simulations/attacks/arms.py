@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privet.client.site import Resources
-from privet.client.training.data import Records, concatenate, load_files
 from privet.client.training.counts import finite_loss
+from privet.client.training.data import Records, concatenate, load_files
 from privet.client.training.features import encode_records
 from privet.client.training.forms import written_row
 from privet.client.training.host import ModelHost
