@@ -17,6 +17,7 @@ from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
 from privet.common.audit.counts import COUNTS, counts_document
+from privet.common.audit.release import ADAPTER
 from privet.common.canonical import canonical_json
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import staged, write_durably
@@ -25,7 +26,7 @@ from privet.common.log.checkpoint import Policy
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.progress import Tell, silent
-from privet.common.study.adapter import Adapter
+from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import CohortSection, SecureAggregationSection
 from privet.common.study.study import Study
 from privet.server.app import LOG, PUBLIC, opened_log
@@ -150,12 +151,20 @@ def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
 
 
 def released(run: Path, evaluator: Evaluator) -> Adapter:
-    """Return the adapter that an earlier run released, for a study with the same base and adapter layout.
+    """Return the adapter that an earlier run released, or that a directory in PEFT's format holds.
+
+    Args:
+        run: The run, or the directory.
+        evaluator: Of a study with the same base and adapter layout.
 
     Raises:
         StateError: `run` is not a run directory, or its adapter has another layout.
     """
-    adapter = RunDirectory.open(run).load().adapter
+    if (run / ADAPTER).is_file():
+        data = (run / ADAPTER).read_bytes()
+        adapter = Adapter.read(read_layout(data), data)
+    else:
+        adapter = RunDirectory.open(run).load().adapter
     if adapter.spec != evaluator.host.spec:
         raise StateError(
             f"--continue-from: the adapter of {run} does not fit this study: its tensors have other names or shapes",
