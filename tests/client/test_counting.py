@@ -49,7 +49,10 @@ from tests.support.tiny import (
 )
 
 FINE = 2.0**-40
-PATIENT = {"data.unit": "patient", "privacy": private(epsilon=1.0, unit="patient", max_records_per_unit=2)}
+PATIENT: dict[str, Any] = {
+    "data.unit": "patient",
+    "privacy": private(epsilon=1.0, unit="patient", max_records_per_unit=2),
+}
 
 
 def study_of(base: Path, kind: str = "statistics", **overrides: Any) -> Study:
@@ -87,7 +90,7 @@ def test_counts_without_noise_are_those_of_the_rows(tmp_path: Path, bert: Path) 
         {"text": "", "label": "heart", "patient": "p9"},
         {"text": None, "label": "bone", "patient": "p1"},
     ]
-    study = study_of(bert, **{"statistics.lengths": [4, 8, 16]})
+    study = study_of(bert, statistics={"lengths": [4, 8, 16]})
     data = counted(tmp_path, study, rows)
     found = named(study, sums(study, data) * FINE)
     labels = [row["label"] for row in rows[:8]]
