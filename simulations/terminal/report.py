@@ -184,6 +184,20 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     privacy = meaning["privacy"]
+    if "cells" in meaning:
+        cost = "none: the counts have no noise"
+        if privacy is not None:
+            cost = (
+                f"epsilon {privacy['epsilon']} at delta {privacy['delta']} per {privacy['unit']}; noise multiplier "
+                f"{privacy['noise_multiplier']}, no sampling"
+            )
+        table.add_row("digest", meaning["digest"])
+        table.add_row("training", "none: the one round counts")
+        table.add_row("counts", "\n".join(meaning["cells"]))
+        table.add_row("privacy", cost)
+        deviation = meaning["deviation_of_a_count"]
+        table.add_row("noise", f"standard deviation of each count over {meaning['sites']} sites: {deviation:,.1f}")
+        return table
     table.add_row("digest", meaning["digest"])
     table.add_row("task", meaning["task"])
     table.add_row("base", f"{meaning['base']}, {meaning['base_parameters']:,} parameters, verified")
