@@ -19,8 +19,8 @@ from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.privacy.correlated import Band, error_of_sums
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import AdapterSpec
-from privet.common.study.sections import SQUARING
 from privet.common.study.counts import cells_of
+from privet.common.study.sections import SQUARING
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 from privet.simulations.terminal.lengths import training_lengths
