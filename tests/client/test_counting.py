@@ -24,19 +24,20 @@ from privet.client.training import counts as counting_module
 from privet.client.training.counts import Countable, count_sum, score_sum, unit_scores
 from privet.client.training.dp import Clipping
 from privet.client.training.meter import Meter
-from privet.client.training.model import open_host
+from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.preference import judge as judged
 from privet.client.training.sums import release_sum
 from privet.common.errors import BudgetExhaustedError, PolicyError, StudyError
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import Randomness, SecretRandomness, SeededRandomness
-from privet.common.study.counts import cells_of
+from privet.common.study.counts import cells_of, check_measured
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from tests.client.test_policy import facts, policy_of
 from tests.support.site_log import logged
 from tests.support.tiny import (
     LABELS,
+    answer_rows,
     class_rows,
     counting_document,
     policy_document,
@@ -311,3 +312,16 @@ def test_test_files_are_read_where_the_study_says_so(tmp_path: Path, bert: Path)
     with pytest.raises(Exception, match="names none"):
         load_data(alone, study, host, b"key", distinct=False)
     assert json.loads(json.dumps(study.document()))["evaluation"]["files"] == "test"
+
+
+def test_answers_have_lengths_and_no_labels_and_the_base_alone_is_measured(tmp_path: Path, llama: Path) -> None:
+    rows = answer_rows(6)
+    study = study_of(llama, **{"task.kind": "causal-lm"})
+    found = named(study, sums(study, counted(tmp_path, study, rows)) * FINE)
+    assert found["units"] == sum(value for name, value in found.items() if name.startswith("length.")) == 6
+    assert not any(name.startswith("label.") for name in cells_of(study).names)
+    base = study_of(llama, "evaluate", **{"task.kind": "causal-lm", "evaluation": {"adapter": "base"}})
+    host = open_host(base, Resources(device="cpu", precision="fp32"))
+    check_measured(base, initial_adapter(base, host))
+    with pytest.raises(StudyError, match="measures the base alone"):
+        check_measured(base, random_adapter(host.spec, 1))

@@ -95,7 +95,10 @@ def test_the_bound_is_the_norm_of_alike_complete_records() -> None:
     records = cells_of(counting(privacy=LOCAL))
     assert records.names[:3] == ("units", "missing", "label.0")
     assert records.bound == pytest.approx(math.sqrt(1 + 1 + 1))  # the unit, a label, a length
-    patient: dict[str, Any] = {"privacy": {**LOCAL, "unit": "patient", "max_records_per_unit": 3}, "data": {"unit": "patient"}}
+    patient: dict[str, Any] = {
+        "privacy": {**LOCAL, "unit": "patient", "max_records_per_unit": 3},
+        "data": {"unit": "patient"},
+    }
     patients = cells_of(counting(**patient))
     assert patients.names[:4] == ("units", "beyond", "records", "missing")
     assert patients.bound == pytest.approx(math.sqrt(1 + 1 + 3 * 9))
