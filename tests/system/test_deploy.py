@@ -224,7 +224,8 @@ def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, 
             file = write_study(tmp_path / f"{kind}.toml", document)
             for name in SITES:
                 policy = made.site(name).parent / "policy.toml"
-                policy.write_text(policy.read_text().replace("allow = []", 'allow = ["statistics", "evaluate"]'))
+                rules = policy.read_text().replace("allow = []", 'allow = ["statistics", "evaluate"]')
+                policy.write_text(rules.replace("max_studies_per_day = 2", "max_studies_per_day = 3"))
                 said = made.privet("site", "approve", made.site(name), file)
                 assert "NOTHING is trained" in said
             source = () if kind == "statistics" else ("--continue", "means")
