@@ -62,11 +62,15 @@ def _run(run: RunFacts, watts: float) -> Html:
         ("Appendix: privacy statement", _statement(run)),
         ("Appendix: technical identifiers", _identity(run)),
     ]
+    return _article(run, [_lead(run), _tiles(run)], sections)
+
+
+def _article(run: RunFacts, top: Sequence[Html], sections: Sequence[tuple[str, Html]]) -> Html:
+    """Return a run's article: its name and conclusion, what stands at the top, and the sections."""
     parts: list[Child] = [
         element("h1", {}, run.study.name),
         element("p", {"class": "conclusion"}, conclusion(run)),
-        _lead(run),
-        _tiles(run),
+        *top,
     ]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
     return joined(parts)
@@ -81,14 +85,7 @@ def _counted_run(run: RunFacts) -> Html:
         ("Appendix: privacy statement", _statement(run)),
         ("Appendix: technical identifiers", deployed.identity(run)),
     ]
-    parts: list[Child] = [
-        element("h1", {}, run.study.name),
-        element("p", {"class": "conclusion"}, conclusion(run)),
-        deployed.lead(run),
-        _epsilon_tile(run),
-    ]
-    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
-    return joined(parts)
+    return _article(run, [deployed.lead(run), _epsilon_tile(run)], sections)
 
 
 def _deployed_run(run: RunFacts) -> Html:
@@ -101,15 +98,7 @@ def _deployed_run(run: RunFacts) -> Html:
         ("Appendix: privacy statement", _statement(run)),
         ("Appendix: technical identifiers", deployed.identity(run)),
     ]
-    parts: list[Child] = [
-        element("h1", {}, run.study.name),
-        element("p", {"class": "conclusion"}, conclusion(run)),
-        deployed.lead(run),
-        deployed.tiles(run),
-        _epsilon_tile(run),
-    ]
-    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
-    return joined(parts)
+    return _article(run, [deployed.lead(run), deployed.tiles(run), _epsilon_tile(run)], sections)
 
 
 # --- at a glance -----------------------------------------------------------------------------------------
