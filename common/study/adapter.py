@@ -26,6 +26,8 @@ TensorRole = Literal["lora_A", "lora_B", "full"]
 
 # A header takes about 150 bytes for each tensor, so this is room for thousands.
 _HEADER_LIMIT = 1 << 20
+NO_CONFIG = "{}\n"
+"""The `adapter_config.json` of an adapter without tensors: that of a study which only counts records."""
 _RESTORE = "name a file that privet wrote, or copy the adapter again: it is damaged or of another program"
 
 
@@ -151,6 +153,12 @@ class Adapter:
         if not names:
             return np.empty(0, np.float32)
         return np.concatenate([self.values[name].ravel() for name in names])
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether a model with this adapter is the base: every B is zero, and no module is trained in full."""
+        added = (tensor for tensor in self.spec.tensors if tensor.role != "lora_A")
+        return not any(tensor.role == "full" or self.values[tensor.name].any() for tensor in added)
 
     def replace(self, values: Mapping[str, Vector]) -> Adapter:
         """Return a copy with some tensors replaced."""

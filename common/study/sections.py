@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from privet.common.errors import StudyError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+ADAPTER_PATTERN = r"^(base|sha256:[0-9a-f]{64})$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -363,6 +364,32 @@ class TrainingSection(OptimizerSection):
         if self.local_steps is not None:
             return self.local_steps
         return max(1, round((self.local_epochs or 0.0) / self.sampling_rate))
+
+
+class StatisticsSection(Section):
+    """What a study of kind statistics counts besides units, labels and missing values."""
+
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = (16, 32, 64, 128, 256, 512, 1024, 2048)
+    """Upper ends of the bins of records' lengths in tokens, ascending, at most 64. A further bin holds longer records.
+    More bins do not raise epsilon, and each gets its own noise."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError("lengths: expected numbers of tokens in ascending order, none of them twice; sort them")
+        return self
+
+
+class EvaluationSection(Section):
+    """What a study of kind evaluate measures."""
+
+    adapter: Annotated[str, Field(pattern=ADAPTER_PATTERN)]
+    """Digest of the adapter, `sha256:` and 64 hexadecimal digits: of a run's release, as `privet registry list`
+    shows it, or of another adapter in PEFT's format; a wrong digest is answered with the right one. base: the base
+    without an adapter."""
+    files: Literal["train", "test"] = "train"
+    """Which of a site's files are measured on. train: its training files, on which the adapter may have been trained.
+    test: its test files, which a site file must then name."""
 
 
 class AggregationSection(OptimizerSection):

@@ -123,9 +123,13 @@ def gather(
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
-        data=data_of(path, len(summary["federated_per_site"])) if simulated else "",
+        data=data_of(path, _sites(summary)) if simulated else "",
         ended=state.stopped,
     )
+
+
+def _sites(summary: Mapping[str, Any]) -> int:
+    return int(summary["counts"]["sites"]) if "counts" in summary else len(summary["federated_per_site"])
 
 
 def data_of(path: Path, sites: int) -> str:
