@@ -32,7 +32,7 @@ _LARGEST_NORMAL = 10.0
 
 def released(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[TensorSpec, ...]:
     """Return the tensors that sites release: what they train in a round, or the sums of a head start."""
-    return (spec.class_sums(),) if head else spec.trained(study.aggregation.method)
+    return (spec.class_sums(),) if head else study.trained(spec)
 
 
 def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[Segment, ...]:

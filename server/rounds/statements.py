@@ -29,7 +29,8 @@ def lost_in_a_row(state: RunState) -> int:
 
 def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:
     """Return the state after a round whose sum is `total`."""
-    optimizer = ServerOptimizer(study.aggregation, study.training.rounds, state.adapter.spec)
+    settings, training = study.aggregation, study.training
+    optimizer = ServerOptimizer(settings, training.rounds, state.adapter.spec, head=training.train_head)
     if state.optimizer is not None:
         optimizer.load_state_dict(*state.optimizer)
     adapter = next_adapter(study, state, optimizer, total)
