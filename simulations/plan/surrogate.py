@@ -1,9 +1,9 @@
 """Train a stand-in for a study: its noise, sampling, clipping, head start and server, on synthetic records.
 
 A round is one step on the sum over all sites, as with `privacy.mode = "distributed"`; with local noise each site adds
-its own to that sum. Everything that decides how much noise a step has comes from the study itself, through the functions
-that sites and coordinator use: accountants, shares of the noise, bands, the closed form of a head start, the server's
-optimizer and the average of adapters. What is simplified is the model (`privet.simulations.plan.world`).
+its own to that sum. Everything that decides how much noise a step has comes from the study itself, through the
+functions that sites and coordinator use: accountants, shares of the noise, bands, the closed form of a head start, the
+server's optimizer and the average of adapters. What is simplified is the model (`privet.simulations.plan.world`).
 """
 
 from __future__ import annotations
@@ -183,7 +183,10 @@ def _rows(study: Study, records: Records, chosen: NDArray[np.bool_], rng: np.ran
 
 
 def _squares(of_unit: NDArray[np.int64], left: Matrix, right: Matrix) -> Matrix:
-    """Return the squared norm of each unit's sum of outer products of its rows, [units]; rows of a unit lie together."""
+    """Return the squared norm of each unit's sum of outer products of its rows, [units].
+
+    Rows of a unit lie together.
+    """
     count = np.bincount(of_unit)
     place = np.arange(len(of_unit)) - (np.cumsum(count) - count)[of_unit]
     padded = []

@@ -55,6 +55,7 @@ def test_a_study_without_one_is_the_study_that_it_was() -> None:
     # Recorded before head starts were known.
     assert study_of().digest == "sha256:912415d2a4e808d5952383231ce86dadf271671d85fc881b47ff5136dbf45bda"
     assert study_of(training={"head_start": "none"}).digest == study_of().digest
+    assert study_of(training={"train_head": True}).digest == study_of().digest
     assert "head" not in (promise_of(study_of(privacy=LOCAL)) or study_of()).model_dump()
 
 
