@@ -27,6 +27,9 @@ Document = Mapping[str, Any]
 # Choices of the first rung, the part that each rung keeps, and worlds of each rung.
 _FIRST, _KEPT, _WORLDS = 60, 3, (1, 3, 6)
 _FINAL = 6
+# Moves from the best choice of the grid, worlds in which each change is tried, and the most rounds that are proposed:
+# every round takes the sites' time.
+_MOVES, _CLIMBING, _MOST_ROUNDS = 4, 4, 160
 EPSILONS = (8.0, 3.0, 1.0)
 
 
@@ -114,10 +117,12 @@ class Bench:
             self._found[key] = stand_in(study, self._worlds[place], self.sites, seed)
         return self._found[key]
 
-    def reached(self, choice: Choice, document: Document | None = None) -> list[float] | None:
-        """Return the accuracies of a choice in the last rung's worlds; None if its settings do not go together."""
+    def reached(
+        self, choice: Choice, document: Document | None = None, worlds: int | None = None
+    ) -> list[float] | None:
+        """Return the accuracies of a choice, in as many worlds as a result has; None if its settings do not fit."""
         try:
-            return self.accuracies(self.study(choice, document), choice.rank, _FINAL)
+            return self.accuracies(self.study(choice, document), choice.rank, worlds or _FINAL)
         except StudyError:
             return None
 
@@ -152,8 +157,28 @@ def advise(document: Document, consortium: Consortium, *, seed: int = 0, tell: T
             scores[choice] = statistics.mean(bench.accuracies(candidate, choice.rank, worlds))
         ranked = sorted(left, key=lambda choice: -scores[choice])
         left = {choice: left[choice] for choice in ranked[: max(1, len(ranked) // _KEPT)]}
-    best = next(iter(left))
-    return _described(bench, best, study, tried, tell)
+    best, more = _climbed(bench, next(iter(left)), study, tell)
+    return _described(bench, best, study, tried + more, tell)
+
+
+def _climbed(bench: Bench, best: Choice, study: Study, tell: Tell) -> tuple[Choice, int]:
+    """Return the choice to which single changes lead that gain beyond chance, and the number of changes tried.
+
+    The grid is coarse: the best rate or number of rounds often lies beside it.
+    """
+    tried = 0
+    for move in range(_MOVES):
+        tell("changing one setting at a time", move, _MOVES)
+        own, gains = bench.accuracies(bench.study(best), best.rank, _CLIMBING), {}
+        for _, other in neighbours(best, study):
+            tried += 1
+            if other.rounds <= _MOST_ROUNDS and (found := bench.reached(other, worlds=_CLIMBING)) is not None:
+                gains[other] = Estimate.of([b - a for a, b in zip(own, found, strict=True)])
+        surest = max(gains, key=lambda other: gains[other].value - gains[other].half, default=best)
+        if surest == best or gains[surest].value <= gains[surest].half:
+            break
+        best = surest
+    return best, tried
 
 
 def _valid(bench: Bench, choices: Sequence[Choice], tell: Tell) -> dict[Choice, Study]:

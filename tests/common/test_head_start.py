@@ -66,6 +66,13 @@ def test_a_study_without_one_is_the_study_that_it_was() -> None:
         ({"training": {"head_start_share": 0.3}}, "needs a head start"),
         ({"training": {"rounds": 0, **HEAD, "head_start_share": 0.3}}, "1 or more rounds to share with"),
         ({"training": {**HEAD, "head_start_share": 1.0}}, "less than 1"),
+        ({"training": {"train_head": False}}, "false needs a head start"),
+        ({"training": {**HEAD, "rounds": 0, "train_head": False}}, "1 or more rounds"),
+        ({"training": {**HEAD, "train_head": False}, "aggregation": {"head_learning_rate": 0.1}}, "no head is trained"),
+        (
+            {"training": {**HEAD, "train_head": False}, "privacy": {**LOCAL, "head_clip_share": 0.5}},
+            "no head beside the adapter",
+        ),
         ({"training": HEAD, "aggregation": {"weighting": "equal"}}, 'aggregation.weighting = "declared"'),
         (
             {

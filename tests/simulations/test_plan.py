@@ -191,6 +191,24 @@ def test_what_a_change_costs_is_told_for_each_kind_of_choice() -> None:
         assert bool(words) == bool(choice.rounds)
 
 
+def test_single_changes_are_taken_as_long_as_they_gain_beyond_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_MOVES", 3)
+    study = Study.parse(DOCUMENT)
+    start = replace(next(each for each in grid(study) if each.rounds), speed=0.001, start="zero", head="apart")
+    noise = {0: 0.001, 1: -0.001, 2: 0.0, 3: 0.0005}
+
+    def accuracies(self: Any, found: Study, rank: int, worlds: int) -> list[float]:
+        # Best at a rate of 0.009; rounds gain less than chance moves them.
+        lost = abs(np.log(found.aggregation.learning_rate / 0.009)) / 10
+        luck = (found.training.rounds - start.rounds) / start.rounds
+        return [0.9 - lost + 0.0001 * luck + luck * noise[seed % 4] for seed in range(worlds)]
+
+    monkeypatch.setattr(search.Bench, "accuracies", accuracies)
+    best, tried = search._climbed(search.Bench(DOCUMENT, CONSORTIUM), start, study, search.silent)
+    assert best == replace(start, speed=pytest.approx(0.009))
+    assert tried > 10
+
+
 def test_an_interval_is_students() -> None:
     assert Estimate.of([0.5, 0.7]).half == pytest.approx(12.706 * 10, rel=1e-3)
     assert Estimate.of([0.5]).document() == {"value": 50.0, "half": None}
@@ -238,7 +256,7 @@ def test_what_cannot_be_planned_is_refused(
 def test_the_command_writes_a_study_that_says_what_it_printed(
     cheap: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"_FIRST": 4, "_WORLDS": (1, 2), "_FINAL": 2}.items():
+    for name, value in {"_FIRST": 4, "_WORLDS": (1, 2), "_FINAL": 2, "_MOVES": 1, "_CLIMBING": 2}.items():
         monkeypatch.setattr(search, name, value)
     file = tmp_path / "study.toml"
     file.write_text(to_toml({**DOCUMENT, "simulation": {"curious": True}}), encoding="utf-8")
