@@ -29,7 +29,7 @@ _FIRST, _KEPT, _WORLDS = 60, 3, (1, 3, 6)
 _FINAL = 6
 # Moves from the best choice of the grid, worlds in which each change is tried, and the most rounds that are proposed:
 # every round takes the sites' time.
-_MOVES, _CLIMBING, _MOST_ROUNDS = 4, 4, 160
+_MOVES, _CLIMBING, _MOST_ROUNDS = 3, 4, 160
 EPSILONS = (8.0, 3.0, 1.0)
 
 
