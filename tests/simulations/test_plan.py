@@ -256,6 +256,7 @@ def test_what_cannot_be_planned_is_refused(
 # --- the command -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_study_that_says_what_it_printed(
     cheap: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
