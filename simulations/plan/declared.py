@@ -32,9 +32,9 @@ class Declared:
 
 
 def readable(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a study file's values that a study can be read from, also where a simulation's file pins no base."""
+    """Return a study file's values in which a base that is a directory has pins, as a simulation adds them."""
     model = document.get("model")
-    if not isinstance(model, dict) or model.get("sha256"):
+    if not isinstance(model, dict) or model.get("sha256") or not str(model.get("base")).startswith((".", "/", "~")):
         return dict(document)
     return {**document, "model": {**model, "sha256": {"config.json": "0" * 64}}}
 
