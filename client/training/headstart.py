@@ -47,7 +47,7 @@ def class_sums(
     clipping = replace(clipping, stability=_STABILITY)
     host.mount(adapter)
     # Passes as in training, also where no gradient is taken: other kernels may add up in another order.
-    host.train_only(adapter.spec.trained(study.aggregation.method))
+    host.train_only(study.trained(adapter.spec))
     steps = Steps(host, study, data, (), most)
     every = dict(enumerate(data.units))
     rows_of = {row: len(rows) for rows in data.units for row in rows}

@@ -340,6 +340,8 @@ def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:
     clipping = {"kind": privacy.clipping, "norm": privacy.clip_norm}
     if privacy.clipping == "automatic":
         clipping["stability"] = privacy.stability
+    if privacy.head_clip_share is not None:
+        clipping["head_share"] = privacy.head_clip_share
     if privacy.clipping == "adaptive":
         clipping |= {"quantile": privacy.quantile, "rate": privacy.quantile_rate, "share": privacy.quantile_share}
     validation = mechanism.validation

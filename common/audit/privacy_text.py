@@ -156,6 +156,12 @@ _CLIPPING = {
 }
 
 
+def _clipping(clipping: Mapping[str, Any]) -> str:
+    found = _CLIPPING[clipping["kind"]].format(**clipping)
+    share = clipping.get("head_share")
+    return found if share is None else f"{found}, of whose square the head, clipped apart, has {share:g}"
+
+
 def privacy_markdown(document: Mapping[str, Any]) -> str:
     """Return a privacy statement as Markdown."""
     fields = {
@@ -182,7 +188,7 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "steps": training["steps"],
         "multiplier": training["noise_multiplier"],
         "rows": f", and at most {mechanism['records_per_unit_and_step']} of its rows" if unit == "patient" else "",
-        "clipping": _CLIPPING[mechanism["clipping"]["kind"]].format(**mechanism["clipping"]),
+        "clipping": _clipping(mechanism["clipping"]),
         "summed": _SUM[document["trust"]["model"]],
         "trust": _trust(document),
         "metrics": _metrics(mechanism["validation_per_round"]),

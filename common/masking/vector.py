@@ -44,7 +44,7 @@ def released(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[Te
     """
     if study.counts:
         return (cells_of(study).tensor,)
-    return (spec.class_sums(),) if head else spec.trained(study.aggregation.method)
+    return (spec.class_sums(),) if head else study.trained(spec)
 
 
 def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[Segment, ...]:

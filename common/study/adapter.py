@@ -66,9 +66,13 @@ class AdapterSpec:
         """All names, in order."""
         return tuple(tensor.name for tensor in self.tensors)
 
-    def trained(self, method: str) -> tuple[TensorSpec, ...]:
-        """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise."""
-        return tuple(t for t in self.tensors if method == "fedavg" or t.role != "lora_A")
+    def trained(self, method: str, *, head: bool = True) -> tuple[TensorSpec, ...]:
+        """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise.
+
+        Without `head`, the task's head stays as it is. `Study.trained` says what a study trains.
+        """
+        fixed = frozenset(() if head else self.head())
+        return tuple(t for t in self.tensors if (method == "fedavg" or t.role != "lora_A") and t not in fixed)
 
     def head(self) -> tuple[TensorSpec, ...]:
         """Return the tensors of the task's head: the classifier's weights [classes, width], and its bias, if any."""
@@ -87,7 +91,7 @@ class AdapterSpec:
         return TensorSpec("class-sums", (classes, width + 1), "full")
 
     def part(self, method: str) -> AdapterSpec:
-        """Return the layout of what a site trains, alone."""
+        """Return the layout of what rounds may change, alone: what sites train, and the head in any case."""
         return AdapterSpec(self.trained(method))
 
     def frozen(self, method: str) -> tuple[TensorSpec, ...]:
@@ -165,7 +169,7 @@ class Adapter:
         return Adapter(self.spec, {**self.values, **values})
 
     def part(self, method: str) -> Adapter:
-        """Return what a site trains, alone."""
+        """Return what rounds may change, alone."""
         spec = self.spec.part(method)
         return Adapter(spec, {name: self.values[name] for name in spec.names})
 

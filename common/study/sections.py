@@ -329,8 +329,17 @@ class TrainingSection(OptimizerSection):
     """For a head start in a private study: epsilon that this round alone costs, as a fraction of the study's. Without
     it, it is 0.5. Training gets what composition leaves."""
 
+    train_head: Annotated[bool, Field(exclude_if=lambda value: value)] = True
+    """false: after a head start, rounds train the adapter alone, and the head stays what the head start made it. Then
+    the clip norm and the noise are the adapter's alone."""
+
     @model_validator(mode="after")
     def _shares(self) -> Self:
+        if not self.train_head and not (self.starts_head and self.rounds):
+            raise ValueError(
+                "train_head: false needs a head start, which makes the head, and 1 or more rounds; set head_start = "
+                '"class-means" and rounds, or remove train_head'
+            )
         if self.head_start_share is not None and not (self.starts_head and self.rounds):
             raise ValueError("head_start_share: needs a head start and 1 or more rounds to share with; remove the key")
         return self
@@ -554,6 +563,10 @@ class PrivacySection(Section):
     norm. adaptive: as flat, and within a round the clip norm follows a private quantile; it starts at `clip_norm`."""
     stability: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
     """For automatic: constant that is added to a gradient's norm before dividing by it."""
+    head_clip_share: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    """Part of the squared clip norm that the head's gradient gets. Adapter and head are then clipped apart: the head to
+    the root of this part times the clip norm, the adapter to the root of the rest. Noise and guarantee stay. Without
+    it, they are clipped together, and the larger gradient, most often the head's, takes the clip norm."""
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """For adaptive: fraction of units whose gradients should be within the clip norm."""
     quantile_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
@@ -577,12 +590,16 @@ class PrivacySection(Section):
                 raise ValueError(
                     "clipping: adaptive needs mode local, as shared noise needs a fixed clip norm; set flat"
                 )
+            if self.head_clip_share is not None and self.clipping == "adaptive":
+                raise ValueError("head_clip_share: adaptive moves one clip norm; set clipping flat or automatic")
         else:
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise ValueError(f'mode none takes no {", ".join(extra)}; did you mean mode = "local"?')
             if self.clipping != "flat":
                 raise ValueError("clipping: mode none does not clip; remove the key")
+            if self.head_clip_share is not None:
+                raise ValueError("head_clip_share: mode none does not clip; remove the key")
         return self
 
     @model_validator(mode="after")

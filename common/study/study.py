@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,9 @@ from privet.common.study.sections import (
     TaskSection,
     TrainingSection,
 )
+
+if TYPE_CHECKING:
+    from privet.common.study.adapter import AdapterSpec, TensorSpec
 
 _UNTRAINED: dict[str, Any] = {
     "optimizer": "sgd",
@@ -170,6 +173,14 @@ class Study(Section):
                 "training.head_start: its sums count units, so sites weigh by their counts; remove "
                 "aggregation.weight_power"
             )
+        if self.privacy.head_clip_share is not None and (self.task.generates or not self.training.train_head):
+            raise ValueError(
+                "privacy.head_clip_share: there is no head beside the adapter, as the task has none or "
+                "training.train_head is false; remove the key"
+            )
+        rates = (self.training.head_learning_rate, self.aggregation.head_learning_rate)
+        if not self.training.train_head and any(rates) and not self.lora.modules_to_save:
+            raise ValueError("head_learning_rate: with training.train_head = false no head is trained; remove the key")
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
         return self
@@ -286,6 +297,10 @@ class Study(Section):
     def rank_at(self, site: str) -> int:
         """Return the largest rank of a layer that a site trains."""
         return min(self.lora.ranks[1], self.lora.site_ranks.get(site, self.lora.ranks[1]))
+
+    def trained(self, spec: AdapterSpec) -> tuple[TensorSpec, ...]:
+        """Return the tensors of an adapter that sites train, and release the changes of."""
+        return spec.trained(self.aggregation.method, head=self.training.train_head)
 
     def is_head_start(self, number: int) -> bool:
         """Whether round `number`, from 1, is the head start."""

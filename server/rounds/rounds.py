@@ -270,7 +270,7 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         size = sum(tensor.size for tensor in released(study, state.adapter.spec, head=True))
         limit = _longest(study, size, total, deviation_of_sums(study, total))
     elif limit is None:
-        trained = state.adapter.spec.trained(study.aggregation.method)
+        trained = study.trained(state.adapter.spec)
         if study.distributed:
             shares = shared_noise(study, len(total.groups[0]["sites"]))
             noise = shares.deviation * len(total.survivors) ** 0.5

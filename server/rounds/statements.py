@@ -32,7 +32,8 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
     """Return the state after a round whose sum is `total`."""
     if study.counts:
         return _after_counting(study, state, opened, total, started)
-    optimizer = ServerOptimizer(study.aggregation, study.training.rounds, state.adapter.spec)
+    settings, training = study.aggregation, study.training
+    optimizer = ServerOptimizer(settings, training.rounds, state.adapter.spec, head=training.train_head)
     if state.optimizer is not None:
         optimizer.load_state_dict(*state.optimizer)
     adapter = next_adapter(study, state, optimizer, total)

@@ -166,6 +166,6 @@ def traffic_of(study: Study, spec: AdapterSpec, statements: Sequence[Mapping[str
     """Return the bytes of adapters sent to all invited sites, and of updates from the sites that delivered."""
     asked = sum(len(statement["cohort"]) for statement in statements)
     delivered = sum(len(statement["survivors"]) for statement in statements)
-    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
+    trained = sum(tensor.size for tensor in study.trained(spec))
     each = 4 * sum(tensor.size for tensor in spec.tensors)
     return Traffic(each * asked, bytes_up(study, trained) * delivered)

@@ -49,7 +49,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         return _explain_counts(plan)
     mechanism = privacy_plan(study)
     lengths = training_lengths(plan, host.tokenizer)
-    trained = host.spec.trained(study.aggregation.method)
+    trained = study.trained(host.spec)
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
