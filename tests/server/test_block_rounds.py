@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from privet.client.budget.releases import open_ledger
+from privet.client.policy.rules import MOST_LOST
 from privet.client.rounds.worker import Worker
 from privet.common.audit.bundle import history_of, read_archive
-from privet.common.errors import ProtocolError, RefusedError, StudyError
+from privet.common.audit.privacy_statement import check_statements
+from privet.common.errors import ProtocolError, RefusedError, StudyError, VerificationError
 from privet.common.log.statements import SiteRound
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import check_step, parameters_of
@@ -437,6 +440,10 @@ def test_a_run_of_blocks_leaves_a_log_that_an_auditor_verifies(tmp_path: Path) -
     verdict, found = history_of(read_archive(tmp_path / "run" / "public"), world.policy)
     assert verdict.ok, verdict
     assert len([each for _, each in found if isinstance(each, SiteRound) and each.charge]) == 12
+    check_statements(study, state.statements)
+    last = dict(state.statements[-1])
+    with pytest.raises(VerificationError, match="3 of 4 sites are in the sum, but at least 4 are needed"):
+        check_statements(study, [*state.statements[:-1], {**last, "survivors": last["survivors"][:3]}])
 
 
 def test_workers_charge_each_round_of_a_block_and_a_restarted_one_needs_a_new_block(tmp_path: Path, bert: Path) -> None:
@@ -461,3 +468,10 @@ def test_workers_charge_each_round_of_a_block_and_a_restarted_one_needs_a_new_bl
     with pytest.raises(ProtocolError, match="has restarted"):
         play(3)
     assert play(4).survivors == SITES
+    # Whether there was a sum or not, a round was paid, and the adapter never changed: the policy ends it.
+    assert play(MOST_LOST).survivors == SITES
+    with pytest.raises(ProtocolError, match="in a row without a result"):
+        play(MOST_LOST + 1)
+    # elm has paid for one round less, and so for this one.
+    paid = {n: [each.round for each in open_ledger(w.site.config).receipts(n)] for n, w in workers.items()}
+    assert paid == {name: [1, 2, 4, 5, 6] if name == "elm" else [1, 2, 3, 4, 5] for name in SITES}
