@@ -227,6 +227,8 @@ class MaskedRounds:
                 delivery = decode(LinkDelivery, asked.body)
                 if isinstance(live.state, blocks.Linked):
                     live.state = blocks.join(live.state, delivery)
+                else:  # training failed before
+                    live.state.check_delivery(delivery)
                 message, statement = self._in_block(live, live.state, contribute)
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, decode(Roster, asked.body))

@@ -119,6 +119,14 @@ class Block(Secret):
         """Digest of the block's roster, which names the block."""
         return self._context.binding.roster
 
+    def check_delivery(self, delivery: LinkDelivery) -> None:
+        """Check that a delivery that comes again is for this block. Its items have been opened, and are not read.
+
+        Raises:
+            ProtocolError: It is for another block or site.
+        """
+        check_address(self._context, delivery.roster, delivery.site)
+
     def check(self, round_number: int) -> None:
         """Check that a round can still be masked. A caller does so before it computes the vector.
 

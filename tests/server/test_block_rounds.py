@@ -18,7 +18,7 @@ from privet.client.policy.rules import MOST_LOST
 from privet.client.rounds.worker import Worker
 from privet.common.audit.bundle import history_of, read_archive
 from privet.common.audit.privacy_statement import check_statements
-from privet.common.errors import ProtocolError, RefusedError, StudyError, VerificationError
+from privet.common.errors import ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.log.statements import SiteRound
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import check_step, parameters_of
@@ -26,7 +26,7 @@ from privet.common.masking.vector import read_step
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import masks
 from privet.common.secagg.encoding import decode, encode, kind_of
-from privet.common.secagg.messages import BlockParameters, Masked, Step
+from privet.common.secagg.messages import BlockParameters, LinkDelivery, Masked, Step
 from privet.common.secagg.quantize import WORD
 from privet.common.secagg.terms import Floor, check_parameters
 from privet.common.study.adapter import AdapterSpec, TensorSpec
@@ -253,6 +253,43 @@ def test_a_round_that_was_answered_is_not_answered_for_another_model() -> None:
     with pytest.raises(ProtocolError, match="a round is masked once"):
         site.respond(replace(opened, adapter=other.data, adapter_digest=other.digest))
     assert site.trained == [1, 2]
+
+
+def test_a_round_in_which_training_failed_can_be_asked_for_again_or_left_out() -> None:
+    """The secrets of a round are used up when the vector is masked, and not before."""
+    study = block_study()
+    exchange = sharing(study, 4)
+    site = sites_of(exchange)[0]
+    honest, failing = site.contribute, {1, 2}
+
+    def contribute(opened: RoundOpen) -> Any:
+        if opened.round in failing:
+            raise StateError("the disk is full")
+        return honest(opened)
+
+    site.contribute = contribute  # type: ignore[method-assign]
+    with pytest.raises(ProtocolError, match="the disk is full"):
+        begun(study, exchange)
+    delivery = exchange.asked[-1][2]
+    assert isinstance(delivery, Secured)
+    # A delivery for another block does not make the site train.
+    failing.clear()
+    for change in ({"roster": bytes(32)}, {"site": 1}):
+        wrong = replace(decode(LinkDelivery, delivery.body), **change)
+        with pytest.raises(ProtocolError):
+            site.respond(replace(delivery, body=encode(wrong)))
+    assert site.trained == []
+    assert isinstance(site.respond(delivery), Secured)
+    roster, start = decode(LinkDelivery, delivery.body).roster, start_adapter()
+    opened = RoundOpen(study.document(), 2, "2" * 32, start.digest, tuple(pins(4)), start.data)
+    opened = replace(opened, masking=encode(Step(roster)), declared=site.weight)
+    failing.add(2)
+    with pytest.raises(StateError, match="disk is full"):
+        site.respond(opened)
+    assert isinstance(site.respond(replace(opened, round=3, nonce="3" * 32)), Secured)
+    with pytest.raises(ProtocolError, match="a round is masked once"):
+        site.respond(opened)
+    assert [entry.round for entry in site.journal.entries] == [1, 3]
 
 
 def test_a_floor_that_was_raised_holds_from_the_next_round_on() -> None:
