@@ -148,6 +148,7 @@ def test_each_state_answers_once(suite: Suite) -> None:
         ({"min_survivors": 3}, "least number of survivors in a block must be at least 4"),
         ({"degree": 2, "threshold": 3, "corrupt": 0, "min_survivors": 4}, "degree"),
         ({"rounds": 0}, "number of rounds in a block must be at least 1"),
+        ({"rounds": 65_536}, "number of rounds in a block must be at most 65535"),
     ],
 )
 def test_parameters_that_a_block_cannot_have_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -525,11 +526,11 @@ def test_what_a_site_holds_after_a_round_does_not_open_it(suite: Suite, monkeypa
     play.mask(0, 1)
     play.mask(0, 3)
     seized = dict(play.blocks[0]._links)
-    found = set()
+    of = {t: transcript.step_digest(play.blocks[0].roster, t, blocks.inputs_of(t)) for t in range(1, 7)}
+    found = {masks.pair_mask_key(key, of[t], 0, other) for t in of for other, key in seized.items()}
     for number in range(4, 7):
-        what = transcript.step_digest(play.blocks[0].roster, number, blocks.inputs_of(number))
         for other, key in seized.items():
-            found.add(masks.pair_mask_key(key, what, 0, other))
+            found.add(masks.pair_mask_key(key, of[number], 0, other))
             seized[other] = masks.next_link(key, play.blocks[0].roster, number, 0, other)
     earlier = {key for plus, minus in captured.keys for key in (*plus, *minus)}
     assert len(earlier) == 4
