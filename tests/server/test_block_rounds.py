@@ -25,6 +25,7 @@ from privet.common.masking.parameters import check_step, parameters_of
 from privet.common.masking.vector import read_step
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import masks
+from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.encoding import decode, encode, kind_of
 from privet.common.secagg.messages import BlockParameters, LinkDelivery, Masked, Step
 from privet.common.secagg.quantize import WORD
@@ -32,8 +33,8 @@ from privet.common.secagg.terms import Floor, check_parameters
 from privet.common.study.adapter import AdapterSpec, TensorSpec
 from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.common.study.study import Study
-from privet.server.rounds.blocks import Blocks
-from privet.server.rounds.masked import Waits
+from privet.server.rounds.blocks import Blocks, _goes_on
+from privet.server.rounds.masked import Waits, group_of
 from privet.server.rounds.participants import Participant
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
@@ -392,6 +393,32 @@ def test_a_spoiler_is_found_in_blocks_that_follow_the_changing_cohort(tmp_path: 
         assert asked(exchange)[statement["round"]] == (["Step"] if same else SET_UP)
     assert ends(state)[-3:] == ["close"] * 3
     assert state.statements[-1]["masking"][0]["min_survivors"] == 5
+
+
+def test_a_site_with_another_address_or_key_gets_a_new_block() -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    blocks, start, members = Blocks(), start_adapter(), members_of(study, exchange)
+
+    def opened(number: int) -> RoundOpen:
+        return RoundOpen(study.document(), number, f"{number:032x}", start.digest, tuple(members), start.data)
+
+    def play(number: int) -> list[str]:
+        blocks.collect(exchange, study, SPEC, members, opened(number), Waits(60, 60))
+        return asked(exchange)[number]
+
+    assert play(1) == SET_UP
+    moved_away = sites_of(exchange)[3]
+    moved_away.restart()
+    exchange.sites = {**{node: site for node, site in exchange.sites.items() if site is not moved_away}, 9: moved_away}
+    members["site-0003"] = replace(members["site-0003"], node=9)
+    assert play(2) == SET_UP
+    assert play(3) == ["Step"]
+    live, other = blocks._live, members["site-0003"]
+    assert live is not None
+    for consent, same in ((other.consent, True), (replace(other.consent, identity="00" * 32), False)):
+        now = {**members, "site-0003": replace(other, consent=consent)}
+        assert _goes_on(live, group_of(study, SPEC, opened(4), now, BlockAggregator)) == same
 
 
 def test_nothing_of_a_block_outlives_it() -> None:
