@@ -138,6 +138,9 @@ class MaskedRounds:
             # Not before: if training fails, the coordinator may ask for this round again.
             self._live[study_digest] = live
             return answer
+        # A late copy of an old message must not end the block that this site is in.
+        if live is not None and isinstance(live.state, blocks.Block):
+            live.state.check_new(opened.round)
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)

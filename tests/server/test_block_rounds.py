@@ -293,6 +293,18 @@ def test_a_round_in_which_training_failed_can_be_asked_for_again_or_left_out() -
     assert [entry.round for entry in site.journal.entries] == [1, 3]
 
 
+def test_a_late_copy_of_the_first_message_ends_no_block() -> None:
+    study = block_study()
+    exchange = sharing(study, 4)
+    opened = begun(study, exchange)[2]
+    site, first = exchange.sites[2], next(each[2] for each in exchange.asked if isinstance(each[2], RoundOpen))
+    site.respond(opened)
+    for copy in (first, replace(first, nonce="f" * 32)):
+        with pytest.raises(ProtocolError, match="this site has masked round 2 already"):
+            site.respond(copy)
+    assert isinstance(site.respond(replace(opened, round=3, nonce="3" * 32)), Secured)
+
+
 def test_a_floor_that_was_raised_holds_from_the_next_round_on() -> None:
     study = block_study()
     exchange = sharing(study, 4)
@@ -332,6 +344,11 @@ def test_a_second_set_up_ends_the_first_and_repeats_no_round() -> None:
         opened = RoundOpen(study.document(), number, "f" * 32, start.digest, tuple(members), start.data)
         return Blocks().collect(exchange, study, SPEC, members, opened, Waits(60, 60))
 
+    with pytest.raises(ProtocolError, match="this site has masked round 1 already"):
+        second(1)
+    # After a restart the record refuses it.
+    for site in sites_of(exchange):
+        site.restart()
     with pytest.raises(ProtocolError, match="on record"):
         second(1)
     second(2)
