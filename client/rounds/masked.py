@@ -168,7 +168,7 @@ class MaskedRounds:
                 "set up a new block: without this site, the round has no result",
             )
         parameters = check_step(study, spec, opened, live.parameters, declared)
-        # Again for each round: a pinned key or the floor may have changed since the block began.
+        # Again for each round: whom the site trusts may have changed since the block began.
         check_parameters(parameters, self.pins, self.floor)
         return parameters, block
 

@@ -134,8 +134,8 @@ class Worker:
                 )
             take, kem = self.site.releases.take, self.site.kem
             self._masked = MaskedRounds(Identity(self.name, key), pins, floor, take, self._state, kem, self._revealed)
-        # Whom the site trusts, and what it asks for, may have changed since the last round.
-        self._masked.pins, self._masked.floor = pins, floor
+        # Whom the site trusts may have changed since the last round.
+        self._masked.pins = pins
         return self._masked
 
     def cosign(self, shown: Shown) -> Cosigned:

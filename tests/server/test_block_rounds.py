@@ -305,7 +305,7 @@ def test_a_late_copy_of_the_first_message_ends_no_block() -> None:
     assert isinstance(site.respond(replace(opened, round=3, nonce="3" * 32)), Secured)
 
 
-def test_a_floor_that_was_raised_holds_from_the_next_round_on() -> None:
+def test_the_floor_is_kept_in_every_round_of_a_block() -> None:
     study = block_study()
     exchange = sharing(study, 4)
     opened = begun(study, exchange)[2]
