@@ -67,6 +67,7 @@ class _Round:
         state: State of the protocol; None once the site has revealed. That of a block outlives its rounds.
         steps: Number of messages answered.
         answers: Answers, by SHA-256 of the message answered.
+        begun: In a later round of a block, the nonce of its first one.
     """
 
     study: Study
@@ -78,6 +79,7 @@ class _Round:
     state: _State
     steps: int = 0
     answers: dict[bytes, Secured] = field(default_factory=dict)
+    begun: str | None = None
 
 
 @dataclass
@@ -132,15 +134,16 @@ class MaskedRounds:
             )
         check_known(opened, self.pins)
         if is_kind(Step, opened.masking):
-            parameters, block = self._kept(live, study, spec, opened, declared)
-            live = _Round(study, study_digest, spec, opened, parameters, random_bytes, block)
+            live, block = self._later(live, study, spec, opened, declared, random_bytes)
             answer = _answer(live, opened.masking, *self._in_block(live, block, contribute))
             # Not before: if training fails, the coordinator may ask for this round again.
             self._live[study_digest] = live
             return answer
-        # A late copy of an old message must not end the block that this site is in.
-        if live is not None and isinstance(live.state, blocks.Block):
-            live.state.check_new(opened.round)
+        if live is not None and live.begun == opened.nonce:
+            raise ProtocolError(
+                f"round {opened.round}: this site has begun a block of rounds with this message, and is in a later one",
+                "open a new round; a late copy of a message ends no block",
+            )
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
@@ -152,10 +155,16 @@ class MaskedRounds:
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
 
-    def _kept(
-        self, live: _Round | None, study: Study, spec: AdapterSpec, opened: RoundOpen, declared: int
-    ) -> tuple[Parameters, blocks.Block]:
-        """Return the parameters of a later round of the block that this site has keys for, and the block.
+    def _later(
+        self,
+        live: _Round | None,
+        study: Study,
+        spec: AdapterSpec,
+        opened: RoundOpen,
+        declared: int,
+        random_bytes: RandomBytes,
+    ) -> tuple[_Round, blocks.Block]:
+        """Return a later round of the block that this site has keys for, and the block.
 
         Raises:
             ProtocolError, RefusedError, VerificationError: As `open`; or this site has no keys for the block.
@@ -170,7 +179,8 @@ class MaskedRounds:
         parameters = check_step(study, spec, opened, live.parameters, declared)
         # Again for each round: whom the site trusts may have changed since the block began.
         check_parameters(parameters, self.pins, self.floor)
-        return parameters, block
+        begun = live.opened.nonce if live.begun is None else live.begun
+        return _Round(study, live.study_digest, spec, opened, parameters, random_bytes, block, begun=begun), block
 
     def _in_block(self, live: _Round, block: blocks.Block, contribute: Contribute) -> tuple[Masked, bytes]:
         """Train for a round of a block, and return the masked vector and this site's statement of the round."""

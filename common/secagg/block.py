@@ -140,19 +140,6 @@ class Block(Secret):
                 "set up a new block for this round",
             )
 
-    def check_new(self, round_number: int) -> None:
-        """Check that a set-up for a round may take the place of this block.
-
-        Raises:
-            ProtocolError: The round, or a later one, was masked in this block.
-        """
-        if round_number < self._next:
-            raise ProtocolError(
-                f"round {round_number}: this site has masked round {self._next - 1} already, and no earlier round "
-                "after a later one",
-                "open a round with a higher number",
-            )
-
     def mask(self, round_number: int, inputs: bytes, words: Words, record: Recorder) -> Masked:
         """Mask this site's vector of a round. The secrets of this and of all earlier rounds are then gone.
 
