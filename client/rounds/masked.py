@@ -169,13 +169,7 @@ class MaskedRounds:
         Raises:
             ProtocolError, RefusedError, VerificationError: As `open`; or this site has no keys for the block.
         """
-        block = None if live is None else live.state
-        if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, opened.masking).roster:
-            raise ProtocolError(
-                f"round {opened.round}: this site has no keys for this block of rounds, or has restarted since it "
-                "began",
-                "set up a new block: without this site, the round has no result",
-            )
+        live, block = _block_of(live, opened.masking, opened.round)
         parameters = check_step(study, spec, opened, live.parameters, declared)
         # Again for each round: whom the site trusts may have changed since the block began.
         check_parameters(parameters, self.pins, self.floor)
@@ -214,7 +208,7 @@ class MaskedRounds:
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
         """Return this site's answer to one message of the coordinator.
 
-        Only the answer to a `Delivery` or `LinkDelivery` takes training.
+        Only the answer to a `Delivery` or a `Step` takes training.
 
         Raises:
             ProtocolError: The round is not this site's live one, or the message is not the next one.
@@ -236,13 +230,10 @@ class MaskedRounds:
         match live.state:
             case protocol.Advertised() if isinstance(live.parameters, BlockParameters):
                 live.state, message = blocks.link(live.state, decode(Roster, asked.body))
-            case blocks.Linked() | blocks.Block():
-                delivery = decode(LinkDelivery, asked.body)
-                if isinstance(live.state, blocks.Linked):
-                    live.state = blocks.join(live.state, delivery)
-                else:  # training failed before
-                    live.state.check_delivery(delivery)
-                message, statement = self._in_block(live, live.state, contribute)
+            case blocks.Linked():
+                live.state, message = blocks.join(live.state, decode(LinkDelivery, asked.body))
+            case blocks.Block():
+                message, statement = self._in_block(*_block_of(live, asked.body, asked.round), contribute)
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, decode(Roster, asked.body))
             case protocol.Shared():
@@ -278,6 +269,17 @@ def check_known(opened: RoundOpen, pins: Pins) -> None:
             f"round {opened.round}: its cohort holds {len(unknown)} sites whose public keys this site has not pinned",
             "list the public key of every site of the cohort under [peers] in the site file",
         )
+
+
+def _block_of(live: _Round | None, step: bytes, round_number: int) -> tuple[_Round, blocks.Block]:
+    """Return the live round and its block; raise `ProtocolError` unless an encoded `Step` is for that block."""
+    block = None if live is None else live.state
+    if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, step).roster:
+        raise ProtocolError(
+            f"round {round_number}: this site has no keys for this block of rounds, or has restarted since it began",
+            "set up a new block: without this site, the round has no result",
+        )
+    return live, block
 
 
 def _answer(live: _Round, asked: bytes, message: ProtocolMessage, statement: bytes = b"") -> Secured:

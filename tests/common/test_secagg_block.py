@@ -185,7 +185,7 @@ def test_items_that_were_changed_are_refused_and_the_true_ones_accepted_after(
     play = blocks.BlockWorld(blocks.block_parameters(3)).link()
     with pytest.raises((ProtocolError, VerificationError)):
         block.join(play.linked[0], tampered(play, change))
-    assert block.join(play.linked[0], play.deliveries[0]).roster == play.deliveries[0].roster
+    assert block.join(play.linked[0], play.deliveries[0])[0].roster == play.deliveries[0].roster
 
 
 def test_an_item_of_another_block_is_refused(suite: Suite) -> None:
@@ -232,6 +232,18 @@ def test_a_vector_of_an_earlier_round_does_not_enter_a_later_one(suite: Suite) -
     play.coordinator.begin(2, blocks.inputs_of(2))
     with pytest.raises(ProtocolError, match="another round or model"):
         play.coordinator.admit(late)
+
+
+def test_no_round_begins_before_every_site_has_joined(suite: Suite) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(3)).link()
+    for i in (0, 1):
+        _, joined = block.join(play.linked[i], play.deliveries[i])
+        play.coordinator.admit(world.over_the_wire(joined))
+        forged = dataclasses.replace(joined, site=2)
+        with pytest.raises(VerificationError, match="Joined message of site-0002"):
+            play.coordinator.admit(forged)
+    with pytest.raises(TooFewSitesError, match="2 sites opened the items of all others"):
+        play.coordinator.begin(1, world.INPUTS)
 
 
 def test_a_coordinator_begins_only_rounds_that_the_block_holds() -> None:
@@ -551,7 +563,7 @@ def test_masks_of_rounds_models_and_blocks_are_all_different(monkeypatch: pytest
 def test_messages_of_a_block_have_one_encoding(suite: Suite) -> None:
     play = begun(3)
     step = play.coordinator.begin(2, blocks.inputs_of(2))
-    for message in (play.parameters, play.items[0], play.deliveries[0], step, play.mask(0, 2)):
+    for message in (play.parameters, play.items[0], play.deliveries[0], play.joined[0], step, play.mask(0, 2)):
         data = encoding.encode(message)
         assert encoding.encode(encoding.decode(type(message), data)) == data
         for cut in (data[:-1], data + b"\0"):

@@ -144,13 +144,14 @@ def play_block(cast: Cast) -> dict[str, Any]:
         send("links", i, message)
     deliveries = coordinator.deliveries()
     out["link_delivery"] = {i: encoding.encode(delivery) for i, delivery in deliveries.items()}
-    blocks = [block.join(states[i], deliveries[i]) for i in sites]
+    for i in sites:
+        states[i], message = block.join(states[i], deliveries[i])
+        send("joined", i, message)
     digests = [bytes.fromhex(each) for each in (case["inputs"], *case["later_inputs"])]
     for number, inputs in zip(case["played"], digests, strict=True):
-        if number != case["round"]:
-            out["step"] = encoding.encode(coordinator.begin(number, inputs))
+        out["step"] = encoding.encode(coordinator.begin(number, inputs))
         for i in sites:
-            masked = blocks[i].mask(number, inputs, cast.words(i), lambda entry: None)
+            masked = states[i].mask(number, inputs, cast.words(i), lambda entry: None)
             send(f"masked of round {number}", i, masked)
         out[f"total of round {number}"] = coordinator.total().words.tobytes()
     return out

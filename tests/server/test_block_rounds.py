@@ -27,7 +27,7 @@ from privet.common.privacy.accounting import plan
 from privet.common.secagg import masks
 from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.encoding import decode, encode, kind_of
-from privet.common.secagg.messages import BlockParameters, LinkDelivery, Masked, Step
+from privet.common.secagg.messages import BlockParameters, LinkDelivery, Masked, Sealed, Step
 from privet.common.secagg.quantize import WORD
 from privet.common.secagg.terms import Floor, check_parameters
 from privet.common.study.adapter import AdapterSpec, TensorSpec
@@ -49,7 +49,7 @@ from tests.support.site_log import logged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, start_adapter
 from tests.support.tiny import worker_of
 
-SET_UP = ["BlockParameters", "Roster", "LinkDelivery"]
+SET_UP = ["BlockParameters", "Roster", "LinkDelivery", "Step"]
 NOBODY_LEAVES = {"dropouts": 0, "dropout_fraction": 0.0}
 
 
@@ -271,17 +271,15 @@ def test_a_round_in_which_training_failed_can_be_asked_for_again_or_left_out() -
     site.contribute = contribute  # type: ignore[method-assign]
     with pytest.raises(ProtocolError, match="the disk is full"):
         begun(study, exchange)
-    delivery = exchange.asked[-1][2]
-    assert isinstance(delivery, Secured)
-    # A delivery for another block does not make the site train.
+    step = exchange.asked[-1][2]
+    assert isinstance(step, Secured)
+    # A step of another block does not make the site train.
     failing.clear()
-    for change in ({"roster": bytes(32)}, {"site": 1}):
-        wrong = replace(decode(LinkDelivery, delivery.body), **change)
-        with pytest.raises(ProtocolError):
-            site.respond(replace(delivery, body=encode(wrong)))
+    with pytest.raises(ProtocolError, match="no keys for this block"):
+        site.respond(replace(step, body=encode(Step(bytes(32)))))
     assert site.trained == []
-    assert isinstance(site.respond(delivery), Secured)
-    roster, start = decode(LinkDelivery, delivery.body).roster, start_adapter()
+    assert isinstance(site.respond(step), Secured)
+    roster, start = decode(Step, step.body).roster, start_adapter()
     opened = RoundOpen(study.document(), 2, "2" * 32, start.digest, tuple(pins(4)), start.data)
     opened = replace(opened, masking=encode(Step(roster)), declared=site.weight)
     failing.add(2)
@@ -291,6 +289,24 @@ def test_a_round_in_which_training_failed_can_be_asked_for_again_or_left_out() -
     with pytest.raises(ProtocolError, match="a round is masked once"):
         site.respond(opened)
     assert [entry.round for entry in site.journal.entries] == [1, 3]
+
+
+def test_an_item_that_does_not_open_costs_no_site_anything() -> None:
+    """One corrupt site could otherwise have all others charged, round after round, for nothing."""
+    study = block_study()
+    exchange = sharing(study, 4)
+
+    def alter(node: int, message: Message) -> Message:
+        if not isinstance(message, Secured) or kind_of(message.body) is not LinkDelivery or node != 3:
+            return message
+        delivery = decode(LinkDelivery, message.body)
+        sealed = (Sealed(0, bytes(len(delivery.sealed[0].data))), *delivery.sealed[1:])
+        return replace(message, body=encode(replace(delivery, sealed=sealed)))
+
+    exchange.alter = alter
+    with pytest.raises(ProtocolError, match="from site number 0 to site number 1"):
+        begun(study, exchange)
+    assert [site.trained for site in sites_of(exchange)] == [[]] * 4
 
 
 def test_a_late_copy_of_the_first_message_ends_no_block() -> None:

@@ -799,6 +799,10 @@ def block_transcript(case: dict[str, Any]) -> dict[str, Any]:
     out["link_delivery"] = {
         i: header(13) + th + be(i, 2) + listed([be(j, 2) + sealed[j, i] for j in sites if j != i]) for i in sites
     }
+    out["joined"] = {}
+    for i in sites:
+        body = th + be(i, 2)
+        out["joined"][i] = header(15) + body + play.sign(i, 15, body)
     out["step"] = header(14) + th
 
     # The rounds
