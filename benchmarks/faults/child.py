@@ -41,7 +41,16 @@ from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, derive_seed
 from privet.common.secagg.coordinator import Aggregator as Unmasking
 from privet.common.secagg.encoding import asks_for_keys, decode, is_kind
-from privet.common.secagg.messages import BlockParameters, Delivery, LinkDelivery, Parameters, Proof, Roster, Survivors
+from privet.common.secagg.messages import (
+    BlockParameters,
+    Delivery,
+    LinkDelivery,
+    Parameters,
+    Proof,
+    Roster,
+    Step,
+    Survivors,
+)
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.server import studies
 from privet.server.consortium.coordinator import open_coordinator
@@ -54,7 +63,8 @@ from privet.server.rounds.timing import Timing
 _STAGES: Sequence[tuple[Any, str]] = (
     (Roster, "share"),
     (Delivery, "mask"),
-    (LinkDelivery, "mask"),
+    (LinkDelivery, "share"),
+    (Step, "mask"),
     (Survivors, "confirm"),
     (Proof, "reveal"),
 )

@@ -68,6 +68,7 @@ class _Round:
         state: State of the protocol; None once the site has revealed. That of a block outlives its rounds.
         steps: Number of messages answered.
         answers: Answers, by SHA-256 of the message answered.
+        begun: In a later round of a block, the nonce of its first one.
     """
 
     study: Study
@@ -79,6 +80,7 @@ class _Round:
     state: _State
     steps: int = 0
     answers: dict[bytes, Secured] = field(default_factory=dict)
+    begun: str | None = None
 
 
 @dataclass
@@ -133,12 +135,16 @@ class MaskedRounds:
             )
         check_known(opened, self.pins)
         if is_kind(Step, opened.masking):
-            parameters, block = self._kept(live, study, spec, opened, declared)
-            live = _Round(study, study_digest, spec, opened, parameters, random_bytes, block)
+            live, block = self._later(live, study, spec, opened, declared, random_bytes)
             answer = _answer(live, opened.masking, *self._in_block(live, block, contribute))
             # Not before: if training fails, the coordinator may ask for this round again.
             self._live[study_digest] = live
             return answer
+        if live is not None and live.begun == opened.nonce:
+            raise ProtocolError(
+                f"round {opened.round}: this site has begun a block of rounds with this message, and is in a later one",
+                "open a new round; a late copy of a message ends no block",
+            )
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
@@ -151,25 +157,26 @@ class MaskedRounds:
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
 
-    def _kept(
-        self, live: _Round | None, study: Study, spec: AdapterSpec, opened: RoundOpen, declared: int
-    ) -> tuple[Parameters, blocks.Block]:
-        """Return the parameters of a later round of the block that this site has keys for, and the block.
+    def _later(
+        self,
+        live: _Round | None,
+        study: Study,
+        spec: AdapterSpec,
+        opened: RoundOpen,
+        declared: int,
+        random_bytes: RandomBytes,
+    ) -> tuple[_Round, blocks.Block]:
+        """Return a later round of the block that this site has keys for, and the block.
 
         Raises:
             ProtocolError, RefusedError, VerificationError: As `open`; or this site has no keys for the block.
         """
-        block = None if live is None else live.state
-        if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, opened.masking).roster:
-            raise ProtocolError(
-                f"round {opened.round}: this site has no keys for this block of rounds, or has restarted since it "
-                "began",
-                "set up a new block: without this site, the round has no result",
-            )
+        live, block = _block_of(live, opened.masking, opened.round)
         parameters = check_step(study, spec, opened, live.parameters, declared)
-        # Again for each round: a pinned key or the floor may have changed since the block began.
+        # Again for each round: whom the site trusts may have changed since the block began.
         check_parameters(parameters, self.pins, self.floor)
-        return parameters, block
+        begun = live.opened.nonce if live.begun is None else live.begun
+        return _Round(study, live.study_digest, spec, opened, parameters, random_bytes, block, begun=begun), block
 
     def _in_block(self, live: _Round, block: blocks.Block, contribute: Contribute) -> tuple[Masked, bytes]:
         """Train for a round of a block, and return the masked vector and this site's statement of the round."""
@@ -203,7 +210,7 @@ class MaskedRounds:
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
         """Return this site's answer to one message of the coordinator.
 
-        Only the answer to a `Delivery` or `LinkDelivery` takes training.
+        Only the answer to a `Delivery` or a `Step` takes training.
 
         Raises:
             ProtocolError: The round is not this site's live one, or the message is not the next one.
@@ -225,11 +232,10 @@ class MaskedRounds:
         match live.state:
             case protocol.Advertised() if isinstance(live.parameters, BlockParameters):
                 live.state, message = blocks.link(live.state, decode(Roster, asked.body))
-            case blocks.Linked() | blocks.Block():
-                delivery = decode(LinkDelivery, asked.body)
-                if isinstance(live.state, blocks.Linked):
-                    live.state = blocks.join(live.state, delivery)
-                message, statement = self._in_block(live, live.state, contribute)
+            case blocks.Linked():
+                live.state, message = blocks.join(live.state, decode(LinkDelivery, asked.body))
+            case blocks.Block():
+                message, statement = self._in_block(*_block_of(live, asked.body, asked.round), contribute)
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, decode(Roster, asked.body))
             case protocol.Shared():
@@ -271,6 +277,17 @@ def check_known(opened: RoundOpen, pins: Pins) -> None:
             f"round {opened.round}: its cohort holds {len(unknown)} sites whose public keys this site has not pinned",
             "list the public key of every site of the cohort under [peers] in the site file",
         )
+
+
+def _block_of(live: _Round | None, step: bytes, round_number: int) -> tuple[_Round, blocks.Block]:
+    """Return the live round and its block; raise `ProtocolError` unless an encoded `Step` is for that block."""
+    block = None if live is None else live.state
+    if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, step).roster:
+        raise ProtocolError(
+            f"round {round_number}: this site has no keys for this block of rounds, or has restarted since it began",
+            "set up a new block: without this site, the round has no result",
+        )
+    return live, block
 
 
 def _answer(live: _Round, asked: bytes, message: ProtocolMessage, statement: bytes = b"") -> Secured:

@@ -4,7 +4,7 @@
 
     advertise(identity, BlockParameters, ...)          -> Advertised, Advertise
     link(Advertised, Roster)                           -> Linked, Links
-    join(Linked, LinkDelivery)                         -> Block
+    join(Linked, LinkDelivery)                         -> Block, Joined
     Block.mask(round, inputs, words, record)           -> Masked       (once for each round)
 
 A vector is hidden by the masks of its pairs alone. They cancel in the sum of the whole cohort, and in no other sum, so
@@ -21,7 +21,15 @@ from privet.common.errors import ProtocolError
 from privet.common.secagg import masks
 from privet.common.secagg.links import Links as PairLinks
 from privet.common.secagg.links import make_links
-from privet.common.secagg.messages import BlockParameters, LinkDelivery, Links, Masked, Roster, Sealed
+from privet.common.secagg.messages import (
+    BlockParameters,
+    Joined,
+    LinkDelivery,
+    Links,
+    Masked,
+    Roster,
+    Sealed,
+)
 from privet.common.secagg.quantize import Words
 from privet.common.secagg.site import (
     TAKE_NO_PART,
@@ -76,8 +84,11 @@ def link(state: Advertised, roster: Roster) -> tuple[Linked, Links]:
     return Linked(context, links), replace(message, signature=sign(context, message))
 
 
-def join(state: Linked, delivery: LinkDelivery) -> Block:
-    """Open the items of all other sites, and return the block.
+def join(state: Linked, delivery: LinkDelivery) -> tuple[Block, Joined]:
+    """Open the items of all other sites, and return the block and the confirmation that this site is in it.
+
+    Without confirmations, a corrupt site could send one other site an item that does not open, in each set-up: that
+    site would stop, and all others would train and be charged for rounds without a sum.
 
     Raises:
         ProtocolError: The state is used up, or the items are not one from each other site of this block.
@@ -96,7 +107,9 @@ def join(state: Linked, delivery: LinkDelivery) -> Block:
     opened = {item.site: state.links.open(item.site, item.data, held=0) for item in delivery.sealed}
     # Nothing was used up by a delivery that failed a check above.
     state.once.take("join")
-    return Block(context, {other: each.pair_key for other, each in opened.items()})
+    message = Joined(context.binding.roster, context.site)
+    message = replace(message, signature=sign(context, message))
+    return Block(context, {other: each.pair_key for other, each in opened.items()}), message
 
 
 class Block(Secret):

@@ -5,8 +5,8 @@
     block = BlockAggregator(parameters)
     block.admit(Advertise) ...      roster()              -> Roster, the same for all
     block.admit(Links) ...          deliveries()          -> one LinkDelivery per site
-    for each round:
-                                    begin(round, inputs)  (the first round has begun with the deliveries)
+    block.admit(Joined) ...
+    for each round:                 begin(round, inputs)  -> Step, the same for all
     block.admit(Masked) ...         total()               -> the sum of the vectors of the whole cohort
 
 Nothing is unmasked: the masks cancel in the sum. If one vector is missing, there is no sum, and the round is over.
@@ -22,11 +22,22 @@ import numpy as np
 from privet.common.errors import ProtocolError
 from privet.common.secagg import masks
 from privet.common.secagg.coordinator import LEFT_OUT, Collector, Total
-from privet.common.secagg.messages import Advertise, BlockParameters, LinkDelivery, Links, Masked, Sealed, Signed, Step
+from privet.common.secagg.messages import (
+    Advertise,
+    BlockParameters,
+    Joined,
+    LinkDelivery,
+    Links,
+    Masked,
+    Sealed,
+    Signed,
+    Step,
+)
 from privet.common.secagg.quantize import WORD
 from privet.common.secagg.transcript import step_digest
 
-_STEPS: Final = (Advertise, Links, Masked)
+_STEPS: Final = (Advertise, Links, Joined, Masked)
+_JOINING: Final = _STEPS.index(Joined)
 
 
 class BlockAggregator(Collector):
@@ -39,8 +50,9 @@ class BlockAggregator(Collector):
     def __init__(self, parameters: BlockParameters) -> None:
         super().__init__(parameters, _STEPS)
         self._links: dict[int, Links] = {}
+        self._joined: set[int] = set()
         self._present: set[int] = set()
-        self._round, self._what = parameters.round, b""
+        self._round, self._what = parameters.round - 1, b""
         self._end = parameters.round + parameters.rounds
         self._set_up = b""
 
@@ -49,6 +61,8 @@ class BlockAggregator(Collector):
             self._admit_advert(message)
         elif isinstance(message, Links):
             self._admit_links(message)
+        elif isinstance(message, Joined):
+            self._joined.add(message.site)
         elif isinstance(message, Masked):
             self._admit_masked(message)
 
@@ -71,7 +85,7 @@ class BlockAggregator(Collector):
         self._present.add(message.site)
 
     def deliveries(self) -> dict[int, LinkDelivery]:
-        """End the second step, begin the block's first round, and return, by site, the items for it.
+        """End the second step and return, by site, the items for it.
 
         Raises:
             TooFewSitesError: A site has sent no items.
@@ -82,8 +96,6 @@ class BlockAggregator(Collector):
             for item in self._links[sender].sealed:
                 inbox[item.site].append(Sealed(sender, item.data))
         self._links.clear()
-        self._set_up = self._transcript.digest()
-        self._open(self.parameters.inputs)
         return {
             site: LinkDelivery(self._binding.roster, site, tuple(sealed), self.parameters.suite)
             for site, sealed in inbox.items()
@@ -94,27 +106,28 @@ class BlockAggregator(Collector):
         return bool(self._set_up) and self._round < round_number < self._end
 
     def begin(self, round_number: int, inputs: bytes) -> Step:
-        """Begin a later round, and return the message for all sites.
+        """Begin a round, and return the message for all sites.
 
         Args:
             round_number: A round that the block holds.
             inputs: Digest of the study and the model of the round, as each site computes it.
 
         Raises:
+            TooFewSitesError: A site has not joined the block.
             ProtocolError: The block does not hold the round.
         """
+        if self._step == _JOINING:
+            self._close(_JOINING, len(self._joined), len(self.parameters.cohort), "opened the items of all others")
+            self._set_up = self._transcript.digest()
         if not self.holds(round_number):
             raise ProtocolError(f"the block has no set-up for round {round_number}", "report this as a bug")
         self._round = round_number
-        self._open(inputs)
-        return Step(self._binding.roster)
-
-    def _open(self, inputs: bytes) -> None:
-        self._what = step_digest(self._binding.roster, self._round, inputs)
+        self._what = step_digest(self._binding.roster, round_number, inputs)
         self._transcript = hashlib.sha256(self._set_up + self._what)
         self._signatures, self._present = {}, set()
         self._sum = np.zeros(self._words, WORD)
         self._step = len(_STEPS) - 1
+        return Step(self._binding.roster)
 
     def total(self, *, workers: int = 1) -> Total:
         """End the round and return the sum.

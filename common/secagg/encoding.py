@@ -40,6 +40,7 @@ from privet.common.secagg.messages import (
     CohortMember,
     Confirm,
     Delivery,
+    Joined,
     LinkDelivery,
     Links,
     Masked,
@@ -69,6 +70,7 @@ _M = TypeVar(
     Roster,
     Links,
     LinkDelivery,
+    Joined,
     Step,
     Shares,
     Delivery,
@@ -161,6 +163,7 @@ KIND_NUMBERS: dict[type[Any], int] = {
     Links: 12,
     LinkDelivery: 13,
     Step: 14,
+    Joined: 15,
 }
 
 
@@ -223,6 +226,7 @@ _SUITES = {suite.version: suite for suite in Suite}
 # The same in all suites.
 _COMMON: dict[type[Any], Struct[Any]] = {
     Step: Struct(Step, {"roster": _DIGEST}),
+    Joined: Struct(Joined, {"roster": _DIGEST, "site": _U16, "signature": _SIGNATURE}),
     Survivors: Struct(Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
     Confirm: Struct(Confirm, _CONFIRM),
     Proof: Struct(

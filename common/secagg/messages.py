@@ -204,7 +204,7 @@ class Links:
 
 @dataclass(frozen=True)
 class LinkDelivery:
-    """The items for one site (coordinator to that site). They begin the block's first round.
+    """The items for one site (coordinator to that site).
 
     Attributes:
         roster: Digest of the roster.
@@ -220,8 +220,23 @@ class LinkDelivery:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A site has opened the items of all others (site to coordinator). No site trains before all have.
+
+    Attributes:
+        roster: Digest of the roster.
+        site: The sender.
+        signature: Ed25519.
+    """
+
+    roster: bytes
+    site: int
+    signature: bytes = NO_SIGNATURE
+
+
+@dataclass(frozen=True)
 class Step:
-    """Begins a later round of a block (coordinator to all sites), beside the round's number and model.
+    """Begins a round of a block (coordinator to all sites), after or beside the round's number and model.
 
     Attributes:
         roster: Digest of the block's roster.
@@ -399,5 +414,5 @@ class Reveal:
     signature: bytes = NO_SIGNATURE
 
 
-Signed = Advertise | Links | Shares | Masked | Confirm | Reveal
+Signed = Advertise | Links | Joined | Shares | Masked | Confirm | Reveal
 ProtocolMessage = Parameters | Roster | Delivery | LinkDelivery | Step | Survivors | Proof | Signed

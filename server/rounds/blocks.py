@@ -4,8 +4,11 @@
 
     RoundOpen with BlockParameters  ->  Advertise
     Roster                          ->  Links
-    LinkDelivery                    ->  Masked     (the sites train here)
+    LinkDelivery                    ->  Joined
+    Step                            ->  Masked     (the sites train here)
     RoundOpen with Step             ->  Masked     (each later round: one exchange)
+
+All sites have joined before the first one trains: a site that cannot costs nobody anything.
 
 A block ends with its last round, when the cohort changes, and with a round that a site missed: a site that restarted
 has lost its keys, and would miss the next one too.
@@ -19,7 +22,7 @@ from dataclasses import replace
 from privet.common.masking.parameters import inputs_of
 from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.encoding import encode
-from privet.common.secagg.messages import Advertise, BlockParameters, Links, Masked
+from privet.common.secagg.messages import Advertise, BlockParameters, Joined, Links, Masked
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import Message, RoundOpen
 from privet.common.study.study import Study
@@ -61,7 +64,8 @@ class Blocks:
         else:
             take(exchange, [group], Advertise, Group.proposal, waits.step)
             take(exchange, [group], Links, Group.roster, waits.step)
-            take(exchange, [group], Masked, Group.deliveries, waits.training)
+            take(exchange, [group], Joined, Group.deliveries, waits.step)
+            take(exchange, [group], Masked, _first, waits.training)
         total = finish(study, spec, group, cohort)
         if total is not None:
             self._live = group.coordinator, group.nodes
@@ -76,6 +80,12 @@ def _goes_on(live: tuple[BlockAggregator, tuple[int, ...]], group: Group[BlockAg
         return False
     same = replace(now, round=begun.round, inputs=begun.inputs, rounds=begun.rounds) == begun
     return same and block.holds(now.round)
+
+
+def _first(group: Group[BlockAggregator]) -> dict[int, Message]:
+    """Return the message that begins a block's first round, by number of the site."""
+    step = group.coordinator.begin(group.opened.round, group.parameters.inputs)
+    return dict.fromkeys(range(len(group.names)), group.secured(step))
 
 
 def _opened(group: Group[BlockAggregator], step: bytes) -> dict[int, Message]:

@@ -35,6 +35,7 @@ from privet.common.secagg.encoding import encode
 from privet.common.secagg.messages import (
     Advertise,
     Confirm,
+    Joined,
     Links,
     Masked,
     Parameters,
@@ -58,7 +59,7 @@ _LATE = Failure(
     "check that the site is running and online, or allow more time for a round",
 )
 _VERSION = "run the same version of privet at the site and at the coordinator"
-AnswerKind = type[Advertise] | type[Links] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
+AnswerKind = type[Advertise] | type[Links] | type[Joined] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
 
 
 @dataclass(frozen=True)
@@ -109,24 +110,25 @@ class Group(Generic[_A]):
         """Return the list of all sites' keys, for each site that sent its own."""
         roster = self.coordinator.roster()
         # One message for all: a copy for each site would take memory that grows with the square of the cohort.
-        return dict.fromkeys((advert.site for advert in roster.adverts), self._secured(roster))
+        return dict.fromkeys((advert.site for advert in roster.adverts), self.secured(roster))
 
     def deliveries(self) -> dict[int, Message]:
         """Return the encrypted shares that the sites sent each other, by receiver."""
-        return {site: self._secured(body) for site, body in self.coordinator.deliveries().items()}
+        return {site: self.secured(body) for site, body in self.coordinator.deliveries().items()}
 
     def survivors(self: Group[Aggregator]) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
         found = self.coordinator.survivors()
         study = Study.parse(dict(self.opened.study))
         check_columns(study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
-        return {site: self._secured(body) for site, body in found.items()}
+        return {site: self.secured(body) for site, body in found.items()}
 
     def proofs(self: Group[Aggregator]) -> dict[int, Message]:
         """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""
-        return {site: self._secured(body) for site, body in self.coordinator.proofs().items()}
+        return {site: self.secured(body) for site, body in self.coordinator.proofs().items()}
 
-    def _secured(self, body: Any) -> Message:
+    def secured(self, body: Any) -> Message:
+        """Return a message of the protocol for this round."""
         return Secured(self.study_digest, self.opened.round, self.opened.nonce, encode(body))
 
 

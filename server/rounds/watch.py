@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from privet.common.log.encoding import shown
 from privet.common.progress import duration
 from privet.common.secagg.encoding import asks_for_keys, is_kind
-from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Survivors
+from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Step, Survivors
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
 
@@ -17,7 +17,8 @@ CONSENT, COSIGN, TRAIN = "consent", "cosign the round log", "train"
 _SECURED = {
     Roster: "exchange shares of the masks",
     Delivery: TRAIN,
-    LinkDelivery: TRAIN,
+    LinkDelivery: "check the keys for the masks",
+    Step: TRAIN,
     Survivors: "confirm whose updates arrived",
     Proof: "reveal shares of the masks",
 }

@@ -18,14 +18,15 @@ from dataclasses import dataclass, replace
 
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.secagg.encoding import asks_for_keys, kind_of
-from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Survivors
+from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Step, Survivors
 from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.simulations.data.scenario import Network, Range, Stage
 
 _ASKED: dict[type, Stage] = {
     Roster: "share",
     Delivery: "train",
-    LinkDelivery: "train",
+    LinkDelivery: "share",
+    Step: "train",
     Survivors: "confirm",
     Proof: "reveal",
 }

@@ -27,7 +27,7 @@ from privet.simulations.terminal.lengths import training_lengths
 
 _EXCHANGES = {"masked": 5, "plain": 1}
 # Of a block, before its first round.
-_SET_UP = 2
+_SET_UP = 3
 NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02), "1 Gbit/s, 2 ms": (1000.0, 0.002)}
 """Example networks by name: (Mbit/s, seconds of a round trip)."""
 

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib
 import itertools
+import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +115,8 @@ def test_nothing_leaves_before_the_record_is_durable() -> None:
 def test_secrets_are_neither_copied_nor_stored_nor_printed() -> None:
     play = begun(3)
     for secret in (play.blocks[0], play.linked[0]):
-        for attempt in (copy.copy, copy.deepcopy):
+        attempts: list[Any] = [copy.copy, copy.deepcopy, type(secret).__reduce__]
+        for attempt in attempts:
             with pytest.raises(StateError):
                 attempt(secret)
         assert repr(secret) == f"<{type(secret).__name__} of one round>"
@@ -145,6 +148,7 @@ def test_each_state_answers_once(suite: Suite) -> None:
         ({"min_survivors": 3}, "least number of survivors in a block must be at least 4"),
         ({"degree": 2, "threshold": 3, "corrupt": 0, "min_survivors": 4}, "degree"),
         ({"rounds": 0}, "number of rounds in a block must be at least 1"),
+        ({"rounds": 65_536}, "number of rounds in a block must be at most 65535"),
     ],
 )
 def test_parameters_that_a_block_cannot_have_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -181,7 +185,7 @@ def test_items_that_were_changed_are_refused_and_the_true_ones_accepted_after(
     play = blocks.BlockWorld(blocks.block_parameters(3)).link()
     with pytest.raises((ProtocolError, VerificationError)):
         block.join(play.linked[0], tampered(play, change))
-    assert block.join(play.linked[0], play.deliveries[0]).roster == play.deliveries[0].roster
+    assert block.join(play.linked[0], play.deliveries[0])[0].roster == play.deliveries[0].roster
 
 
 def test_an_item_of_another_block_is_refused(suite: Suite) -> None:
@@ -228,6 +232,18 @@ def test_a_vector_of_an_earlier_round_does_not_enter_a_later_one(suite: Suite) -
     play.coordinator.begin(2, blocks.inputs_of(2))
     with pytest.raises(ProtocolError, match="another round or model"):
         play.coordinator.admit(late)
+
+
+def test_no_round_begins_before_every_site_has_joined(suite: Suite) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(3)).link()
+    for i in (0, 1):
+        _, joined = block.join(play.linked[i], play.deliveries[i])
+        play.coordinator.admit(world.over_the_wire(joined))
+        forged = dataclasses.replace(joined, site=2)
+        with pytest.raises(VerificationError, match="Joined message of site-0002"):
+            play.coordinator.admit(forged)
+    with pytest.raises(TooFewSitesError, match="2 sites opened the items of all others"):
+        play.coordinator.begin(1, world.INPUTS)
 
 
 def test_a_coordinator_begins_only_rounds_that_the_block_holds() -> None:
@@ -278,6 +294,12 @@ def combinations_free_of_masks(rows: list[tuple[list[bytes], list[bytes]]], know
     return u[:, rank:].T
 
 
+def opened_anyway(linked: block.Linked) -> block.Block:
+    """What a site in the suite x25519 would have that checks no item."""
+    pairs: dict[int, bytes] = linked.links._pairs  # type: ignore[attr-defined]
+    return block.Block(linked.context, dict(pairs))
+
+
 @pytest.mark.parametrize(("sites", "corrupt"), [(3, 0), (3, 1), (4, 1), (4, 2), (5, 2)])
 def test_only_the_sum_of_all_honest_vectors_is_free_of_masks(
     monkeypatch: pytest.MonkeyPatch, sites: int, corrupt: int
@@ -304,7 +326,7 @@ def test_only_the_sum_of_all_honest_vectors_is_free_of_masks(
             captured = Captured(monkeypatch)
             for i, model in zip(honest, models, strict=True):
                 # Between two rosters no item opens, and a site would stop. Here it goes on, with the keys that it has.
-                joined = block.Block(linked[i].context, dict(linked[i].links._pairs))  # type: ignore[attr-defined]
+                joined = opened_anyway(linked[i])
                 joined.mask(1, bytes([model]) * 32, play.words(i, 1), world.Journal())
             # Corrupt sites have the lowest numbers, so a site subtracts the masks that it shares with them first.
             known = {key for _, minus in captured.keys for key in minus[:corrupt]}
@@ -316,17 +338,211 @@ def test_only_the_sum_of_all_honest_vectors_is_free_of_masks(
                 assert len(free) == 0
 
 
+def copied(state: block.Block) -> block.Block:
+    """What a fork or a copy of the process's memory has; the product lets nobody make one."""
+    other = block.Block(state._context, dict(state._links))
+    other._next = state._next
+    return other
+
+
+class Coordinator:
+    """A coordinator that plays at random: new blocks, two rosters, two models, forked sites, rounds in any order.
+
+    Site 0 is corrupt. Every honest site has one durable record, whatever is done to its memory.
+    """
+
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch, record: Callable[[], Any]) -> None:
+        self.dice, self.n = random.Random(seed), 4
+        self.captured = Captured(monkeypatch)
+        self.honest = range(1, self.n)
+        self.records = {i: record() for i in self.honest}
+        self.live: dict[int, list[block.Block]] = {i: [] for i in self.honest}
+        self.rows: list[tuple[int, int, tuple[bytes, bytes]]] = []  # site, round, what its masks are bound to
+        self.refused: set[type] = set()
+
+    def set_up(self) -> None:
+        first, inputs = self.dice.randint(1, 3), bytes([self.dice.randint(0, 1)]) * 32
+        parameters = dataclasses.replace(blocks.block_parameters(self.n, rounds=3), round=first, inputs=inputs)
+
+        def advertise(i: int) -> Any:
+            draws = world.Drbg(self.dice.randbytes(8))
+            return site.advertise(world.identity(i), parameters, inputs, world.pins(self.n), world.LOW, draws)
+
+        sent = {i: advertise(i) for i in range(self.n)}
+        rosters = [Roster((corrupt[1], *(sent[i][1] for i in self.honest))) for corrupt in (sent[0], advertise(0))]
+        mixed = self.dice.random() < 0.3
+        for i in self.honest:
+            linked, _ = block.link(sent[i][0], self.dice.choice(rosters) if mixed else rosters[0])
+            # A true site of mixed rosters opens no item and stops. Here it goes on with the keys that it has.
+            joined = opened_anyway(linked)
+            self.live[i] = [joined] if self.dice.random() < 0.8 else [*self.live[i], joined]
+
+    def fork(self) -> None:
+        i = self.dice.choice(self.honest)
+        self.live[i] += [copied(state) for state in self.live[i][-1:]]
+
+    def ask(self, i: int, number: int, inputs: bytes) -> None:
+        state = self.dice.choice(self.live[i])
+        try:
+            state.mask(number, inputs, np.zeros(self.words(state), WORD), self.records[i])
+        except (ProtocolError, StateError) as error:
+            self.refused.add(type(error))
+        else:
+            self.rows.append((i, number, (state.roster, inputs)))
+
+    def words(self, state: block.Block) -> int:
+        return int(state._context.parameters.layout.words)
+
+    def play(self, moves: int) -> Coordinator:
+        self.set_up()
+        for _ in range(moves):
+            move, number, inputs = self.dice.random(), self.dice.randint(1, 5), bytes([self.dice.randint(0, 1)]) * 32
+            if move < 0.1:
+                self.set_up()
+            elif move < 0.2:
+                self.fork()
+            elif move < 0.4:
+                for i in self.honest:
+                    self.ask(i, number, inputs)
+            else:
+                self.ask(self.dice.choice(self.honest), number, inputs)
+        return self
+
+    def sums(self) -> list[int]:
+        """The rounds of which a sum is free of masks. Fails if anything else is."""
+        keys = self.captured.keys
+        known = {minus[0] for _, minus in keys}  # of the pair with site 0, the lowest
+        found = []
+        for number in sorted({row[1] for row in self.rows}):
+            places = [place for place, row in enumerate(self.rows) if row[1] == number]
+            free = combinations_free_of_masks([keys[place] for place in places], known)
+            if len(free):
+                chosen = [self.rows[place] for place in places]
+                assert len(free) == 1, "a site's vector can be told from the others'"
+                assert [*self.honest] == sorted(row[0] for row in chosen)
+                assert np.allclose(free[0], free[0][0])
+                assert len({row[2] for row in chosen}) == 1, "a sum over different models"
+                found.append(number)
+        assert len(combinations_free_of_masks(keys, known)) == len(found), "rounds can be combined"
+        return found
+
+
+def test_whatever_a_coordinator_asks_a_round_has_one_sum_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "SUITE", Suite.X25519)
+    plays = [Coordinator(seed, monkeypatch, world.Journal).play(25) for seed in range(25)]
+    assert sum(len(each.sums()) for each in plays) > 10
+    assert {kind for each in plays for kind in each.refused} == {ProtocolError, StateError}
+
+
+@pytest.mark.parametrize("broken", ["no record", "no inputs"])
+def test_the_random_coordinator_breaks_a_build_that_lacks_a_check(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    monkeypatch.setattr(world, "SUITE", Suite.X25519)
+    record: Callable[[], Any] = world.Journal
+    if broken == "no record":
+        record = lambda: lambda entry: None  # noqa: E731
+    else:
+        monkeypatch.setattr(block, "step_digest", lambda th, t, inputs: transcript.step_digest(th, t, bytes(32)))
+    plays = [Coordinator(seed, monkeypatch, record).play(25) for seed in range(25)]
+    with pytest.raises(AssertionError):
+        [each.sums() for each in plays]
+
+
+@pytest.mark.parametrize("put_back", [1, 2])
+def test_a_record_that_is_put_back_at_one_site_opens_no_second_sum(
+    monkeypatch: pytest.MonkeyPatch, put_back: int
+) -> None:
+    """Of the honest sites, one with its record is enough: it masks no second vector of the round."""
+    monkeypatch.setattr(world, "SUITE", Suite.X25519)
+    captured = Captured(monkeypatch)
+    first, second = begun(3), begun(3, seed=b"second")
+    for i in (1, 2):
+        first.mask(i, 1)
+        second.journals[i] = world.Journal() if i == put_back else first.journals[i]
+    second.mask(put_back, 1)
+    with pytest.raises(StateError, match="on record"):
+        second.mask(3 - put_back, 1)
+    known = {minus[0] for _, minus in captured.keys}
+    (free,) = combinations_free_of_masks(captured.keys, known)
+    assert np.allclose(free, [free[0], free[0], 0])
+
+
+def test_a_memory_that_was_copied_with_its_record_masks_twice_under_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What section 14 does not claim: a snapshot of memory and record, put back, shows two vectors' difference."""
+    play = begun(3)
+    other, before = copied(play.blocks[0]), list(play.journals[0].entries)
+    sent = play.mask(0, 1)
+    play.journals[0].entries = before
+    words = np.zeros_like(play.words(0, 1))
+    again = other.mask(1, blocks.inputs_of(1), words, play.journals[0])
+    low = masks.LOW if play.parameters.packed else np.uint64(2**64 - 1)
+    kept = sent.words.size
+    difference = (sent.words - again.words) & low
+    assert np.array_equal(difference, (play.words(0, 1) & low)[:kept] & low)
+
+
+def test_of_threads_that_ask_for_one_round_one_is_answered() -> None:
+    play = begun(3)
+    barrier, answers, errors = threading.Barrier(8), [], []
+
+    def ask() -> None:
+        barrier.wait()
+        try:
+            answers.append(play.mask(0, 1))
+        except ProtocolError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(answers), len(errors), len(play.journals[0].entries)) == (1, 7, 1)
+
+
+def test_a_site_that_was_asked_into_no_round_for_long_comes_back_once() -> None:
+    play = begun(3, rounds=3000)
+    assert equal(play.play(2999), play, 2999)
+    for number in (2, 2998, 2999, 3001):
+        with pytest.raises(ProtocolError):
+            play.mask(1, number)
+
+
+def resigned(play: Any, index: int, **changes: Any) -> Roster:
+    """The roster with one advert that its own site changed and signed."""
+    advert = dataclasses.replace(play.adverts[index], **changes)
+    binding = play.advertised[index].context.binding
+    signature = world.identity(index).key.sign(transcript.signed_bytes(advert, binding))
+    adverts = list(play.roster.adverts)
+    adverts[index] = dataclasses.replace(advert, signature=signature)
+    return Roster(tuple(adverts))
+
+
+def test_unusable_repeated_and_replayed_keys_are_refused(suite: Suite) -> None:
+    play = blocks.BlockWorld(blocks.block_parameters(3))
+    field = "kem_key" if suite.hybrid else "mask_key"
+    bad = {
+        "low order": resigned(play, 1, **{field: b"\xff" * 1184 if suite.hybrid else bytes(32)}),
+        "another site's": resigned(play, 1, **{field: getattr(play.adverts[2], field)}),
+        "not signed": Roster((play.adverts[0], dataclasses.replace(play.adverts[1], nonce=bytes(16)), play.adverts[2])),
+        "of a later round": resigned(play, 1, parameters=bytes(32)),
+    }
+    for roster in bad.values():
+        with pytest.raises((ProtocolError, VerificationError)):
+            block.link(play.advertised[0], roster)
+    block.link(play.advertised[0], play.roster)
+
+
 def test_what_a_site_holds_after_a_round_does_not_open_it(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     play = begun(3, rounds=6)
     captured = Captured(monkeypatch)
     play.mask(0, 1)
     play.mask(0, 3)
     seized = dict(play.blocks[0]._links)
-    found = set()
+    of = {t: transcript.step_digest(play.blocks[0].roster, t, blocks.inputs_of(t)) for t in range(1, 7)}
+    found = {masks.pair_mask_key(key, of[t], 0, other) for t in of for other, key in seized.items()}
     for number in range(4, 7):
-        what = transcript.step_digest(play.blocks[0].roster, number, blocks.inputs_of(number))
         for other, key in seized.items():
-            found.add(masks.pair_mask_key(key, what, 0, other))
+            found.add(masks.pair_mask_key(key, of[number], 0, other))
             seized[other] = masks.next_link(key, play.blocks[0].roster, number, 0, other)
     earlier = {key for plus, minus in captured.keys for key in (*plus, *minus)}
     assert len(earlier) == 4
@@ -347,7 +563,7 @@ def test_masks_of_rounds_models_and_blocks_are_all_different(monkeypatch: pytest
 def test_messages_of_a_block_have_one_encoding(suite: Suite) -> None:
     play = begun(3)
     step = play.coordinator.begin(2, blocks.inputs_of(2))
-    for message in (play.parameters, play.items[0], play.deliveries[0], step, play.mask(0, 2)):
+    for message in (play.parameters, play.items[0], play.deliveries[0], play.joined[0], step, play.mask(0, 2)):
         data = encoding.encode(message)
         assert encoding.encode(encoding.decode(type(message), data)) == data
         for cut in (data[:-1], data + b"\0"):

@@ -14,7 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 
-from privet.common.secagg import encoding, masks, messages, quantize, site, suites
+from privet.common.secagg import block, encoding, masks, messages, quantize, site, suites
+from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.coordinator import Aggregator
 from privet.common.secagg.quantize import Segment
 from privet.common.secagg.suites import Suite
@@ -27,43 +28,67 @@ VECTORS = sorted((HERE / "vectors" / "secagg").glob("*.json"))
 reference = importlib.import_module("tests.support.secagg_reference")
 
 
-def share(state: Any, roster: messages.Roster, random: Callable[[int], bytes]) -> tuple[Any, messages.Shares]:
+def drawn(step: Callable[..., Any], state: Any, roster: messages.Roster, random: Callable[[int], bytes]) -> Any:
     """Take the step with ciphertexts that follow from `random`: `cryptography` makes no reproducible ones."""
 
     def encapsulate(public: bytes, *, whose: str) -> suites.Encapsulated:
         return suites.Encapsulated(*reference.mlkem_encapsulate(public, random(32)))
 
     with mock.patch.object(suites, "encapsulate", encapsulate):
-        return site.share(state, roster)
+        return step(state, roster)
+
+
+FLOOR = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0, classical=True)
+
+
+class Cast:
+    """The sites of a case, with their random bytes and the parameters."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
+        self.case = case
+        self.who = [
+            site.Identity(member["name"], Ed25519PrivateKey.from_private_bytes(seed))
+            for member, seed in zip(case["cohort"], seeds, strict=True)
+        ]
+        self.random = [reference.Random(bytes.fromhex(member["random_seed"])).take for member in case["cohort"]]
+        self.pins = {one.name: one.key.public_key().public_bytes_raw() for one in self.who}
+        self.parameters = messages.Parameters(
+            session=bytes.fromhex(case["session"]),
+            round=case["round"],
+            inputs=bytes.fromhex(case["inputs"]),
+            cohort=tuple(messages.CohortMember(name, key) for name, key in self.pins.items()),
+            degree=case["degree"],
+            threshold=case["threshold"],
+            corrupt=case["corrupt"],
+            security=case["security"],
+            min_survivors=case["min_survivors"],
+            bits=case["bits"],
+            segments=tuple(Segment(**segment) for segment in case["segments"]),
+            suite=Suite(case.get("suite", "x25519")),
+        )
+        if "rounds" in case:
+            self.parameters = messages.BlockParameters(**vars(self.parameters), rounds=case["rounds"])
+
+    def advertise(self, i: int) -> Any:
+        parameters = self.parameters
+        return site.advertise(self.who[i], parameters, parameters.inputs, self.pins, FLOOR, self.random[i])
+
+    def words(self, i: int) -> Any:
+        chosen = {name: np.array(value) for name, value in self.case["values"][i].items()}
+        return quantize.quantise(self.parameters.layout, chosen, self.random[i]).words
 
 
 def play(case: dict[str, Any]) -> dict[str, Any]:
     """Play the case with the product's code."""
-    seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
-    who = [
-        site.Identity(member["name"], Ed25519PrivateKey.from_private_bytes(seed))
-        for member, seed in zip(case["cohort"], seeds, strict=True)
-    ]
-    random = [reference.Random(bytes.fromhex(member["random_seed"])).take for member in case["cohort"]]
-    pins = {one.name: one.key.public_key().public_bytes_raw() for one in who}
-    parameters = messages.Parameters(
-        session=bytes.fromhex(case["session"]),
-        round=case["round"],
-        inputs=bytes.fromhex(case["inputs"]),
-        cohort=tuple(messages.CohortMember(name, key) for name, key in pins.items()),
-        degree=case["degree"],
-        threshold=case["threshold"],
-        corrupt=case["corrupt"],
-        security=case["security"],
-        min_survivors=case["min_survivors"],
-        bits=case["bits"],
-        segments=tuple(Segment(**segment) for segment in case["segments"]),
-        suite=Suite(case.get("suite", "x25519")),
-    )
+    return play_block(Cast(case)) if "rounds" in case else play_round(Cast(case))
+
+
+def play_round(cast: Cast) -> dict[str, Any]:
+    case, random, parameters = cast.case, cast.random, cast.parameters
     missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
     out: dict[str, Any] = {"parameters": encoding.encode(parameters)}
     coordinator = Aggregator(parameters)
-    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0, classical=True)
     states: dict[int, Any] = {}
     message: Any
 
@@ -71,21 +96,19 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
         coordinator.admit(message)
         out.setdefault(kind, {})[i] = encoding.encode(message)
 
-    for i, one in enumerate(who):
+    for i in range(len(cast.who)):
         if i not in missing["advertise"]:
-            states[i], message = site.advertise(one, parameters, parameters.inputs, pins, floor, random[i])
+            states[i], message = cast.advertise(i)
             send("advertise", i, message)
     roster = coordinator.roster()
     out["roster"] = encoding.encode(roster)
     for i in sorted(states.keys() - missing["share"]):
-        states[i], message = share(states[i], roster, random[i])
+        states[i], message = drawn(site.share, states[i], roster, random[i])
         send("shares", i, message)
     deliveries = coordinator.deliveries()
     out["delivery"] = {i: encoding.encode(message) for i, message in deliveries.items()}
     for i in sorted(deliveries.keys() - missing["mask"]):
-        chosen = {name: np.array(value) for name, value in case["values"][i].items()}
-        words = quantize.quantise(parameters.layout, chosen, random[i]).words
-        states[i], message = site.mask(states[i], deliveries[i], words, lambda entry: None)
+        states[i], message = site.mask(states[i], deliveries[i], cast.words(i), lambda entry: None)
         send("masked", i, message)
     survivors = coordinator.survivors()
     out["survivors"] = {i: encoding.encode(message) for i, message in survivors.items()}
@@ -97,6 +120,40 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
     for i in sorted(proofs.keys() - missing["reveal"]):
         send("reveal", i, site.reveal(states[i], proofs[i], lambda entry: None))
     out["total"] = coordinator.total().words.tobytes()
+    return out
+
+
+def play_block(cast: Cast) -> dict[str, Any]:
+    case, sites = cast.case, range(len(cast.who))
+    assert isinstance(cast.parameters, messages.BlockParameters)
+    coordinator = BlockAggregator(cast.parameters)
+    out: dict[str, Any] = {"parameters": encoding.encode(cast.parameters)}
+
+    def send(kind: str, i: int, message: Any) -> None:
+        coordinator.admit(message)
+        out.setdefault(kind, {})[i] = encoding.encode(message)
+
+    states: dict[int, Any] = {}
+    for i in sites:
+        states[i], message = cast.advertise(i)
+        send("advertise", i, message)
+    roster = coordinator.roster()
+    out["roster"] = encoding.encode(roster)
+    for i in sites:
+        states[i], message = drawn(block.link, states[i], roster, cast.random[i])
+        send("links", i, message)
+    deliveries = coordinator.deliveries()
+    out["link_delivery"] = {i: encoding.encode(delivery) for i, delivery in deliveries.items()}
+    for i in sites:
+        states[i], message = block.join(states[i], deliveries[i])
+        send("joined", i, message)
+    digests = [bytes.fromhex(each) for each in (case["inputs"], *case["later_inputs"])]
+    for number, inputs in zip(case["played"], digests, strict=True):
+        out["step"] = encoding.encode(coordinator.begin(number, inputs))
+        for i in sites:
+            masked = states[i].mask(number, inputs, cast.words(i), lambda entry: None)
+            send(f"masked of round {number}", i, masked)
+        out[f"total of round {number}"] = coordinator.total().words.tobytes()
     return out
 
 
@@ -113,7 +170,7 @@ def test_the_reference_reproduces_the_committed_transcript(path: Path) -> None:
 
 
 def test_there_is_a_vector_for_every_case() -> None:
-    assert [path.stem for path in VECTORS] == sorted(reference.CASES)
+    assert [path.stem for path in VECTORS] == sorted([*reference.CASES, *reference.BLOCKS])
 
 
 def test_hkdf_and_aes_streams_have_known_values() -> None:

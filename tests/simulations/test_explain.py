@@ -89,13 +89,13 @@ def test_a_head_start_is_explained_beside_training_and_alone(tmp_path: Path, ber
     assert "no sampling" in alone
 
 
-def test_a_block_of_rounds_takes_an_exchange_each_and_two_for_its_set_up(tmp_path: Path, bert: Path) -> None:
+def test_a_block_of_rounds_takes_an_exchange_each_and_three_for_its_set_up(tmp_path: Path, bert: Path) -> None:
     alone = {"privacy.dropouts": 0, "privacy.dropout_fraction": 0.0, "training.rounds": 8}
     found = explained(tmp_path / "blocks", bert, {**SHARED, **alone, "secure_aggregation.block": 4})
-    assert found["exchanges_per_round"] == 1.5
-    assert "1.5 exchanges per round" in printed(found)
+    assert found["exchanges_per_round"] == 1.75
+    assert "1.75 exchanges per round" in printed(found)
     short = explained(tmp_path / "short", bert, {**SHARED, **alone, "secure_aggregation.block": 400})
-    assert short["exchanges_per_round"] == 1.25
+    assert short["exchanges_per_round"] == 1.375
 
 
 def test_traffic_is_that_of_the_messages(tmp_path: Path, bert: Path) -> None:

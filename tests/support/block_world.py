@@ -51,6 +51,7 @@ class BlockWorld:
         self.linked: dict[int, block.Linked] = {}
         self.items: dict[int, messages.Links] = {}
         self.blocks: dict[int, block.Block] = {}
+        self.joined: dict[int, messages.Joined] = {}
 
     def link(self) -> BlockWorld:
         """Take the second exchange."""
@@ -63,7 +64,10 @@ class BlockWorld:
     def join(self) -> BlockWorld:
         """Let every site open its items."""
         self.link()
-        self.blocks = {i: block.join(state, self.deliveries[i]) for i, state in self.linked.items()}
+        for i, state in self.linked.items():
+            self.blocks[i], self.joined[i] = block.join(state, self.deliveries[i])
+            self.coordinator.admit(world.over_the_wire(self.joined[i]))
+        self.coordinator.begin(self.parameters.round, self.parameters.inputs)
         return self
 
     def words(self, index: int, number: int) -> Words:

@@ -1,10 +1,10 @@
-"""A second implementation of `privet-secagg/1`, from docs/secure-aggregation.md, in plain integers.
+"""A second implementation of `privet-secagg/1` and its blocks, from docs/secure-aggregation.md, in plain integers.
 
 It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), P-256 (SP 800-186), ML-KEM-768
 (FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written
 out, slowly. Each `m` of ML-KEM's encapsulation is drawn from the site's random bytes, before the seed of the self
-mask, for the neighbours in ascending order. `transcript` plays a whole round and returns every message; the files in
-tests/vectors/secagg/ are its output:
+mask where there is one, for the neighbours in ascending order. `transcript` plays a whole round, or a block of rounds,
+and returns every message; the files in tests/vectors/secagg/ are its output:
 
     python tests/support/secagg_reference.py
 
@@ -518,65 +518,138 @@ def listed(items: list[bytes]) -> bytes:
     return be(len(items), 4) + b"".join(items)
 
 
+class Setup:
+    """The set-up of a round or a block: parameters, adverts, roster, and the keys and items of each pair."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case, self.n = case, len(case["cohort"])
+        self.session = bytes.fromhex(case["session"])
+        self.seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
+        self.random = [Random(bytes.fromhex(member["random_seed"])) for member in case["cohort"]]
+        self.suite = case.get("suite", "x25519")
+        self.hybrid, self.p_curve = self.suite != "x25519", self.suite.startswith("p256")
+        self.lane = lane_width(case["bits"], self.n)
+        # Three lanes of 21 bits leave a bit of each word.
+        self.packs = self.hybrid and 64 // self.lane * self.lane == 63
+        self.modulus = 2**63 if self.packs else 2**64
+        self.parameters = self.header(11 if "rounds" in case else 1) + self._fields()
+        self.ph = digest("parameters", self.parameters)
+        self.th = bytes(32)
+        self.share_key: dict[int, Any] = {}
+        self.mask_seed: dict[int, bytes] = {}
+        self.dk: dict[int, bytes] = {}
+        self.public: dict[int, tuple[bytes, bytes]] = {}
+        self.encapsulated: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+
+    def header(self, number: int) -> bytes:
+        named = number <= 6 or 11 <= number <= 13
+        return b"PSA" + bytes([VERSIONS[self.suite] if named else 1, number])
+
+    def _fields(self) -> bytes:
+        def text(value: str) -> bytes:
+            return bytes([len(value)]) + value.encode()
+
+        case = self.case
+        fields = self.session + be(case["round"], 8) + bytes.fromhex(case["inputs"])
+        fields += listed(
+            [text(m["name"]) + ed25519_public(seed) for m, seed in zip(case["cohort"], self.seeds, strict=True)]
+        )
+        fields += be(case["degree"], 2) + be(case["threshold"], 2) + be(case["corrupt"], 2) + be(case["security"], 1)
+        fields += be(case["min_survivors"], 2) + be(case["bits"], 1)
+        fields += listed(
+            [
+                text(s["name"]) + be(s["size"], 4) + struct.pack(">d", s["bound"]) + bytes([s["count"]])
+                for s in case["segments"]
+            ]
+        )
+        return fields + (be(case["rounds"], 2) if "rounds" in case else b"")
+
+    def sign(self, i: int, number: int, body: bytes) -> bytes:
+        head = b"privet-secagg/1 message\0" + bytes([number]) + self.session + be(self.case["round"], 8)
+        return ed25519_sign(self.seeds[i], head + self.ph + self.th + body)
+
+    def advertise(self, sites: list[int]) -> tuple[dict[int, bytes], bytes]:
+        """Return each site's `Advertise`, and `Roster`."""
+        adverts = {}
+        for i in sites:
+            drawn, self.mask_seed[i] = self.random[i].take(32), self.random[i].take(32)
+            if not self.hybrid:
+                self.share_key[i] = drawn
+                self.public[i] = (x25519(drawn), x25519(self.mask_seed[i]))
+            else:
+                ek, self.dk[i] = mlkem_keys(kdf(drawn, self.ph, "kem seed", length=64))
+                if self.p_curve:
+                    self.share_key[i] = 1 + be_int(kdf(drawn, self.ph, "share key", length=48)) % (N256 - 1)
+                    self.public[i] = (p256(self.share_key[i]), ek)
+                else:
+                    self.share_key[i] = kdf(drawn, self.ph, "share key")
+                    self.public[i] = (x25519(self.share_key[i]), ek)
+            body = self.ph + be(i, 2) + b"".join(self.public[i]) + self.random[i].take(16)
+            adverts[i] = body + self.sign(i, 2, body)
+        roster = self.header(3) + listed([adverts[i] for i in sites])
+        self.th = digest("roster", self.ph + roster)
+        return {i: self.header(2) + advert for i, advert in adverts.items()}, roster
+
+    def encapsulate(self, i: int, near: list[int]) -> None:
+        if self.hybrid:
+            for j in near:
+                self.encapsulated[i, j] = mlkem_encapsulate(self.public[j][1], self.random[i].take(32))
+
+    def agreed(self, i: int, j: int) -> bytes:
+        if self.p_curve:
+            return p256(self.share_key[i], self.public[j][0])[1:33]
+        return x25519(self.share_key[i], self.public[j][0])
+
+    def channel(self, i: int, j: int) -> tuple[bytes, bytes]:
+        if self.hybrid:
+            secret, c = self.encapsulated[i, j]
+            if mlkem_decapsulate(self.dk[j], c) != secret or self.agreed(i, j) != self.agreed(j, i):
+                raise ValueError("the two sites disagree")
+            info = b"privet-secagg/1 hybrid channel\0" + be(i, 4) + be(j, 4) + c
+            keys = hkdf(secret + self.agreed(i, j), self.th, info, 64)
+            return keys[:32], keys[32:]
+        keys = kdf(self.agreed(i, j), self.th, "channels", min(i, j), max(i, j), length=128)
+        own = keys[:64] if i < j else keys[64:]
+        return own[:32], own[32:]
+
+    def pair_secret(self, i: int, j: int, seed: bytes) -> bytes:
+        return kdf(seed, self.th, "pair secret", i, j)
+
+    def pair_key(self, i: int, j: int) -> bytes:
+        low, high = min(i, j), max(i, j)
+        if self.hybrid:
+            secret = self.pair_secret(low, high, self.mask_seed[low])
+        else:
+            secret = x25519(self.mask_seed[i], self.public[j][1])
+        return kdf(secret, self.th, "pair mask", low, high, 0)
+
+    def item(self, i: int, j: int, shares: bytes) -> bytes:
+        """The encrypted item from i to j."""
+        bound = self.th + be(i, 2) + be(j, 2)
+        if not self.hybrid:
+            return aes_gcm_seal(self.channel(i, j)[0], shares, bound)
+        v = self.pair_secret(i, j, self.mask_seed[i])
+        committed = digest("pair", bound + v)
+        return (
+            self.encapsulated[i, j][1] + committed + aes_gcm_seal(self.channel(i, j)[0], shares + v, bound + committed)
+        )
+
+
 def transcript(case: dict[str, Any]) -> dict[str, Any]:
-    """Play the round of `case` and return all messages by kind and site, and the sum's words."""
-    n, t, r = len(case["cohort"]), case["threshold"], case["round"]
-    session = bytes.fromhex(case["session"])
-    seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
-    random = [Random(bytes.fromhex(member["random_seed"])) for member in case["cohort"]]
-    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
-    suite = case.get("suite", "x25519")
-    hybrid, p_curve = suite != "x25519", suite.startswith("p256")
-    out: dict[str, Any] = {}
+    """Play the round or the block of `case` and return all messages by kind and site, and the sums' words."""
+    return block_transcript(case) if "rounds" in case else round_transcript(case)
 
-    def header(number: int) -> bytes:
-        return b"PSA" + bytes([VERSIONS[suite] if number <= 6 else 1, number])
 
-    def text(value: str) -> bytes:
-        return bytes([len(value)]) + value.encode()
-
-    parameters = header(1) + session + be(r, 8) + bytes.fromhex(case["inputs"])
-    parameters += listed(
-        [text(m["name"]) + ed25519_public(seed) for m, seed in zip(case["cohort"], seeds, strict=True)]
-    )
-    parameters += be(case["degree"], 2) + be(t, 2) + be(case["corrupt"], 2) + be(case["security"], 1)
-    parameters += be(case["min_survivors"], 2) + be(case["bits"], 1)
-    parameters += listed(
-        [
-            text(s["name"]) + be(s["size"], 4) + struct.pack(">d", s["bound"]) + bytes([s["count"]])
-            for s in case["segments"]
-        ]
-    )
-    ph = digest("parameters", parameters)
-    out["parameters"] = parameters
-
-    def sign(i: int, number: int, th: bytes, body: bytes) -> bytes:
-        head = b"privet-secagg/1 message\0" + bytes([number]) + session + be(r, 8) + ph + th
-        return ed25519_sign(seeds[i], head + body)
+def round_transcript(case: dict[str, Any]) -> dict[str, Any]:
+    play = Setup(case)
+    n, t, random, hybrid, header = play.n, case["threshold"], play.random, play.hybrid, play.header
+    missing = {step: set(case["missing"].get(step, [])) for step in STEPS}
+    out: dict[str, Any] = {"parameters": play.parameters}
 
     # Advertise
     u1 = [i for i in range(n) if i not in missing["advertise"]]
-    share_key: dict[int, Any] = {}
-    mask_seed, dk, adverts, public = {}, {}, {}, {}
-    for i in u1:
-        share_key[i], mask_seed[i] = random[i].take(32), random[i].take(32)
-        if hybrid:
-            drawn = share_key[i]
-            ek, dk[i] = mlkem_keys(kdf(drawn, ph, "kem seed", length=64))
-            if p_curve:
-                share_key[i] = 1 + be_int(kdf(drawn, ph, "share key", length=48)) % (N256 - 1)
-                public[i] = (p256(share_key[i]), ek)
-            else:
-                share_key[i] = kdf(drawn, ph, "share key")
-                public[i] = (x25519(share_key[i]), ek)
-        else:
-            public[i] = (x25519(share_key[i]), x25519(mask_seed[i]))
-        body = ph + be(i, 2) + b"".join(public[i]) + random[i].take(16)
-        adverts[i] = body + sign(i, 2, bytes(32), body)
-    out["advertise"] = {i: header(2) + adverts[i] for i in u1}
-    roster = header(3) + listed([adverts[i] for i in u1])
-    th = digest("roster", ph + roster)
-    out["roster"] = roster
+    out["advertise"], out["roster"] = play.advertise(u1)
+    th = play.th
 
     # Share
     u2 = [i for i in u1 if i not in missing["share"]]
@@ -585,52 +658,22 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     held: dict[tuple[int, int], tuple[bytes, bytes]] = {}  # (owner, holder)
     self_seed, commitments = {}, {}
     out["shares"] = {}
-
-    encapsulated: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-
-    def agreed(i: int, j: int) -> bytes:
-        if p_curve:
-            return p256(share_key[i], public[j][0])[1:33]
-        return x25519(share_key[i], public[j][0])
-
-    def channel(i: int, j: int) -> tuple[bytes, bytes]:
-        if hybrid:
-            secret, c = encapsulated[i, j]
-            if mlkem_decapsulate(dk[j], c) != secret or agreed(i, j) != agreed(j, i):
-                raise ValueError("the two sites disagree")
-            info = b"privet-secagg/1 hybrid channel\0" + be(i, 4) + be(j, 4) + c
-            keys = hkdf(secret + agreed(i, j), th, info, 64)
-            return keys[:32], keys[32:]
-        keys = kdf(x25519(share_key[i], public[j][0]), th, "channels", min(i, j), max(i, j), length=128)
-        own = keys[:64] if i < j else keys[64:]
-        return own[:32], own[32:]
-
-    def pair_secret(i: int, j: int, seed: bytes) -> bytes:
-        return kdf(seed, th, "pair secret", i, j)
-
     for i in u2:
-        if hybrid:
-            for j in near[i]:
-                encapsulated[i, j] = mlkem_encapsulate(public[j][1], random[i].take(32))
+        play.encapsulate(i, near[i])
         self_seed[i] = random[i].take(32)
         holders = sorted([*near[i], i])
         dealt = []
-        for secret in (self_seed[i], mask_seed[i]):
+        for secret in (self_seed[i], play.mask_seed[i]):
             coefficients = [int.from_bytes(random[i].take(48), "big") % P for _ in range(t - 1)]
             dealt.append(share_out(secret, [j + 1 for j in holders], coefficients))
         for j, b, s in zip(holders, *dealt, strict=True):
             held[i, j] = (b, s)
-            if j != i and hybrid:
-                v = pair_secret(i, j, mask_seed[i])
-                committed = digest("pair", th + be(i, 2) + be(j, 2) + v)
-                box = aes_gcm_seal(channel(i, j)[0], b + s + v, th + be(i, 2) + be(j, 2) + committed)
-                sealed[i, j] = encapsulated[i, j][1] + committed + box
-            elif j != i:
-                sealed[i, j] = aes_gcm_seal(channel(i, j)[0], b + s, th + be(i, 2) + be(j, 2))
+            if j != i:
+                sealed[i, j] = play.item(i, j, b + s)
         commitments[i] = digest("commitment", th + be(i, 2) + self_seed[i])
-        of_seed = digest("seed", th + be(i, 2) + mask_seed[i]) if hybrid else b""
+        of_seed = digest("seed", th + be(i, 2) + play.mask_seed[i]) if hybrid else b""
         body = th + be(i, 2) + commitments[i] + of_seed + listed([be(j, 2) + sealed[i, j] for j in near[i]])
-        out["shares"][i] = header(4) + body + sign(i, 4, th, body)
+        out["shares"][i] = header(4) + body + play.sign(i, 4, body)
     out["delivery"] = {
         i: header(5)
         + th
@@ -644,22 +687,10 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     u2h = digest("sharers", th + b"".join(be(j, 2) for j in u2))
     u3 = [i for i in u2 if i not in missing["mask"]]
     plain, masked, out["masked"] = {}, {}, {}
-    lane = lane_width(case["bits"], n)
-    # Three lanes of 21 bits leave a bit of each word.
-    packs = hybrid and 64 // lane * lane == 63
-    modulus = 2**63 if packs else 2**64
-
     wraps: dict[tuple[int, int], bytes] = {}
 
-    def pair_key(i: int, j: int) -> bytes:
-        if hybrid:
-            return kdf(
-                pair_secret(min(i, j), max(i, j), mask_seed[min(i, j)]), th, "pair mask", min(i, j), max(i, j), 0
-            )
-        return kdf(x25519(mask_seed[i], public[j][1]), th, "pair mask", min(i, j), max(i, j), 0)
-
     def tag(i: int, j: int, what: bytes) -> bytes:
-        return hmac.new(channel(i, j)[1], th + be(i, 2) + be(j, 2) + what, "sha256").digest()[:16]
+        return hmac.new(play.channel(i, j)[1], th + be(i, 2) + be(j, 2) + what, "sha256").digest()[:16]
 
     for i in u3:
         plain[i] = quantised(case, i, random[i].take(32))
@@ -668,19 +699,21 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
         for j in near[i]:
             if j in u2:
                 sign_of = 1 if j > i else -1
-                y = [a + sign_of * b for a, b in zip(y, pad(pair_key(i, j), m), strict=True)]
+                y = [a + sign_of * b for a, b in zip(y, pad(play.pair_key(i, j), m), strict=True)]
         masked[i] = [a % 2**64 for a in y]
         body = th + be(i, 2) + u2h
         if hybrid:
             for j in near[i]:
                 if j in u2 and j > i:
-                    wraps[i, j] = xored(pair_secret(i, j, mask_seed[i]), pair_secret(j, i, mask_seed[j]))
+                    wraps[i, j] = xored(
+                        play.pair_secret(i, j, play.mask_seed[i]), play.pair_secret(j, i, play.mask_seed[j])
+                    )
             body += listed([be(j, 2) + wraps[i, j] for j in near[i] if j in u2 and j > i])
         tags = listed([be(j, 2) + tag(i, j, u2h) for j in near[i] if j in u2])
-        sent = without_top_bits(masked[i]) if packs else masked[i]
+        sent = without_top_bits(masked[i]) if play.packs else masked[i]
         words = b"".join(a.to_bytes(8, "little") for a in sent)
-        out["masked"][i] = header(6) + body + tags + sign(i, 6, th, body) + be(len(sent), 4) + words
-        if packs:
+        out["masked"][i] = header(6) + body + tags + play.sign(i, 6, body) + be(len(sent), 4) + words
+        if play.packs:
             masked[i] = with_top_bits(sent, m)
     out["survivors"] = {
         i: header(7)
@@ -697,7 +730,7 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     signature, out["confirm"], out["proof"] = {}, {}, {}
     for i in u4:
         body = th + be(i, 2) + lists
-        signature[i] = sign(i, 8, th, body)
+        signature[i] = play.sign(i, 8, body)
         tags = listed([be(j, 2) + tag(i, j, lists) for j in near[i] if j in u3])
         out["confirm"][i] = header(8) + body + tags + signature[i]
     q = (n + case["corrupt"]) // 2 + 1
@@ -716,7 +749,7 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
         for j in owners:
             revealed[j][i + 1] = held[j, i][0 if j in u3 else 1]
         body = th + be(i, 2) + lists + listed([be(j, 2) + revealed[j][i + 1] for j in owners])
-        out["reveal"][i] = header(10) + body + sign(i, 10, th, body)
+        out["reveal"][i] = header(10) + body + play.sign(i, 10, body)
 
     # Unmask
     m = len(masked[u3[0]])
@@ -731,17 +764,77 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
             for i in near[j]:
                 if i in u3:
                     if not hybrid:
-                        agreement = x25519(secret, public[i][1])
+                        agreement = x25519(secret, play.public[i][1])
                     else:
-                        agreement = pair_secret(j, i, secret)
+                        agreement = play.pair_secret(j, i, secret)
                         agreement = agreement if j < i else xored(wraps[i, j], agreement)
                     key = kdf(agreement, th, "pair mask", min(i, j), max(i, j), 0)
                     sign_of = 1 if j > i else -1
                     total = [a - sign_of * b for a, b in zip(total, pad(key, m), strict=True)]
-    total = [a % modulus for a in total]
-    if total != [sum(plain[i][w] for i in u3) % modulus for w in range(m)]:
+    total = [a % play.modulus for a in total]
+    if total != [sum(plain[i][w] for i in u3) % play.modulus for w in range(m)]:
         raise ValueError("the sum is wrong")
     out["total"] = b"".join(a.to_bytes(8, "little") for a in total)
+    return out
+
+
+def block_transcript(case: dict[str, Any]) -> dict[str, Any]:
+    """Play the block of section 14, with the rounds of `case["played"]`."""
+    play = Setup(case)
+    sites, random, header = list(range(play.n)), play.random, play.header
+    pairs = [(low, high) for low in sites for high in sites if low < high]
+    out: dict[str, Any] = {"parameters": play.parameters}
+    out["advertise"], out["roster"] = play.advertise(sites)
+    th = play.th
+
+    # Link
+    sealed, out["links"] = {}, {}
+    for i in sites:
+        others = [j for j in sites if j != i]
+        play.encapsulate(i, others)
+        for j in others:
+            sealed[i, j] = play.item(i, j, b"")
+        body = th + be(i, 2) + listed([be(j, 2) + sealed[i, j] for j in others])
+        out["links"][i] = header(12) + body + play.sign(i, 12, body)
+    out["link_delivery"] = {
+        i: header(13) + th + be(i, 2) + listed([be(j, 2) + sealed[j, i] for j in sites if j != i]) for i in sites
+    }
+    out["joined"] = {}
+    for i in sites:
+        body = th + be(i, 2)
+        out["joined"][i] = header(15) + body + play.sign(i, 15, body)
+    out["step"] = header(14) + th
+
+    # The rounds
+    chain = {(low, high): play.pair_key(low, high) for low, high in pairs}
+    at = case["round"]
+    for number, inputs in zip(case["played"], [case["inputs"], *case["later_inputs"]], strict=True):
+        while at < number:
+            for low, high in pairs:
+                info = b"privet-secagg/1 next link\0" + be(low, 4) + be(high, 4) + be(at, 8)
+                chain[low, high] = hkdf(chain[low, high], th, info, 32)
+            at += 1
+        sd = digest("step", th + be(number, 8) + bytes.fromhex(inputs))
+        plain = [quantised(case, i, random[i].take(32)) for i in sites]
+        y = [list(words) for words in plain]
+        for low, high in pairs:
+            mask = pad(kdf(chain[low, high], sd, "pair mask", low, high, 0), len(plain[0]))
+            y[low] = [(a + b) % 2**64 for a, b in zip(y[low], mask, strict=True)]
+            y[high] = [(a - b) % 2**64 for a, b in zip(y[high], mask, strict=True)]
+        masked = {}
+        for i in sites:
+            sent = without_top_bits(y[i]) if play.packs else y[i]
+            no_wraps, no_tags = (listed([]) if play.hybrid else b""), listed([])
+            body = th + be(i, 2) + sd + no_wraps
+            words = b"".join(a.to_bytes(8, "little") for a in sent)
+            masked[i] = header(6) + body + no_tags + play.sign(i, 6, body) + be(len(sent), 4) + words
+            if play.packs:
+                y[i] = with_top_bits(sent, len(plain[i]))
+        total = [sum(column) % play.modulus for column in zip(*y, strict=True)]
+        if total != [sum(column) % play.modulus for column in zip(*plain, strict=True)]:
+            raise ValueError("the sum is wrong")
+        out[f"masked of round {number}"] = masked
+        out[f"total of round {number}"] = b"".join(a.to_bytes(8, "little") for a in total)
     return out
 
 
@@ -855,10 +948,29 @@ CASES = {
 }
 
 
+def make_block(name: str, n: int, skipped: int, **changes: Any) -> dict[str, Any]:
+    """A block of which one round is left out."""
+    start = 2**40 + n
+    played = [start + k for k in range(4) if k != skipped]
+    everyone = {"threshold": n, "min_survivors": n, "corrupt": n - 2}
+    more = {"rounds": 2**16 - 1, "played": played, "later_inputs": [sha(b"inputs %d" % k).hex() for k in played[1:]]}
+    return make_case(name, n, {}, **{**everyone, **more, **changes})
+
+
+BLOCKS = {
+    "block-three-sites": ({"n": 3, "skipped": 1}, True),
+    "block-hybrid-four-sites": ({"n": 4, "skipped": 2, "bits": 14, "suite": "x25519-mlkem768"}, False),
+    # 135 words as in hybrid-packed-words.
+    "block-hybrid-packed-words": ({"n": 2, "skipped": 1, "corrupt": 0, "size": 400, "suite": "x25519-mlkem768"}, False),
+    "block-fips-three-sites": ({"n": 3, "skipped": 2, "suite": "p256-mlkem768"}, False),
+}
+
+
 if __name__ == "__main__":
     VECTORS.mkdir(parents=True, exist_ok=True)
-    for name, (arguments, full) in CASES.items():
-        case = make_case(name, **arguments)  # type: ignore[arg-type]
+    made = {name: (make_case(name, **arguments), full) for name, (arguments, full) in CASES.items()}  # type: ignore[arg-type]
+    made |= {name: (make_block(name, **arguments), full) for name, (arguments, full) in BLOCKS.items()}  # type: ignore[arg-type]
+    for name, (case, full) in made.items():
         case["full"] = full
         case["messages"] = summary(transcript(case), full=full)
         (VECTORS / f"{name}.json").write_text(json.dumps(case, indent=1) + "\n")
