@@ -11,7 +11,6 @@ run one record at a time instead (`privet.client.training.passes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from privet.client.training.packing import Block, Layout, Run, within_records
+from privet.client.training.packing import Block, Layout, within_records
 from privet.common.errors import StudyError
 
 NAME = "privet_packed"
@@ -83,7 +82,7 @@ def packed_attention(
     # Rotary positions leave queries and keys in float32; autocast would round them for the product just so.
     query, key = query.to(value.dtype), key.to(value.dtype)
     with within_records():
-        found: torch.Tensor = _PackedAttention.apply(query.squeeze(0), key.squeeze(0), value.squeeze(0), layout, kind)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, kind)  # type: ignore[no-untyped-call]
     return found.unsqueeze(0), None
 
 
@@ -98,133 +97,137 @@ class _Kind:
     dropout: float
 
     def weights(
-        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weights of a block's records in `key`'s type, and the slope of the cap.
 
         Args:
-            query: [matrices, shared · width, size], multiplied by `scale`.
+            query: [matrices, shared · width, size].
             key: [matrices, width, size].
-            bias: [records, width, width]; records are the first part of the axis of matrices. None: zeros.
+            bias: [records, 1, width, width]; records are the last part of the axis of matrices.
         """
-        scores = torch.bmm(query, key.transpose(1, 2)).float()
+        scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(self.scale)
         slope = None
         if self.softcap is not None:
             scores = torch.tanh_(scores.div_(self.softcap))
             slope = 1 - scores.square()
             scores = scores.mul_(self.softcap)
-        if bias is not None:
-            width = key.shape[1]
-            scores.view(len(bias), -1, width, width).add_(bias[:, None])
+        width = key.shape[1]
+        scores.view(-1, len(bias), query.shape[1] // width, width, width).add_(bias)
         return torch.softmax(scores, -1).to(key.dtype), slope
 
 
 class _PackedAttention(torch.autograd.Function):
     """softmax(s q kᵀ) v of each record, for q [heads, rows, size] and k, v [key heads, rows, size].
 
-    Weights of short records are kept for the backward pass. Those of long ones are computed again, one key head at a
-    time, as they grow with the square of the length.
+    Every record's part is written into one tensor. As slices, each would cost autograd a tensor of all rows. Weights of
+    short records are kept for the backward pass. Those of long ones are computed again, one key head at a time, as they
+    grow with the square of the length.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, kind: _Kind
     ) -> torch.Tensor:
-        out = v.new_empty(q.shape[1], len(q), v.shape[-1]).transpose(0, 1)
+        heads = _Heads(len(q), len(k))
+        out = v.new_zeros(q.shape[1], len(q), v.shape[-1])
         kept: list[torch.Tensor | None] = []
-        for run in layout.runs:
-            qs, ks, vs = (_apart(x, run, len(k)) for x in (q, k, v))
-            qs.mul_(kind.scale)
-            found = vs.new_empty(*qs.shape[:2], vs.shape[-1])
-            kept += [qs, ks, vs]
-            for part, bias in _parts(layout, run, kind, ks):
+        for block in layout.blocks:
+            qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
+            bias, found = _bias(layout, block, kind, q.device), []
+            for part in _parts(block, len(ks), kind):
                 weights, slope = kind.weights(qs[part], ks[part], bias)
                 mask = None
                 if kind.dropout:
                     mask = torch.empty_like(weights).bernoulli_(1 - kind.dropout).div_(1 - kind.dropout)
-                torch.bmm(weights if mask is None else weights * mask, vs[part], out=found[part])
-                kept += [weights, slope, mask] if _is_kept(run, kind) else []
-            _put(out, run, found, len(k))
-        _clear_padding(layout, out)
-        ctx.save_for_backward(*kept)
-        ctx.layout, ctx.kind, ctx.heads = layout, kind, (len(q), len(k))
-        return out.transpose(0, 1)
+                found.append(torch.bmm(weights if mask is None else weights * mask, vs[part]))
+                kept += [weights, slope, mask] if _is_kept(block, kind) else []
+            heads.put(out.transpose(0, 1), block, found[0] if len(found) == 1 else torch.cat(found))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.layout, ctx.kind = layout, kind
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        kept, kind, (heads, key_heads) = iter(ctx.saved_tensors), ctx.kind, ctx.heads
-        rows = len(grad)
+        q, k, v, *kept = ctx.saved_tensors
+        kind: _Kind = ctx.kind
+        heads = _Heads(len(q), len(k))
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad = grad.transpose(0, 1)
-        into: list[torch.Tensor] = []
-        for run in ctx.layout.runs:
-            qs, ks, vs = (next(kept) for _ in range(3))
-            do = _apart(grad, run, key_heads)
-            dq, dk, dv = (torch.empty_like(x) for x in (qs, ks, vs))
-            for part, bias in _parts(ctx.layout, run, kind, ks):
-                if _is_kept(run, kind):
-                    weights, slope, mask = (next(kept) for _ in range(3))
+        for block in ctx.layout.blocks:
+            qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
+            do, found = heads.queries(grad, block), []
+            bias = _bias(ctx.layout, block, kind, q.device)
+            for part in _parts(block, len(ks), kind):
+                if _is_kept(block, kind):
+                    weights, slope, mask, *kept = kept
                 else:
                     (weights, slope), mask = kind.weights(qs[part], ks[part], bias), None
+                used = weights if mask is None else weights * mask
                 dp = torch.bmm(do[part], vs[part].transpose(1, 2))
                 dp = dp if mask is None else dp * mask
-                # Computed in float32 and rounded once, whatever the type of what goes in.
-                ds = torch._softmax_backward_data(dp, weights, -1, dp.dtype)
-                ds = ds if slope is None else ds.mul_(slope)
-                torch.bmm(ds, ks[part], out=dq[part])
-                torch.bmm(ds.transpose(1, 2), qs[part], out=dk[part])
-                used = weights if mask is None else weights * mask
-                torch.bmm(used.transpose(1, 2), do[part], out=dv[part])
-            dq.mul_(kind.scale)
-            found = ((dq, heads), (dk, key_heads), (dv, key_heads))
-            into = into or [x.new_empty(rows, count, x.shape[-1]).transpose(0, 1) for x, count in found]
-            for each, (x, _) in zip(into, found, strict=True):
-                _put(each, run, x, key_heads)
-        for each in into:
-            _clear_padding(ctx.layout, each)
-        return *into, None, None
+                ds = torch._softmax_backward_data(dp.float(), weights.float(), -1, torch.float32)
+                ds = (ds if slope is None else ds.mul_(slope)).mul_(kind.scale).to(q.dtype)
+                found.append(
+                    (torch.bmm(ds, ks[part]), torch.bmm(ds.transpose(1, 2), qs[part]),
+                     torch.bmm(used.transpose(1, 2), do[part]))
+                )  # fmt: skip
+            parts = found[0] if len(found) == 1 else tuple(torch.cat(each) for each in zip(*found, strict=True))
+            heads.put(dq, block, parts[0])
+            heads.put_keys(dk, block, parts[1])
+            heads.put_keys(dv, block, parts[2])
+        return dq, dk, dv, None, None
 
 
 def _is_kept(block: Block, kind: _Kind) -> bool:
     return block.width <= _SHORT or kind.dropout > 0
 
 
-def _parts(layout: Layout, run: Run, kind: _Kind, keys: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Yield which matrices of a run to compute at a time, with their bias.
+def _parts(block: Block, matrices: int, kind: _Kind) -> list[slice]:
+    """Return which matrices to compute at a time: all of short records, one of a long one."""
+    return [slice(None)] if _is_kept(block, kind) else [slice(index, index + 1) for index in range(matrices)]
 
-    These are all of a block of short records, and one of a long one. A product's shape thus never depends on the run.
+
+def _bias(layout: Layout, block: Block, kind: _Kind, device: torch.device) -> torch.Tensor:
+    return layout.bias(block, device, causal=kind.causal, window=kind.window)[:, None]
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How [heads, rows, size] falls into one matrix for each key head and record of a block.
+
+    With fewer key heads than query heads, the queries of all heads that share keys lie in one matrix.
     """
-    heads = len(keys) // len(run.lengths)
-    first = 0
-    for block in run.blocks:
-        bias = layout.bias(block, keys.device, causal=kind.causal, window=kind.window)
-        last = first + heads * len(block.lengths)
-        step = last - first if _is_kept(run, kind) else 1
-        for start in range(first, last, step):
-            yield slice(start, start + step), bias
-        first = last
 
+    queries_: int
+    keys_: int
 
-def _apart(x: torch.Tensor, run: Run, keys: int) -> torch.Tensor:
-    """Return a copy of a run's rows, of [heads, rows, size]: [records · key heads, shared · width, size].
+    def queries(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        """Return [key heads · records, shared · width, size] of x [heads, rows, size]."""
+        shared, records = self.queries_ // self.keys_, len(block.lengths)
+        part = x[:, block.rows]
+        if shared == 1 and records == 1:
+            return part
+        part = part.reshape(self.keys_, shared, records, block.width, x.shape[-1]).transpose(1, 2)
+        return part.reshape(self.keys_ * records, shared * block.width, x.shape[-1])
 
-    It is one matrix for each record and key head. With fewer key heads than query heads, the queries of all heads that
-    share keys lie in one matrix.
-    """
-    found = x[:, run.rows].view(keys, -1, len(run.lengths), run.width, x.shape[-1]).permute(2, 0, 1, 3, 4)
-    return found.clone(memory_format=torch.contiguous_format).view(-1, found.shape[2] * run.width, x.shape[-1])
+    def keys(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        """Return [key heads · records, width, size] of x [key heads, rows, size]."""
+        part = x[:, block.rows]
+        return part if len(block.lengths) == 1 else part.reshape(-1, block.width, x.shape[-1])
 
+    def put(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
+        """Write what `queries` took apart back into its rows."""
+        shared, records = self.queries_ // self.keys_, len(block.lengths)
+        if not (shared == 1 and records == 1):
+            found = found.view(self.keys_, records, shared, block.width, -1).transpose(1, 2)
+            found = found.reshape(self.queries_, records * block.width, -1)
+        into[:, block.rows] = found
 
-def _put(into: torch.Tensor, run: Run, found: torch.Tensor, keys: int) -> None:
-    """Write what `_apart` took apart into its rows of [heads, rows, size]."""
-    rows = into[:, run.rows].view(keys, -1, len(run.lengths), run.width, found.shape[-1])
-    rows.copy_(found.view(len(run.lengths), keys, -1, run.width, found.shape[-1]).permute(1, 2, 0, 3, 4))
-
-
-def _clear_padding(layout: Layout, x: torch.Tensor) -> None:
-    """Write zeros into the rows of [heads, rows, size] that belong to no record."""
-    for rows in layout.gaps:
-        x[:, rows] = 0
+    def put_keys(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
+        """Write what `keys` took apart back into its rows."""
+        into[:, block.rows] = found if len(block.lengths) == 1 else found.view(self.keys_, -1, found.shape[-1])
 
 
 AttentionInterface.register(NAME, packed_attention)

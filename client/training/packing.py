@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -110,13 +109,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Run(Block):
-    """Neighbouring blocks of one width. What only moves rows takes them together; what adds takes a block at a time."""
-
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
 class Layout:
     """Where records lie in a pass of `rows` rows. Rows of no record hold padding."""
 
@@ -134,29 +126,8 @@ class Layout:
             if length
         ]
 
-    @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """Blocks, each with those of the same width that follow at once."""
-        found: list[Run] = []
-        for block in self.blocks:
-            last = found[-1] if found else None
-            if last and last.width == block.width and last.rows.stop == block.start:
-                found[-1] = Run(last.start, last.width, last.lengths + block.lengths, (*last.blocks, block))
-            else:
-                found.append(Run(block.start, block.width, block.lengths, (block,)))
-        return tuple(found)
-
-    @cached_property
-    def gaps(self) -> tuple[slice, ...]:
-        """The rows of no block."""
-        starts = [0, *(run.rows.stop for run in self.runs)]
-        stops = [*(run.start for run in self.runs), self.rows]
-        return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
-
-    def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor | None:
+    def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor:
         """Return 0 where a token of a block's record attends, and -inf where not: [records, width, width], float32.
-
-        None where every token attends to every other.
 
         Args:
             block: The block.
@@ -164,8 +135,6 @@ class Layout:
             causal: Attend to earlier tokens and oneself only.
             window: Attend to rows nearer than this only.
         """
-        if not causal and (window is None or window >= block.width) and set(block.lengths) == {block.width}:
-            return None
         key = (block.width, block.lengths, causal, window)
         if (found := self._biases.get(key)) is None:
             place = torch.arange(block.width, device=device)

@@ -118,14 +118,14 @@ def logits_of(host: ModelHost, passed: Pass) -> torch.Tensor:
     with host.computing():
         output = host.model(**_inputs(host, passed))
     logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
-    return logits.squeeze(0)
+    return logits[0]
 
 
 def hidden_of(host: ModelHost, passed: Pass, vocabulary: Vocabulary) -> torch.Tensor:
     """Return the last hidden states of a pass [rows, h], inside `host.passing`."""
     with host.computing():
         hidden: torch.Tensor = vocabulary.backbone(**_inputs(host, passed)).last_hidden_state
-    return hidden.squeeze(0)
+    return hidden[0]
 
 
 @dataclass(frozen=True)

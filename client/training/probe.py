@@ -418,8 +418,7 @@ def _companies(shape: Shape, features: Sequence[Feature]) -> list[Placed]:
         return place(shape, features, groups, start // shape.alignment * shape.alignment, size)
 
     least, *larger = shape.sizes
-    # In the first, records of the same width lie beside those to watch, and attention moves them together.
-    orders = (2, 5, 0, 3, 4, 1), (5, 4, 0, 3, 2, 1)
+    orders = (2, 0, 3, 1, 5, 4), (5, 4, 0, 3, 2, 1)
     return [
         among((0,), least, last=False),
         among(orders[0], least, last=False),
