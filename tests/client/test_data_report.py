@@ -194,4 +194,4 @@ def test_without_files_the_simulated_sites_are_examined(tmp_path: Path, study: P
 def test_a_file_is_predicted_on_as_a_site_file_says(tmp_path: Path, privet: Run) -> None:
     code, _, err = privet("predict", tmp_path, "--text", "a", "--format", tmp_path / "site.toml")
     assert code == 2
-    assert "--format belong to --data" in err
+    assert "--format and --counts belong to --data" in err

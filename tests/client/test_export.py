@@ -218,7 +218,7 @@ def test_what_a_library_raises_is_one_sentence(tmp_path: Path, llama: Path, monk
 
     run, _ = run_of(tmp_path / "run", llama, "causal-lm")
     monkeypatch.setitem(exports._WRITERS, "merged", fails)
-    with pytest.raises(RefusedError, match="the libraries cannot write"):
+    with pytest.raises(RefusedError, match="the installed libraries cannot write"):
         export_release(open_release(run), tmp_path / "out", "merged")
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 

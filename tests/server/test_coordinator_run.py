@@ -128,7 +128,7 @@ def test_nothing_is_said_of_a_service_that_listens(home: Path, monkeypatch: pyte
 def test_without_an_adapter_one_is_made_or_it_is_said_how(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, study = open_coordinator(home), tmp_path / "study.toml"
+    made, study = open_coordinator(home), study_in(tmp_path)
     calls: list[list[str]] = []
 
     @dataclass
@@ -163,9 +163,10 @@ def test_making_an_adapter_runs_nothing_from_the_present_directory(
     for name in ("privet/__init__.py", "privet/__main__.py", "torch.py"):
         (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     monkeypatch.chdir(tmp_path)
+    study = study_in(tmp_path)
     with (
         pytest.raises(StateError, match="cannot be made"),
-        service.starting_adapter(open_coordinator(home), tmp_path / "none.toml", None),
+        service.starting_adapter(open_coordinator(home), study, None),
     ):
         pass
     assert not (tmp_path / "ran").exists()

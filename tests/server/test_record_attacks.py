@@ -215,7 +215,7 @@ def simulated(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def of_a_later_format(files: dict[str, bytes]) -> dict[str, bytes]:
     stated = json.loads(files[f"{PRIVACY}.json"])
-    return {**files, f"{PRIVACY}.json": canonical_json({**stated, "format": 3}) + b"\n"}
+    return {**files, f"{PRIVACY}.json": canonical_json({**stated, "format": 4}) + b"\n"}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def of_a_later_format(files: dict[str, bytes]) -> dict[str, bytes]:
         (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "but its round published the adapter"),
         (better, "its text differs from what"),
         (lambda files: {**files, STUDY: files[STUDY][:-1] + b" }"}, "the released study differs from the run's"),
-        (of_a_later_format, "its format must be one of 1, 2, found 3"),
+        (of_a_later_format, "its format must be one of 1, 2, 3, found 4"),
         (simulated, "its content differs from what the study and the statements of the rounds give"),
     ],
 )
