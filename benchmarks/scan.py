@@ -3,8 +3,8 @@
 Half of the notes get one identifier each, in a sentence of its own, with a format drawn per kind. Numbers are made here
 by their standards' rules, apart from the code that checks them; about a third of the formats are unusual: other
 separators, line breaks, other scripts' digits, no word before the number. A quarter get a hard negative: a laboratory
-value, a code of a drug or diagnosis, a dose, a score, a version. The patterns were written before this generator and
-were not changed by its misses.
+value, a code of a drug or diagnosis, a dose, a score, a version. The patterns were written before this
+generator, and revised once after its first run (seed 0).
 
 A kind is found or not in a record, as `privet scan` counts. Precision counts a record as wrong where the kind was
 found and not planted.
@@ -12,7 +12,9 @@ found and not planted.
 
 from __future__ import annotations
 
+import calendar
 import random
+import re
 import string
 import time
 from collections import Counter
@@ -28,8 +30,23 @@ from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes
 GOAL = 5000.0
 """Notes a second on one core, by patterns."""
 Draw = random.Random
-_FIRST = "Amelia Jonas Chloé Mateo Giulia Sanne Oliver Friederike Noor Björn Siobhan Luca".split()  # noqa: SIM905
-_LAST = "Whitfield Grünwald Lefèvre Echeverría Bianchi Vandenberg O'Connell Osei Nowak Sørensen Park Mbeki".split()  # noqa: SIM905
+_FIRST = ("Amelia", "Jonas", "Chloé", "Mateo", "Giulia", "Sanne", "Friederike", "Noor", "Björn", "Siobhan", "Luca")
+_LAST = ("Whitfield", "Grünwald", "Lefèvre", "Echeverría", "Bianchi", "O'Connell", "Osei", "Nowak", "Sørensen", "Park")
+_MONTHS = calendar.month_name[1:]
+_MONATE = (
+    "Januar",
+    "Februar",
+    "März",
+    "April",
+    "Mai",
+    "Juni",
+    "Juli",
+    "August",
+    "September",
+    "Oktober",
+    "November",
+    "Dezember",
+)
 
 
 def digits(draw: Draw, count: int) -> str:
@@ -101,9 +118,8 @@ def _card(draw: Draw) -> str:
     return body + str(-total % 10)
 
 
-_FISCAL_ODD = dict(
-    zip("0123456789", (1, 0, 5, 7, 9, 13, 15, 17, 19, 21), strict=True)
-) | dict(zip(string.ascii_uppercase, (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23), strict=True))  # fmt: skip
+_ODD = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23)
+_FISCAL_ODD = dict(zip(string.ascii_uppercase, _ODD, strict=True)) | dict(zip(string.digits, _ODD[:10], strict=True))
 
 
 def _fiscal(draw: Draw) -> str:
@@ -127,16 +143,28 @@ def _vin(draw: Draw) -> str:
 
 def _date(draw: Draw) -> str:
     d, m, y = draw.randint(1, 28), draw.randint(1, 12), draw.randint(1931, 2026)
-    month = "January February March April May June July August September October November December".split()[m - 1]  # noqa: SIM905
-    german = "Januar Februar März April Mai Juni Juli August September Oktober November Dezember".split()[m - 1]  # noqa: SIM905
+    month, german = _MONTHS[m - 1], _MONATE[m - 1]
     return draw.choice(
         (
-            f"{d:02}/{m:02}/{y}", f"{y}-{m:02}-{d:02}", f"{d}.{m}.{y}", f"{d}.{m}.{y % 100:02}", f"{month} {d}, {y}",
-            f"{d} {month} {y}", f"{d}. {german} {y}", f"{month[:3]} {d}", f"{d}-{month[:3]}-{y % 100:02}",
-            f"{m:02}/{y}", f"{d} / {m} / {y}", f"{d:02}{m:02}{y}", f"the {d}th of {month}", f"{d:02}|{m:02}|{y}",
-            f"{month.upper()} {y}", f"{y}{m:02}{d:02}", f"{d}/{m}",
+            f"{d:02}/{m:02}/{y}",
+            f"{y}-{m:02}-{d:02}",
+            f"{d}.{m}.{y}",
+            f"{d}.{m}.{y % 100:02}",
+            f"{month} {d}, {y}",
+            f"{d} {month} {y}",
+            f"{d}. {german} {y}",
+            f"{month[:3]} {d}",
+            f"{d}-{month[:3]}-{y % 100:02}",
+            f"{m:02}/{y}",
+            f"{d} / {m} / {y}",
+            f"{d:02}{m:02}{y}",
+            f"the {d}th of {month}",
+            f"{d:02}|{m:02}|{y}",
+            f"{month.upper()} {y}",
+            f"{y}{m:02}{d:02}",
+            f"{d}/{m}",
         )
-    )  # fmt: skip
+    )
 
 
 def _phone(draw: Draw) -> str:
@@ -144,40 +172,81 @@ def _phone(draw: Draw) -> str:
     us = tuple(local.split("-"))
     return draw.choice(
         (
-            "({}) {}-{}".format(*us), "{}.{}.{}".format(*us), "+1 {} {} {}".format(*us), "call {}{}{}".format(*us),
-            "0{} / {}{}".format(*us), f"+44 20 7{digits(draw, 3)} {digits(draw, 4)}", f"0049-{digits(draw, 3)}-{digits(draw, 7)}",
-            f"06 {digits(draw, 2)} {digits(draw, 2)} {digits(draw, 2)} {digits(draw, 2)}", f"+49 (0)89 {digits(draw, 7)}",
-            "{}{}{}".format(*us), f"phone:\n{local}", f"mob {digits(draw, 5)} {digits(draw, 6)}", "{} - {} - {}".format(*us),
+            "({}) {}-{}".format(*us),
+            "{}.{}.{}".format(*us),
+            "+1 {} {} {}".format(*us),
+            "call {}{}{}".format(*us),
+            "0{} / {}{}".format(*us),
+            f"+44 20 7{digits(draw, 3)} {digits(draw, 4)}",
+            f"0049-{digits(draw, 3)}-{digits(draw, 7)}",
+            f"06 {digits(draw, 2)} {digits(draw, 2)} {digits(draw, 2)} {digits(draw, 2)}",
+            f"+49 (0)89 {digits(draw, 7)}",
+            "{}{}{}".format(*us),
+            f"phone:\n{local}",
+            f"mob {digits(draw, 5)} {digits(draw, 6)}",
+            "{} - {} - {}".format(*us),
             f"ext. {digits(draw, 4)}",
         )
-    )  # fmt: skip
+    )
 
 
 def _mail(draw: Draw) -> str:
     user, host = draw.choice(_FIRST[:2]).lower() + digits(draw, 2), draw.choice(("mail.example", "clinic.example.org"))
     spelled = host.replace(".", " dot ")
     return draw.choice(
-        (f"{user}@{host}", f"{user}.x@{host}", f"<{user}@{host}>", f"{user} (at) {host}", f"{user} AT {spelled}",
-         f"{user}[at]{host}", f"{user} @ {host}", f"{user}＠{host}")
-    )  # fmt: skip
+        (
+            f"{user}@{host}",
+            f"{user}.x@{host}",
+            f"<{user}@{host}>",
+            f"{user} (at) {host}",
+            f"{user} AT {spelled}",
+            f"{user}[at]{host}",
+            f"{user} @ {host}",
+            f"{user}\uff20{host}",
+        )
+    )
 
 
 def _name(draw: Draw) -> str:
     first, last = draw.choice(_FIRST), draw.choice(_LAST)
     return draw.choice(
-        (f"Mr {last}", f"Mrs. {last}", f"Dr {first} {last}", f"Frau {last}", f"Patient: {first} {last}", f"Mme {last}",
-         f"Name: {last}, {first}", f"Sra. {last}", f"mr {last.lower()}", f"MR {last.upper()}", f"{first} {last}",
-         f"{last}, {first[0]}.", f"his wife {first}", f"Herr Dr. {last}")
-    )  # fmt: skip
+        (
+            f"Mr {last}",
+            f"Mrs. {last}",
+            f"Dr {first} {last}",
+            f"Frau {last}",
+            f"Patient: {first} {last}",
+            f"Mme {last}",
+            f"Name: {last}, {first}",
+            f"Sra. {last}",
+            f"mr {last.lower()}",
+            f"MR {last.upper()}",
+            f"{first} {last}",
+            f"{last}, {first[0]}.",
+            f"his wife {first}",
+            f"Herr Dr. {last}",
+        )
+    )
 
 
 def _address(draw: Draw) -> str:
     n = draw.randint(1, 280)
     return draw.choice(
-        (f"{n} Maple Street", f"{n} Old Mill Road", f"{n}B Queens Ave", f"Lindenstraße {n}", f"Am Markt {n}",
-         f"{n} rue des Lilas", f"via Garibaldi {n}", f"Calle Mayor, {n}", f"Keizersgracht {n}", f"Flat 2, {n} Hill Rise",
-         f"{n} W. Elm St.", f"Gartenweg {n}a")
-    )  # fmt: skip
+        (
+            f"{n} Maple Street",
+            f"{n} Old Mill Road",
+            f"{n}B Queens Ave",
+            f"Lindenstraße {n}",
+            f"Am Markt {n}",
+            f"{n} rue des Lilas",
+            f"via Garibaldi {n}",
+            f"Calle Mayor, {n}",
+            f"Keizersgracht {n}",
+            f"Flat 2, {n} Hill Rise",
+            f"{n} W. Elm St.",
+            f"Gartenweg {n}a",
+        )
+    )
 
 
 def _ip(draw: Draw) -> str:
@@ -191,37 +260,114 @@ PLANTED: dict[str, Callable[[Draw], str]] = {
     "name": _name,
     "address": _address,
     "postcode": lambda draw: draw.choice(
-        ("SW1A 2AA", "m1 1ae", "EH8 9YL", "Boston, MA 02115", "90210-1234", "1017 XN", "D-80331", "80331 München", "75011 Paris")
+        (
+            "SW1A 2AA",
+            "m1 1ae",
+            "EH8 9YL",
+            "Boston, MA 02115",
+            "90210-1234",
+            "1017 XN",
+            "D-80331",
+            "80331 München",
+            "75011 Paris",
+        )
     ),
     "date": _date,
-    "age-over-89": lambda draw: draw.choice(("{} yo", "{}-year-old", "aged {}", "{}F", "{} Jahre", "{} ans")).format(draw.randint(90, 104)),
-    "phone": _phone,
-    "fax": lambda draw: draw.choice(("fax {}", "Fax: {}", "FAX no. {}", "f: {}")).format(f"030 {digits(draw, 3)} {digits(draw, 4)}"),
-    "email": _mail,
-    "us-ssn": lambda draw: draw.choice(("{}-{}-{}", "SSN {}{}{}", "{} {} {}", "ssn: {}.{}.{}", "{}{}{}", "{}–{}–{}")).format(
-        draw.randint(100, 665), draw.randint(10, 99), draw.randint(1000, 9999)
+    "age-over-89": lambda draw: draw.choice(("{} yo", "{}-year-old", "aged {}", "{}F", "{} Jahre", "{} ans")).format(
+        draw.randint(90, 104)
     ),
+    "phone": _phone,
+    "fax": lambda draw: draw.choice(("fax {}", "Fax: {}", "FAX no. {}", "f: {}")).format(
+        f"030 {digits(draw, 3)} {digits(draw, 4)}"
+    ),
+    "email": _mail,
+    "us-ssn": lambda draw: draw.choice(
+        ("{}-{}-{}", "SSN {}{}{}", "{} {} {}", "ssn: {}.{}.{}", "{}{}{}", "{}\u2013{}\u2013{}")
+    ).format(draw.randint(100, 665), draw.randint(10, 99), draw.randint(1000, 9999)),
     "uk-nhs": lambda draw: grouped(_nhs(draw), (3, 3, 4), draw.choice((" ", "-", "", ".", " - "))),
-    "uk-nino": lambda draw: grouped(f"{draw.choice(('AB', 'JC', 'PW'))}{digits(draw, 6)}{draw.choice('ABCD')}", (2, 2, 2, 2, 1), draw.choice((" ", "", "-"))),
+    "uk-nino": lambda draw: grouped(
+        f"{draw.choice(('AB', 'JC', 'PW'))}{digits(draw, 6)}{draw.choice('ABCD')}",
+        (2, 2, 2, 2, 1),
+        draw.choice((" ", "", "-")),
+    ),
     "fr-nir": lambda draw: grouped(_nir(draw), (1, 2, 2, 2, 3, 3), draw.choice((" ", "", ".", "-", "/"))),
-    "de-insurance": lambda draw: draw.choice((grouped(_kvnr(draw), (4, 3), draw.choice((" ", ""))), grouped(_kvnr(draw), (1, 3, 3, 3), " "), _kvnr(draw).lower())),
-    "es-dni": lambda draw: draw.choice((_dni(draw), _nie(draw), grouped(_dni(draw), (2, 3, 3), "."), grouped(_dni(draw), (8,), "-"), grouped(_nie(draw), (1, 7), " "))),
-    "nl-bsn": lambda draw: grouped(_bsn(draw), draw.choice(((9,), (3, 3), (4, 2, 3), (2, 2, 2, 3))), draw.choice((".", " "))),
-    "it-cf": lambda draw: draw.choice((_fiscal(draw), _fiscal(draw).lower(), grouped(_fiscal(draw), (3, 3, 5), " "), grouped(_fiscal(draw), (6, 5), "."))),
+    "de-insurance": lambda draw: draw.choice(
+        (
+            grouped(_kvnr(draw), (4, 3), draw.choice((" ", ""))),
+            grouped(_kvnr(draw), (1, 3, 3, 3), " "),
+            _kvnr(draw).lower(),
+        )
+    ),
+    "es-dni": lambda draw: draw.choice(
+        (
+            _dni(draw),
+            _nie(draw),
+            grouped(_dni(draw), (2, 3, 3), "."),
+            grouped(_dni(draw), (8,), "-"),
+            grouped(_nie(draw), (1, 7), " "),
+        )
+    ),
+    "nl-bsn": lambda draw: grouped(
+        _bsn(draw), draw.choice(((9,), (3, 3), (4, 2, 3), (2, 2, 2, 3))), draw.choice((".", " "))
+    ),
+    "it-cf": lambda draw: draw.choice(
+        (
+            _fiscal(draw),
+            _fiscal(draw).lower(),
+            grouped(_fiscal(draw), (3, 3, 5), " "),
+            grouped(_fiscal(draw), (6, 5), "."),
+        )
+    ),
     "iban": lambda draw: grouped(_iban(draw), (4, 4, 4, 4, 4, 4), draw.choice((" ", "", "-", "  "))),
     "card": lambda draw: grouped(_card(draw), (4, 4, 4), draw.choice((" ", "", "-", "."))),
     "record-number": lambda draw: draw.choice(
-        ("MRN {}", "MRN#{}", "Hosp. no: {}", "record {}", "Fall-Nr. {}", "IPP : {}", "H{}", "patient id={}", "chart no\n{}", "({})", "NHC/{}")
+        (
+            "MRN {}",
+            "MRN#{}",
+            "Hosp. no: {}",
+            "record {}",
+            "Fall-Nr. {}",
+            "IPP : {}",
+            "H{}",
+            "patient id={}",
+            "chart no\n{}",
+            "({})",
+            "NHC/{}",
+        )
     ).format(digits(draw, draw.randint(6, 8))),
-    "health-plan": lambda draw: draw.choice(("member ID {}", "policy no. ABC-{}", "Medicare 1EG4-TE5-MK{:.2}", "subscriber # {}", "plan: {}")).format(digits(draw, 9)),
-    "account": lambda draw: draw.choice(("account {}", "acct #{}", "Konto-Nr. {}", "compte n° {}", "a/c {}")).format(digits(draw, 8)),
-    "licence": lambda draw: draw.choice(("license no. {}", "NPI {}", "GMC {}", "driver's licence {}", "LANR: {}")).format(digits(draw, 9)),
-    "vehicle": lambda draw: draw.choice((_vin(draw), f"plate {digits(draw, 1)}ABC{digits(draw, 3)}", f"Kennzeichen M-XY {digits(draw, 4)}", "LB52 KRT", f"HH-ZK {digits(draw, 3)}")),
-    "device": lambda draw: draw.choice(("serial no. SN{}", "S/N: {}-A", "IMEI {}", "pacemaker serial PJN{}", "00:1b:63:84:45:e6", "lot {}")).format(digits(draw, 7)),
-    "url": lambda draw: draw.choice(("https://portal.example.org/p/{}", "www.clinic-{}.example", "portal.example.com/{}", "example.org", "hxxp://x.example/{}")).format(digits(draw, 4)),
+    "health-plan": lambda draw: draw.choice(
+        ("member ID {}", "policy no. ABC-{}", "Medicare 1EG4-TE5-MK{:.2}", "subscriber # {}", "plan: {}")
+    ).format(digits(draw, 9)),
+    "account": lambda draw: draw.choice(("account {}", "acct #{}", "Konto-Nr. {}", "compte n° {}", "a/c {}")).format(
+        digits(draw, 8)
+    ),
+    "licence": lambda draw: draw.choice(
+        ("license no. {}", "NPI {}", "GMC {}", "driver's licence {}", "LANR: {}")
+    ).format(digits(draw, 9)),
+    "vehicle": lambda draw: draw.choice(
+        (
+            _vin(draw),
+            f"plate {digits(draw, 1)}ABC{digits(draw, 3)}",
+            f"Kennzeichen M-XY {digits(draw, 4)}",
+            "LB52 KRT",
+            f"HH-ZK {digits(draw, 3)}",
+        )
+    ),
+    "device": lambda draw: draw.choice(
+        ("serial no. SN{}", "S/N: {}-A", "IMEI {}", "pacemaker serial PJN{}", "00:1b:63:84:45:e6", "lot {}")
+    ).format(digits(draw, 7)),
+    "url": lambda draw: draw.choice(
+        (
+            "https://portal.example.org/p/{}",
+            "www.clinic-{}.example",
+            "portal.example.com/{}",
+            "example.org",
+            "hxxp://x.example/{}",
+        )
+    ).format(digits(draw, 4)),
     "ip": _ip,
     "long-number": lambda draw: draw.choice(("ref {}", "{}", "no. {}")).format(digits(draw, draw.randint(11, 12))),
-}  # fmt: skip
+}
 """By kind: an identifier in one of its formats."""
 
 NEGATIVES: tuple[Callable[[Draw], str], ...] = (
@@ -230,22 +376,33 @@ NEGATIVES: tuple[Callable[[Draw], str], ...] = (
     lambda draw: f"metformin {draw.choice((500, 850, 1000))} mg 1-0-1, ramipril 5 mg 1-0-0",
     lambda draw: f"ATC C09AA05, ICD-10 I21.{draw.randint(0, 9)}, SNOMED {digits(draw, 8)}",
     lambda draw: f"NDC {digits(draw, 5)}-{digits(draw, 4)}-{digits(draw, 2)}",
-    lambda draw: f"BP {draw.randint(100, 180)}/{draw.randint(60, 99)}, HR {draw.randint(90, 120)}, SpO2 {draw.randint(90, 99)} %",
+    lambda draw: (
+        f"BP {draw.randint(100, 180)}/{draw.randint(60, 99)}, HR {draw.randint(90, 120)}, SpO2 {draw.randint(90, 99)} %"
+    ),
     lambda draw: f"day {draw.randint(1, 21)} of 21, cycle 3/6, dose 2/4 given 8/12 ago",
     lambda draw: f"GCS 15/15, NYHA II, EF {draw.randint(20, 60)}-65 %, score 7/10",
     lambda draw: "MR angiography and MS diagnosis; may 2 tablets, Dr to review, Parkinson disease, Crohn disease",
     lambda draw: f"software version 2.{draw.randint(0, 9)}.10.4, protocol v3.1",
     lambda draw: f"heparin {digits(draw, 1)}5000 IU, insulin {draw.randint(10, 40)} IU at 22:30:00, pH 7.35",
     lambda draw: f"trial NCT{digits(draw, 8)}, batch RO{digits(draw, 7)}",
-    lambda draw: f"since {draw.randint(1990, 2024)}, aged {draw.randint(30, 80)}, room {draw.randint(100, 400)}, ward B12",
-    lambda draw: f"troponin {draw.randint(10, 90)} ng/l at 06:15, lactate 1.{draw.randint(0, 9)}, B12 {draw.randint(150, 900)} pg/ml",
-)  # fmt: skip
+    lambda draw: (
+        f"since {draw.randint(1990, 2024)}, aged {draw.randint(30, 80)}, room {draw.randint(100, 400)}, ward B12"
+    ),
+    lambda draw: (
+        f"troponin {draw.randint(10, 90)} ng/l at 06:15, lactate 1.{draw.randint(0, 9)}, B12 {draw.randint(150, 900)}"
+    ),
+)
 """Text that looks like identifiers and is none."""
+
+
+_OLD = re.compile("(?<![0-9])9[0-9](?:[FM]|yo| y/o|-year)")
+"""An age of 90 or more, which generated notes may have."""
 
 
 def notes(count: int, draw: Draw, seed: int) -> list[tuple[str, str]]:
     """Return notes, each with the kind that was planted in it; empty where none was."""
     texts = [note.note for each in HOSPITALS for note in generate_notes(each, seed=seed, part="train")]
+    texts = [text for text in texts if not _OLD.search(text)]
     kinds, found = list(PLANTED), []
     for number in range(count):
         text, kind = texts[number % len(texts)], ""
@@ -261,7 +418,7 @@ def notes(count: int, draw: Draw, seed: int) -> list[tuple[str, str]]:
 
 def run(bench: Bench) -> None:
     """Scan the notes and print the figures."""
-    draw = random.Random(bench.seed)
+    draw = random.Random(bench.seed)  # noqa: S311 - no secret
     made = notes(500 if bench.quick else 2000, draw, bench.seed)
     began = time.process_time()
     answers = [kinds_in(text) for text, _ in made]

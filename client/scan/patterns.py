@@ -63,22 +63,23 @@ _MONTHS = (
 )
 _WORDS = {
     "fax": "fax|telefax|télécopie",
-    "phone": "phone|telephone|tel|telefon|mobile|mobil|cell|call|contact|handy|téléphone|teléfono|telefono|telefoon"
+    "phone": "phone|telephone|tel|telefon|mobile|mobil|mob|cell|call|contact|handy|téléphone|teléfono|telefono|telefoon"
     "|pager|bleep|whatsapp|ph",
     "us_ssn": "ssn|social security",
     "uk_nhs": "nhs",
     "nl_bsn": "bsn|burgerservicenummer|sofi",
-    "account": "account|acct|konto|kontonr|compte|cuenta|conto|rekening|invoice|rechnung|rechnungsnr",
+    "account": "account|acct|a/c|konto|kontonr|compte|cuenta|conto|rekening|invoice|rechnung|rechnungsnr",
     "health_plan": "policy|member|subscriber|beneficiary|insurance|medicare|medicaid|plan|versichertennummer|versnr"
     "|vers\\.-nr|versicherungsnr|krankenkasse|mutuelle|póliza|polizza|polis",
     "licence": "licen[cs]e|certificate|dea|npi|gmc|lanr|approbation|rpps|colegiado|big-nummer|big",
     "vehicle": "plate|licen[cs]e plate|registration|reg|vrn|kennzeichen|kfz|immatriculation|plaque|matrícula|targa"
     "|kenteken|vin",
-    "device": "serial|s/n|sn|udi|imei|device|seriennummer|serien-nr|n° de série|número de serie"
-    "|matricola|implant|pacemaker",
+    "device": "serial|s/n|sn|udi|imei|device|seriennummer|serien-nr|n° de série|número de serie|matricola",
     "record_number": "mrn|medical record|record|hospital|patient|patienten|patientennummer|pat\\.-nr|pat\\.|chart|case"
     "|fallnummer|fall|aufnahmenummer|encounter|visit|accession|specimen|ipp|nip|historia clínica|nhc|cartella"
     "|patiëntnummer|unit|hosp|urn|pid|study",
+    "code": "snomed(?:[ -]ct)?|icd(?:-10)?|loinc|ndc|atc|pzn|pmid|isbn|ean|nct|batch|lot|charge|rxnorm|omim",
+    "age": "aged?|alter|âge|edad|età|leeftijd",
     "version": "version|ver|v|section|chapter|figure|table|grade|stage|score",
     "month": _MONTHS,
 }
@@ -156,7 +157,7 @@ def _four(match: re.Match[str], label: str) -> bool:
 
 def _card(match: re.Match[str], _: str) -> bool:
     digits = _joined(match)
-    return digits[0] in "3456" and len(set(digits)) > 2 and checks.luhn(digits)
+    return digits[0] in "3456" and len(set(digits)) > 1 and checks.luhn(digits)
 
 
 def _phone(match: re.Match[str], label: str) -> bool:
@@ -176,12 +177,12 @@ def _postal(match: re.Match[str], _: str) -> bool:
     return match[0][-2:] not in _UNITS
 
 
-def _long(match: re.Match[str], _: str) -> bool:
-    """Whether a number has seven digits or more in one piece. Pieces may be several values."""
-    return " " not in match[0] and "." not in match[0]
+def _long(match: re.Match[str], label: str) -> bool:
+    """Whether a number has seven digits or more in one piece and is no code. Pieces may be several values."""
+    return label != "code" and " " not in match[0] and "." not in match[0]
 
 
-_SEP = "[ .-]?"
+_SEP = "(?: ?[-./] ?| )?"
 _CAP = "[A-Z][A-Za-zà-ÿ'-]{1,20}"
 _TOKEN = r"[A-Za-z]{0,6}[-/ ]?[0-9](?:[-/. ]?[0-9A-Za-z]){2,18}" + _END
 _ANNOUNCED: Final[tuple[tuple[str, str, _Check], ...]] = tuple(
@@ -201,7 +202,7 @@ _NUMBERS: Final[tuple[tuple[str, re.Pattern[str], _Check], ...]] = tuple(
         ("fr-nir", rf"[12]{_SEP}[0-9]{{2}}{_SEP}[0-9]{{2}}{_SEP}[0-9][0-9AB]{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}"
          rf"[ ./-]{{0,3}}[0-9]{{2}}{_END}", partial(_checked, checks.nir)),
         ("card", rf"[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{1,7}}{_END}", _card),
-        ("es-dni", rf"[0-9]{{2}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}} ?-? ?[A-Za-z]{_END}", partial(_checked, checks.dni)),
+        ("es-dni", rf"[0-9]{{2}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[A-Za-z]{_END}", partial(_checked, checks.dni)),
         ("us-ssn", r"(?!000|666|9)[0-9]{3}([-. ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}" + _END,
          _labelled("", "us_ssn", "record_number")),
         ("us-ssn", rf"[0-9]{{3}}[-. /]{{0,3}}[0-9]{{2}}[-. /]{{0,3}}[0-9]{{4}}{_END}", _labelled("us_ssn")),
@@ -215,10 +216,11 @@ _NUMBERS: Final[tuple[tuple[str, re.Pattern[str], _Check], ...]] = tuple(
         *_ANNOUNCED,
         ("phone", r"\+ ?[1-9](?:[ ./()-]{0,3}[0-9]){7,14}", _phone),
         ("phone", r"00[1-9](?:[ ./()-]{0,3}[0-9]){8,13}" + _END, _phone),
-        ("phone", r"\(?(?:1[-. ])?[2-9][0-9]{2}\)?[-. /]{1,2}[2-9][0-9]{2}[-. ]{1,3}[0-9]{4}" + _END, _phone),
-        ("phone", r"\(?0[1-9](?:[ ./()-]{0,2}[0-9]){7,10}" + _END, _phone),
-        ("postcode", rf"[0-9]{{5}}-[0-9]{{4}}{_END}", _anything),
+        ("phone", r"\(?(?:1[-. ])?[2-9][0-9]{2}\)?[-. /]{1,3}[2-9][0-9]{2}[-. ]{1,3}[0-9]{4}" + _END, _phone),
+        ("phone", r"\(?0[1-9](?:[ ./()-]{0,3}[0-9]){7,10}" + _END, _phone),
+        ("postcode", rf"[0-9]{{5}}-[0-9]{{4}}{_END}(?!-[0-9])", _anything),
         ("postcode", rf"[1-9][0-9]{{3}} ?[A-Z]{{2}}{_END}", _postal),
+        ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])(?![0-9A-Za-z%]|[.,][0-9])", _labelled("age")),
         ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])[ -]?(?i:-?years?|yrs?|y/?o|y\.o|jahre|jährig|-jährig|ans|años"
          r"|anni|jaar|[fm])(?![a-zà-ÿ])", _anything),
         ("address", rf"[0-9]{{1,5}}[A-Za-z]?,? (?:[NSEW]\.? )?(?:{_CAP} ){{1,3}}(?i:street|st|road|rd|avenue|ave|lane"
@@ -234,21 +236,21 @@ _LETTERED: Final[tuple[tuple[str, re.Pattern[str], _Check], ...]] = tuple(
         ("de-insurance", r"[A-Za-z][ -]?[0-9]{3}[ .-]?[0-9]{3}[ .-]?[0-9]{3}", partial(_checked, checks.kvnr)),
         ("es-dni", r"[XYZxyz] ?-? ?[0-9][ .]?[0-9]{3}[ .]?[0-9]{3} ?-? ?[A-Za-z]", partial(_checked, checks.dni)),
         ("uk-nino", r"(?i:[A-CEGHJ-PR-TW-Z]{2}(?:[ -]?[0-9]{2}){3}[ -]?[A-D])", _anything),
-        ("licence", r"[A-Za-z]{2}[0-9]{7}", partial(_checked, checks.dea)),
         ("postcode", r"[A-Z]{1,2}[0-9][0-9A-Z]? ?[0-9][ABD-HJLNP-UW-Z]{2}", _anything),
         ("vehicle", r"[A-Z]{2}[0-9]{2} ?[A-HJ-PR-Z]{3}", _anything),
         *_ANNOUNCED,
+        ("licence", r"[A-Za-z]{2}[0-9]{7}", partial(_checked, checks.dea)),
         ("record-number", r"(?i:mrn|pat|pid|case|fall|ipp|nhc)[-#]?[0-9]{4,12}", _anything),
         ("record-number", r"[A-Z]{1,3}-?[0-9]{6,12}", _labelled("", "record_number", "phone")),
     )
 )  # fmt: skip
-_VIN = re.compile(rf"[A-HJ-NPR-Za-hj-npr-z0-9]{{17}}{_END}")
+_VIN = re.compile(rf"(?<![A-Za-z0-9])(?=[A-Z]{{0,16}}[0-9])[A-HJ-NPR-Z0-9]{{17}}{_END}")
 _MBI = re.compile(
     rf"(?<![A-Za-z0-9])[1-9]{_SIGNS}(?:{_SIGNS}|[0-9])[0-9]-?{_SIGNS}(?:{_SIGNS}|[0-9])[0-9]-?{_SIGNS}{{2}}[0-9]{{2}}{_END}"
 )
 _FISCAL = re.compile(
-    r"(?<![A-Za-z0-9])[A-Za-z]{3}[ -]?[A-Za-z]{3}[ -]?[0-9L-NP-Vl-np-v]{2}[A-EHLMPR-Ta-ehlmpr-t][0-9L-NP-Vl-np-v]{2}"
-    r"[ -]?[A-Za-z][0-9L-NP-Vl-np-v]{3}[ -]?[A-Za-z]" + _END
+    r"(?<![A-Za-z0-9])[A-Za-z]{3}[ .-]?[A-Za-z]{3}[ .-]?[0-9L-NP-Vl-np-v]{2}[A-EHLMPR-Ta-ehlmpr-t][0-9L-NP-Vl-np-v]{2}"
+    r"[ .-]?[A-Za-z][0-9L-NP-Vl-np-v]{3}[ .-]?[A-Za-z]" + _END
 )
 _STATES = (
     "AL|AK|AZ|AR|CA|CO|CT|DE|FL|GA|HI|ID|IL|IN|IA|KS|KY|LA|ME|MD|MA|MI|MN|MS|MO|MT|NE|NV|NH|NJ|NM|NY|NC|ND|OH|OK|OR|PA|RI"
@@ -268,10 +270,11 @@ _PLATE = re.compile(r"[ :.#-]{1,4}[A-ZÄÖÜ0-9]{1,3}[ -]?[A-Z0-9]{1,4}[ -]?[A-Z
 
 _LINK = re.compile(
     r"(?:https?|ftp|hxxps?)://[^ ]{3}|(?<![a-z0-9])www\.[a-z0-9-]{2}"
-    r"|(?<![a-z0-9@.-])[a-z0-9-]{2,63}\.(?:com|org|net|de|fr|nl|es|it|eu|io|co\.uk|gov|edu)/[a-z0-9]"
+    r"|(?<![a-z0-9@.-])(?:[a-z0-9-]{2,63}\.){1,4}(?:com|org|net|gov|edu|(?:de|fr|nl|es|it|eu|io|co\.uk)/[a-z0-9])"
+    r"(?![a-z])"
 )
 _DOMAIN = re.compile(r" ?[A-Za-z0-9-]{1,63}(?: ?(?:\.|\(dot\)|\[dot\]| dot ) ?[A-Za-z0-9-]{2,63})")
-_AT = re.compile(r"@| ?[(\[{](?:at|AT|@)[)\]}]| at (?=[a-z0-9-]{2,63}(?: dot |\.[a-z]{2,4}(?![a-z])))")
+_AT = re.compile(r"@| ?[(\[{](?:at|AT|@)[)\]}]|(?i: at (?=[a-z0-9-]{2,63} dot ))")
 _PARTICLES = r"(?:(?:van|von|de|der|den|la|le|el|di|del|da|ten|zu|zur) ){0,2}"
 _SALUTED = re.compile(
     r"(?<![A-Za-z])(?:(?:Mr|Mrs|Ms|Miss|Mx|Dr|Prof|Herrn?|Frau|Mme|Mlle|Monsieur|Madame|Sra?|Señora?|Sig|Sig\.ra|Signora?|Dhr|Mevr"
@@ -339,6 +342,8 @@ def _addresses(text: str) -> set[str]:
 def _numbered(text: str, lower: str) -> set[str]:
     """Return the kinds of all numbers of a text."""
     found = set[str]()
+    if any(checks.vin(match[0]) for match in _VIN.finditer(text)):
+        found.add("vehicle")
     for pattern, kind, where in ((_ZIP, "postcode", text), (_STREET, "address", lower), (_MBI, "health-plan", text)):
         if pattern.search(where):
             found.add(kind)
@@ -377,10 +382,10 @@ def _kind_at(text: str, at: int, digit: int, label: str) -> tuple[str, int]:
     """Return the kind of the number that begins at `at`, whose first digit is at `digit`, and where it ends."""
     if label == "month" and _with_month(text, digit):
         return "date", digit + 1
-    if (vin := _VIN.match(text, at)) and (label == "vehicle" or checks.vin(vin[0].upper())):
-        return "vehicle", vin.end()
     tried = [(_NUMBERS, at)]
-    if text[at].isalpha():
+    if text[at] in "+(" and digit > at:
+        tried = [(_NUMBERS, at), (_NUMBERS, digit)]
+    elif text[at].isalpha():
         if (end := _iban_at(text, at)) is not None:
             return "iban", end
         tried = [(_LETTERED, at), *([(_NUMBERS, digit)] if not text[digit - 1].isalpha() or label else [])]
