@@ -15,7 +15,6 @@ from privet.common.options import Json, SiteFile
 from privet.common.progress import doing, number_of, printable
 
 if TYPE_CHECKING:
-    from privet.client.scan.record import Broken
     from privet.client.scan.scanning import Places, Scan, Source
 
 _Names = Annotated[
@@ -97,7 +96,7 @@ def scan_site(
     """
     from privet.client.commands.policy import named_study
     from privet.client.policy.rules import load_policy
-    from privet.client.scan.record import broken, record_path, save
+    from privet.client.policy.scanned import broken, record_path, save
     from privet.client.scan.scanning import Source, load_recognisers, text_columns
     from privet.client.site import load_site
 
@@ -118,7 +117,7 @@ def scan_site(
     if path is not None:
         save(path, found)
     columns = None if contract is None else text_columns(contract)
-    faults = [] if rules is None else broken(found, rules.max_rate, columns)
+    faults = [] if rules is None else [str(each) for each in broken(found, rules.max_rate, columns)]
     _print(found, places, faults, page, exact, as_json)
     if not as_json:
         kept = "not kept: the site file names no file for approvals" if path is None else f"kept in {path}"
@@ -147,7 +146,7 @@ def _scanned(source: Source, as_json: bool) -> tuple[Scan, Places]:
     return scan(source, datetime.now(UTC).isoformat(timespec="seconds"), progress)
 
 
-def _print(found: Scan, places: Places, faults: list[Broken], page: Path | None, exact: bool, as_json: bool) -> None:
+def _print(found: Scan, places: Places, faults: list[str], page: Path | None, exact: bool, as_json: bool) -> None:
     from privet.client.scan.page import json_of, lines_of, page_of
 
     if page is not None:

@@ -4,7 +4,7 @@ The policy judges the effective study, with every default filled in: before any 
 anything is released. It fails closed. A missing file, an unknown key, a missing key, or a file that other users may
 write refuses every study. Clock and counts are arguments, so the verdict is a pure function.
 
-`[scan]` is about the data files, so it is judged apart (`privet.client.scan.record`), and what it finds stays at the
+`[scan]` is about the data files, so it is judged apart (`privet.client.policy.scanned`), and what it finds stays at the
 site.
 
 Three rules are elsewhere, in the site file. `[limit]` is what a dataset may spend in its lifetime, and the ledger keeps

@@ -14,10 +14,10 @@ from typing import Protocol
 from privet.client.budget.noise_memory import NoiseMemory, open_memory
 from privet.client.budget.releases import Bookkeeping, Releases
 from privet.client.policy.consent import check_lost, check_policy
+from privet.client.policy.scanned import check_scan
 from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
-from privet.client.scan.record import check_scan
 from privet.client.site import SiteConfig
 from privet.common.errors import RefusedError
 from privet.common.privacy.noise import Randomness, SecretRandomness, derive_key

@@ -10,7 +10,6 @@ from privet.client.pages.document import document
 from privet.client.pages.html import Child, bullets, element, paragraph, table
 from privet.client.pages.suppression import SMALLEST
 from privet.client.scan.kinds import ANY, FAULTS, KINDS
-from privet.client.scan.record import Broken
 from privet.client.scan.scanning import Places, Scan
 
 LIMITS = (
@@ -49,7 +48,7 @@ def faults_of(scan: Scan, *, exact: bool) -> list[tuple[str, str, str]]:
     return found
 
 
-def lines_of(scan: Scan, places: Places, faults: Sequence[Broken], *, exact: bool) -> list[str]:
+def lines_of(scan: Scan, places: Places, faults: Sequence[str], *, exact: bool) -> list[str]:
     """Return a scan as text, one fact a line."""
     lines = []
     rows = rows_of(scan, places, exact=exact)
@@ -67,7 +66,7 @@ def lines_of(scan: Scan, places: Places, faults: Sequence[Broken], *, exact: boo
     return [*lines, *(f"BROKEN: {each}" for each in faults), LIMITS]
 
 
-def json_of(scan: Scan, places: Places, faults: Sequence[Broken], *, exact: bool) -> dict[str, Any]:
+def json_of(scan: Scan, places: Places, faults: Sequence[str], *, exact: bool) -> dict[str, Any]:
     """Return a scan as JSON values: a count of few records is null unless exact counts were asked for."""
 
     def number(count: int) -> int | None:
@@ -98,11 +97,11 @@ def json_of(scan: Scan, places: Places, faults: Sequence[Broken], *, exact: bool
         "recognisers": list(scan.recognisers),
         "files": files,
         "texts": {name: value if isinstance(value, bool) else number(value) for name, value in texts.items()},
-        "broken": [str(each) for each in faults],
+        "broken": [*faults],
     }
 
 
-def page_of(scan: Scan, faults: Sequence[Broken]) -> str:
+def page_of(scan: Scan, faults: Sequence[str]) -> str:
     """Return a scan as one HTML page, which shows no count of few records."""
     rows = [
         (kind, KINDS.get(kind, "an identifier of any kind"), column, Path(path).name, count)
@@ -119,5 +118,5 @@ def page_of(scan: Scan, faults: Sequence[Broken]) -> str:
     ]
     if faults:
         content.append(element("h2", {}, "Rules of the policy that are broken"))
-        content.append(bullets([str(each) for each in faults]))
+        content.append(bullets(faults))
     return document("Scan of data files", content)

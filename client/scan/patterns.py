@@ -189,60 +189,61 @@ _ANNOUNCED: Final[tuple[tuple[str, str, _Check], ...]] = tuple(
     (kind.replace("_", "-"), _TOKEN, partial(_token, kind)) for kind in sorted(_WEAK)
 )
 _SIGNS = "[AC-HJKMNP-RT-Y]"
-_NUMBERS: Final[tuple[tuple[str, re.Pattern[str], _Check], ...]] = tuple(
-    (kind, re.compile(pattern), check)
-    for kind, pattern, check in (
-        ("ip", r"(?<![0-9]\.)(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9.]*[0-9])", _four),
-        ("date", r"(?<![0-9]\.)(?P<first>[0-9]{1,4})(?P<spaced> ?)(?P<sep>[-/. ])(?P=spaced)(?P<middle>[0-9]{1,2})"
-         r"(?P=spaced)(?P=sep)(?P=spaced)(?P<last>[0-9]{2,4})(?![0-9]|[./-][0-9])", _dated),
-        ("date", r"(?:0?[1-9]|1[0-2]) ?[/.-] ?(?:19|20)[0-9]{2}(?![0-9])", _anything),
-        ("date", r"(?:19|20)[0-9]{6}(?:T?[0-9]{4,6})?" + _END, _basic),
-        ("date", rf"[0-9]{{1,2}}(?:st|nd|rd|th|er|º)?\.?[ /-]{{0,2}}(?:of |de |del )?(?i:{_MONTHS})(?![a-zà-ÿ])",
-         _anything),
-        ("fr-nir", rf"[12]{_SEP}[0-9]{{2}}{_SEP}[0-9]{{2}}{_SEP}[0-9][0-9AB]{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}"
-         rf"[ ./-]{{0,3}}[0-9]{{2}}{_END}", partial(_checked, checks.nir)),
-        ("card", rf"[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{1,7}}{_END}", _card),
-        ("es-dni", rf"[0-9]{{2}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[A-Za-z]{_END}", partial(_checked, checks.dni)),
-        ("us-ssn", r"(?!000|666|9)[0-9]{3}([-. ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}" + _END,
-         _labelled("", "us_ssn", "record_number")),
-        ("us-ssn", rf"[0-9]{{3}}[-. /]{{0,3}}[0-9]{{2}}[-. /]{{0,3}}[0-9]{{4}}{_END}", _labelled("us_ssn")),
-        ("uk-nhs", rf"[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{4}}{_END}",
-         partial(_checked_unless, "uk_nhs", checks.nhs)),
-        ("nl-bsn", rf"(?:[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}|[0-9]{{4}}[. -][0-9]{{2}}[. -][0-9]{{3}}){_END}",
-         partial(_checked_unless, "nl_bsn", checks.bsn)),
-        ("fax", r"[+(]{0,2}[0-9](?:[ ./()-]{0,3}[0-9]){5,14}", _labelled("fax")),
-        ("phone", r"[+(]{0,2}[0-9](?:[ ./()-]{0,3}[0-9]){5,14}", _labelled("phone")),
-        ("device", r"\(01\) ?[0-9]{14}", _anything),
-        *_ANNOUNCED,
-        ("phone", r"\+ ?[1-9](?:[ ./()-]{0,3}[0-9]){7,14}", _phone),
-        ("phone", r"00[1-9](?:[ ./()-]{0,3}[0-9]){8,13}" + _END, _phone),
-        ("phone", r"\(?(?:1[-. ])?[2-9][0-9]{2}\)?[-. /]{1,3}[2-9][0-9]{2}[-. ]{1,3}[0-9]{4}" + _END, _phone),
-        ("phone", r"\(?0[1-9](?:[ ./()-]{0,3}[0-9]){7,10}" + _END, _phone),
-        ("postcode", rf"[0-9]{{5}}-[0-9]{{4}}{_END}(?!-[0-9])", _anything),
-        ("postcode", rf"[1-9][0-9]{{3}} ?[A-Z]{{2}}{_END}", _postal),
-        ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])(?![0-9A-Za-z%]|[.,][0-9])", _labelled("age")),
-        ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])[ -]?(?i:-?years?|yrs?|y/?o|y\.o|jahre|jährig|-jährig|ans|años"
-         r"|anni|jaar|[fm])(?![a-zà-ÿ])", _anything),
-        ("address", rf"[0-9]{{1,5}}[A-Za-z]?,? (?:[NSEW]\.? )?(?:{_CAP} ){{1,3}}(?i:street|st|road|rd|avenue|ave|lane"
-         r"|ln|drive|dr|court|ct|way|boulevard|blvd|close|crescent|square|terrace|place)(?![a-z])", _anything),
-        ("address", rf"[0-9]{{1,4}}(?: bis| ter)?,? (?i:rue|avenue|boulevard|place|chemin|allée|impasse|quai) "
-         rf"(?:(?:de|du|des|la|le|les|l'|d') ?){{0,2}}{_CAP}", _anything),
-        ("long-number", rf"[0-9](?:[ .-]?[0-9]){{6,24}}{_END}", _long),
-    )
+
+
+def _compiled(*rules: tuple[str, str, _Check], end: str = "") -> tuple[tuple[str, re.Pattern[str], _Check], ...]:
+    return tuple((kind, re.compile(pattern + end), check) for kind, pattern, check in rules)
+
+
+_NUMBERS: Final = _compiled(
+    ("ip", r"(?<![0-9]\.)(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9.]*[0-9])", _four),
+    ("date", r"(?<![0-9]\.)(?P<first>[0-9]{1,4})(?P<spaced> ?)(?P<sep>[-/. ])(?P=spaced)(?P<middle>[0-9]{1,2})"
+     r"(?P=spaced)(?P=sep)(?P=spaced)(?P<last>[0-9]{2,4})(?![0-9]|[./-][0-9])", _dated),
+    ("date", r"(?:0?[1-9]|1[0-2]) ?[/.-] ?(?:19|20)[0-9]{2}(?![0-9])", _anything),
+    ("date", r"(?:19|20)[0-9]{6}(?:T?[0-9]{4,6})?" + _END, _basic),
+    ("date", rf"[0-9]{{1,2}}(?:st|nd|rd|th|er|º)?\.?[ /-]{{0,2}}(?:of |de |del )?(?i:{_MONTHS})(?![a-zà-ÿ])",
+     _anything),
+    ("fr-nir", rf"[12]{_SEP}[0-9]{{2}}{_SEP}[0-9]{{2}}{_SEP}[0-9][0-9AB]{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}"
+     rf"[ ./-]{{0,3}}[0-9]{{2}}{_END}", partial(_checked, checks.nir)),
+    ("card", rf"[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{4}}{_SEP}[0-9]{{1,7}}{_END}", _card),
+    ("es-dni", rf"[0-9]{{2}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[A-Za-z]{_END}", partial(_checked, checks.dni)),
+    ("us-ssn", r"(?!000|666|9)[0-9]{3}([-. ])(?!00)[0-9]{2}\1(?!0000)[0-9]{4}" + _END,
+     _labelled("", "us_ssn", "record_number")),
+    ("us-ssn", rf"[0-9]{{3}}[-. /]{{0,3}}[0-9]{{2}}[-. /]{{0,3}}[0-9]{{4}}{_END}", _labelled("us_ssn")),
+    ("uk-nhs", rf"[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{4}}{_END}",
+     partial(_checked_unless, "uk_nhs", checks.nhs)),
+    ("nl-bsn", rf"(?:[0-9]{{3}}{_SEP}[0-9]{{3}}{_SEP}[0-9]{{3}}|[0-9]{{4}}[. -][0-9]{{2}}[. -][0-9]{{3}}){_END}",
+     partial(_checked_unless, "nl_bsn", checks.bsn)),
+    ("fax", r"[+(]{0,2}[0-9](?:[ ./()-]{0,3}[0-9]){5,14}", _labelled("fax")),
+    ("phone", r"[+(]{0,2}[0-9](?:[ ./()-]{0,3}[0-9]){5,14}", _labelled("phone")),
+    ("device", r"\(01\) ?[0-9]{14}", _anything),
+    *_ANNOUNCED,
+    ("phone", r"\+ ?[1-9](?:[ ./()-]{0,3}[0-9]){7,14}", _phone),
+    ("phone", r"00[1-9](?:[ ./()-]{0,3}[0-9]){8,13}" + _END, _phone),
+    ("phone", r"\(?(?:1[-. ])?[2-9][0-9]{2}\)?[-. /]{1,3}[2-9][0-9]{2}[-. ]{1,3}[0-9]{4}" + _END, _phone),
+    ("phone", r"\(?0[1-9](?:[ ./()-]{0,3}[0-9]){7,10}" + _END, _phone),
+    ("postcode", rf"[0-9]{{5}}-[0-9]{{4}}{_END}(?!-[0-9])", _anything),
+    ("postcode", rf"[1-9][0-9]{{3}} ?[A-Z]{{2}}{_END}", _postal),
+    ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])(?![0-9A-Za-z%]|[.,][0-9])", _labelled("age")),
+    ("age-over-89", r"(?:9[0-9]|1[0-2][0-9])[ -]?(?i:-?years?|yrs?|y/?o|y\.o|jahre|jährig|-jährig|ans|años"
+     r"|anni|jaar|[fm])(?![a-zà-ÿ])", _anything),
+    ("address", rf"[0-9]{{1,5}}[A-Za-z]?,? (?:[NSEW]\.? )?(?:{_CAP} ){{1,3}}(?i:street|st|road|rd|avenue|ave|lane"
+     r"|ln|drive|dr|court|ct|way|boulevard|blvd|close|crescent|square|terrace|place)(?![a-z])", _anything),
+    ("address", rf"[0-9]{{1,4}}(?: bis| ter)?,? (?i:rue|avenue|boulevard|place|chemin|allée|impasse|quai) "
+     rf"(?:(?:de|du|des|la|le|les|l'|d') ?){{0,2}}{_CAP}", _anything),
+    ("long-number", rf"[0-9](?:[ .-]?[0-9]){{6,24}}{_END}", _long),
 )  # fmt: skip
-_LETTERED: Final[tuple[tuple[str, re.Pattern[str], _Check], ...]] = tuple(
-    (kind, re.compile(pattern + _END), check)
-    for kind, pattern, check in (
-        ("de-insurance", r"[A-Za-z][ -]?[0-9]{3}[ .-]?[0-9]{3}[ .-]?[0-9]{3}", partial(_checked, checks.kvnr)),
-        ("es-dni", r"[XYZxyz] ?-? ?[0-9][ .]?[0-9]{3}[ .]?[0-9]{3} ?-? ?[A-Za-z]", partial(_checked, checks.dni)),
-        ("uk-nino", r"(?i:[A-CEGHJ-PR-TW-Z]{2}(?:[ -]?[0-9]{2}){3}[ -]?[A-D])", _anything),
-        ("postcode", r"[A-Z]{1,2}[0-9][0-9A-Z]? ?[0-9][ABD-HJLNP-UW-Z]{2}", _anything),
-        ("vehicle", r"[A-Z]{2}[0-9]{2} ?[A-HJ-PR-Z]{3}", _anything),
-        *_ANNOUNCED,
-        ("licence", r"[A-Za-z]{2}[0-9]{7}", partial(_checked, checks.dea)),
-        ("record-number", r"(?i:mrn|pat|pid|case|fall|ipp|nhc)[-#]?[0-9]{4,12}", _anything),
-        ("record-number", r"[A-Z]{1,3}-?[0-9]{6,12}", _labelled("", "record_number", "phone")),
-    )
+_LETTERED: Final = _compiled(
+    ("de-insurance", r"[A-Za-z][ -]?[0-9]{3}[ .-]?[0-9]{3}[ .-]?[0-9]{3}", partial(_checked, checks.kvnr)),
+    ("es-dni", r"[XYZxyz] ?-? ?[0-9][ .]?[0-9]{3}[ .]?[0-9]{3} ?-? ?[A-Za-z]", partial(_checked, checks.dni)),
+    ("uk-nino", r"(?i:[A-CEGHJ-PR-TW-Z]{2}(?:[ -]?[0-9]{2}){3}[ -]?[A-D])", _anything),
+    ("postcode", r"[A-Z]{1,2}[0-9][0-9A-Z]? ?[0-9][ABD-HJLNP-UW-Z]{2}", _anything),
+    ("vehicle", r"[A-Z]{2}[0-9]{2} ?[A-HJ-PR-Z]{3}", _anything),
+    *_ANNOUNCED,
+    ("licence", r"[A-Za-z]{2}[0-9]{7}", partial(_checked, checks.dea)),
+    ("record-number", r"(?i:mrn|pat|pid|case|fall|ipp|nhc)[-#]?[0-9]{4,12}", _anything),
+    ("record-number", r"[A-Z]{1,3}-?[0-9]{6,12}", _labelled("", "record_number", "phone")),
+    end=_END,
 )  # fmt: skip
 _VIN = re.compile(rf"(?<![A-Za-z0-9])(?=[A-Z]{{0,16}}[0-9])[A-HJ-NPR-Z0-9]{{17}}{_END}")
 _MBI = re.compile(

@@ -7,7 +7,7 @@ and texts of one key are compared with their next neighbours alone. A crowd of e
 
 from __future__ import annotations
 
-import random
+import hashlib
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ _SAMPLE = 2000
 _COMMON, _MOSTLY = 0.5, 0.8
 """A text is templated if `_MOSTLY` of its shingles are each in more than `_COMMON` of all texts."""
 _WORDS = re.compile(r"\w+")
-_MIX = np.random.Generator(np.random.PCG64(23)).integers(0, 2**63, (2, _HASHES), dtype=np.uint64)
+_MIX = np.frombuffer(hashlib.shake_256(b"shingles").digest(2 * _HASHES * 8), "<u8").reshape(2, _HASHES)
 _FACTORS, _SHIFTS = _MIX[0] | np.uint64(1), _MIX[1]
 _PLACES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
@@ -87,7 +87,7 @@ class Twins:
     _cells: np.ndarray = field(default_factory=lambda: np.zeros(_CELLS, np.uint32))
     _texts: int = 0
     _sample: list[np.ndarray] = field(default_factory=list)
-    _draw: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - a sample, no secret
+    _stride: int = 1
 
     def add(self, text: str, unit: str, label: str | None, *, test: bool) -> None:
         """Take a text with words in it.
@@ -109,14 +109,14 @@ class Twins:
             self._facts.append((hash(unit) >> 2, -1 if label is None else hash(label) >> 2, test))
 
     def _count(self, hashes: np.ndarray) -> None:
-        """Count a text's shingles, and keep them if the text is drawn for the sample (Vitter 1985, algorithm R)."""
+        """Count a text's shingles, and keep those of each `_stride`-th text as the sample."""
         cells = np.unique((hashes % np.uint64(_CELLS)).astype(np.uint32))
         self._cells[cells] += 1
-        self._texts += 1
-        if len(self._sample) < _SAMPLE:
+        if self._texts % self._stride == 0:
             self._sample.append(cells)
-        elif (place := self._draw.randrange(self._texts)) < _SAMPLE:
-            self._sample[place] = cells
+            if len(self._sample) > _SAMPLE:
+                self._sample, self._stride = self._sample[::2], 2 * self._stride
+        self._texts += 1
 
     def counts(self) -> Alike:
         """Return the counts of all texts so far."""

@@ -20,12 +20,12 @@ from privet.client.commands import policy, scan
 from privet.client.pages.style import STYLE
 from privet.client.policy.consent import policy_digest
 from privet.client.policy.rules import ScanRules, SitePolicy, load_policy
+from privet.client.policy.scanned import check_scan, load, record_path
 from privet.client.rounds.answers import _failure
 from privet.client.rounds.site import RealSite
 from privet.client.scan import checks, scanning
 from privet.client.scan.kinds import ANY, COUNTED, FAULTS, KINDS
 from privet.client.scan.patterns import kinds_in, plain
-from privet.client.scan.record import check_scan, load, record_path
 from privet.client.scan.twins import Twins
 from privet.client.site import load_site
 from privet.common.errors import PrivetError, ScanError
