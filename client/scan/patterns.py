@@ -89,8 +89,8 @@ _LABELS = re.compile(
     + "|".join(f"(?P<{kind}>{words})" for kind, words in _WORDS.items())
     + f")(?![a-zà-ÿ]){_FOLLOWED}{_FOLLOWED}"
 )
-_GAP = 5
-"""Most characters between such a word and its number."""
+_GAP = 11
+"""Most characters between such a word and its number, such as those of `: +(0` or `: ABC-`."""
 _WEAK = frozenset({"record_number", "vehicle", "device", "licence", "health_plan", "account"})
 """Labels that need a number of some length: `patient 62`, `stage 2` and `unit 3` identify nobody."""
 
@@ -348,10 +348,15 @@ def _numbered(text: str, lower: str) -> set[str]:
     for pattern, kind, where in ((_ZIP, "postcode", text), (_STREET, "address", lower), (_MBI, "health-plan", text)):
         if pattern.search(where):
             found.add(kind)
-    for match in _FISCAL.finditer(text):
-        if checks.codice_fiscale(_joined(match)):
-            found.add("it-cf")
-            text = text[: match.start()] + " " * len(match[0]) + text[match.end() :]
+
+    def codes(match: re.Match[str]) -> str:
+        """Take a codice fiscale out of the text, so that its parts are no numbers of other kinds."""
+        if not checks.codice_fiscale(_joined(match)):
+            return match[0]
+        found.add("it-cf")
+        return " " * len(match[0])
+
+    text = _FISCAL.sub(codes, text)
     labels = [_Near(str(match.lastgroup), match.end()) for match in _LABELS.finditer(lower)]
     next_label, near = 0, _Near("", -_GAP)
     for label in labels:
@@ -372,11 +377,10 @@ def _numbered(text: str, lower: str) -> set[str]:
 
 def _said(near: _Near, text: str, digit: int) -> str:
     """Return what the last word before a number says of it; empty if something stands between them."""
-    gap = text[near.end : digit].lstrip(" :#=.-(+/")
-    letters = gap.rstrip(" -")
-    if digit - near.end > _GAP + 6 or (letters and not (letters.isalpha() and len(letters) <= 4 and letters.isupper())):
+    if digit - near.end > _GAP:  # before the text between is copied: the word may be far away
         return ""
-    return near.kind
+    between = text[near.end : digit].strip(" :#=.-(+/")
+    return near.kind if not between or (between.isalpha() and between.isupper()) else ""
 
 
 def _kind_at(text: str, at: int, digit: int, label: str) -> tuple[str, int]:

@@ -210,7 +210,9 @@ def _check_header(path: Path, texts: Mapping[str, str], known: Mapping[str, Coun
     """
     for column, text in texts.items():
         new = column not in known
-        looks = new and (len(column) > _LONGEST_NAME or sum(map(str.isdigit, column)) > 3 or kinds_in(column))
+        looks = new and (
+            len(column) > _LONGEST_NAME or not any(map(str.isalpha, column)) or bool(kinds_in(column.replace("_", " ")))
+        )
         if looks or text == column or len(known) > _MOST_COLUMNS:
             raise DataError(
                 f"{path}: expected names of columns in the first line, or as the keys of JSON objects; found what may "

@@ -23,6 +23,7 @@ from privet.client.policy.rules import ScanRules, SitePolicy, load_policy
 from privet.client.policy.scanned import check_scan, load, record_path
 from privet.client.rounds.answers import _failure
 from privet.client.rounds.site import RealSite
+from privet.client.rounds.worker import Worker
 from privet.client.scan import checks, scanning
 from privet.client.scan.kinds import ANY, COUNTED, FAULTS, KINDS
 from privet.client.scan.patterns import kinds_in, plain
@@ -143,11 +144,31 @@ def test_names_are_found_by_lists_where_they_are_capitalised() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["1", "1 ", "a", "A ", "1-", "(", "+1", "@", "a.", "via a ", "Mr ", "1:", "A1", "01/", "a@", "no. ", "ﷺ", "٣"],
+    [
+        "1",
+        "1 ",
+        "a",
+        "A ",
+        "1-",
+        "(",
+        "+1",
+        "@",
+        "a.",
+        "via a ",
+        "Mr ",
+        "1:",
+        "A1",
+        "01/",
+        "a@",
+        "no. ",
+        "ﷺ",
+        "٣",
+        "RSSMRA85T10A562S ",
+    ],
 )
 def test_time_is_linear_in_adversarial_texts(part: str) -> None:
     def seconds(length: int) -> float:
-        text = part * (length // len(part))
+        text = "phone of " + part * (length // len(part))
         began = time.process_time()
         kinds_in(text)
         return time.process_time() - began
@@ -401,3 +422,30 @@ def test_a_record_that_others_may_write_or_that_is_none_is_refused_without_its_c
     with pytest.raises(PrivetError) as found:
         load(path)
     assert "Smithson" not in str(found.value)
+
+
+def test_a_worker_compares_the_files_before_it_loads_them(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, study = site, load_study(site.parent / "study.toml")
+    file.write_text(SITE + '[log]\npolicy = "p"\ncoordinator = "' + "0" * 64 + '"\nstate = "s"\nkey = "k"\n')
+    require(site, "email = 0.0")
+    with pytest.raises(ScanError, match="there is none"):
+        RealSite(load_site(file)).check_agreed(study)
+    run(scan.scan_site, site)
+    worker, loaded = Worker(RealSite(load_site(file))), list[str]()
+    monkeypatch.setattr(worker, "_host", lambda study: None)
+    monkeypatch.setattr("privet.client.rounds.worker.load_data", lambda *args, **kwargs: loaded.append("all"))
+    worker.open(study)
+    assert loaded == ["all"]
+    (site.parent / "notes.csv").write_text("t,l\nanother,a\n")
+    with pytest.raises(ScanError, match="has changed since"):
+        Worker(RealSite(load_site(file)))._load(study, None)  # type: ignore[arg-type]
+    assert loaded == ["all"]
+    require(site, "any-identifier = 0.0, empty = 0.0")  # a stricter policy holds from the next message on
+    worker.open(study)
+
+
+def test_an_example_of_the_documentation_is_a_policy(site: Path) -> None:
+    require(site, "email = 0.0, us-ssn = 0.0, date = 0.02, train-test = 0.0")
+    explained = run(policy.policy, site).output
+    assert "It trains only on files that `privet site scan` has scanned" in explained
+    assert "date in 2.00%" in explained
