@@ -59,7 +59,9 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     for line in warnings:
         console.print(f"WARNING: {line}", style="yellow", markup=False, highlight=False)
     following = f"train it with `privet simulate {path_text(study)}`"
-    if not simulated:
+    if meaning.get("cells"):
+        following = f"run it with `privet {'simulate' if simulated else 'coordinator run'} {path_text(study)}`"
+    elif not simulated:
         following = f"make the adapter that sites start from with `privet adapter {path_text(study)} adapter`"
     typer.echo(closing(check_sentence(meaning), following))
 
@@ -185,7 +187,8 @@ def _simulate(
         typer.echo(f"{target} is finished; nothing was changed")
     elif (figure := save_figure(summary, simulated.path)) is not None:
         typer.echo(f"curves   {target / figure.name}")
-    typer.echo(f"adapter  {target / 'adapter'}")
+    made = "counts.json" if "counts" in summary else "adapter"
+    typer.echo(f"{made.partition('.')[0]:<7}  {target / made}")
     typer.echo(closing(result_sentence(summary), f"write a report with `privet report {path_text(target)}`"))
 
 

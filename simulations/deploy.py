@@ -333,7 +333,7 @@ def _policy_for(text: str, study: Path, units: int) -> str:
         "privacy.min_noise_multiplier": 0.4,
         "privacy.min_units": units,
         "cohort.min_threshold": 2,
-        "metrics.allow": ["validation"] if asked.data.validation_fraction else [],
+        "metrics.allow": [asked.kind] if asked.counts else ["validation"] if asked.data.validation_fraction else [],
     }
     return changed(text, changes, "policy.toml")
 

@@ -116,12 +116,12 @@ class Releases:
         release = RoundKey(dataset, study.digest, min(done + 1, study.rounds))
         # A site that was not asked into the head start pays for training alone.
         left = max(study.training.rounds - done + self._took_head(study), 0)
-        first = [] if done or not study.training.starts_head else [(cost_of_round(study, self._site, number=1), 1)]
+        first = [] if done or not study.sums_units(1) else [(cost_of_round(study, self._site, number=1), 1)]
         check_budget(release, limit, cost, items, left, [(each, count) for each, count in first if each is not None])
 
     def _took_head(self, study: Study) -> bool:
         """Whether a head start counts among the study's rounds in the ledger."""
-        return study.training.starts_head and self._ledger.counts(self._release(study, 1))
+        return study.sums_units(1) and self._ledger.counts(self._release(study, 1))
 
     def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> Contribution | None:
         """Reserve a round, or return the contribution that was charged for it before.
@@ -138,7 +138,7 @@ class Releases:
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
         cost, limit = cost_of_round(study, self._site, sites=sites, number=opened.round), limit_of(self._site)
-        head = study.is_head_start(opened.round)
+        head = study.sums_units(opened.round)
         with _own_affair():
             planned = 1 if head else study.training.rounds + self._took_head(study)
             later = cost_of_study(study, self._site)[1:] if head else ()
@@ -292,7 +292,7 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, number: int
     rule = site.rule_for(study.data.unit)
     if rule is not None:  # a rule changes names, hence hashes: another split than the column's without it
         named = digest(canonical_json({"column": study.data.unit, "rule": rule}))
-    head = number is not None and study.is_head_start(number)
+    head = number is not None and study.sums_units(number)
     event = mechanism.event(head=head)
     cost = Cost(event, mechanism.validation, study.data.validation_fraction, named)
     if not (study.distributed and sites):
@@ -320,7 +320,7 @@ def charge_of(
     delta, epsilon = spent or (mechanism.delta, mechanism.spent(round_number))
     return Charge(
         account=account(site.dataset or site.name, study.privacy.unit, delta),
-        training=mechanism_of(mechanism.event(head=study.is_head_start(round_number))),
+        training=mechanism_of(mechanism.event(head=study.sums_units(round_number))),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
         delta=delta,
         epsilon=epsilon,

@@ -14,6 +14,7 @@ from privet.client.site import SiteConfig
 from privet.common.errors import Finding
 from privet.common.masking.groups import smallest_sum
 from privet.common.masking.parameters import suite_of
+from privet.common.study.counts import cells_of, most_records
 from privet.common.study.study import Study
 from privet.common.study.terms import terms_text
 
@@ -116,7 +117,21 @@ def _base(site: SiteConfig, study: Study) -> str:
     return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
 
 
+def _counting(study: Study) -> str:
+    """Return what a study that trains nothing counts."""
+    cells = list(cells_of(study).titles.values())
+    most = most_records(study)
+    rows = f", of each patient at most {most} records, drawn at random" if study.privacy.unit == "patient" else ""
+    if study.evaluation is None:
+        return f"NOTHING is trained. One round counts, over all your records{rows}: {'; '.join(cells)}."
+    which = "training" if study.evaluation.files == "train" else "test"
+    what = "the base alone" if study.evaluation.adapter == "base" else f"the adapter {study.evaluation.adapter}"
+    return f"NOTHING is trained. One round measures {what} on all your {which} files, and counts: {'; '.join(cells)}."
+
+
 def _training(site: SiteConfig, study: Study) -> str:
+    if study.counts:
+        return _counting(study)
     training = study.training
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
     adapter = f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}"
@@ -185,8 +200,11 @@ def _leaves(site: SiteConfig, study: Study) -> str:
     noisy = "noisy " if study.private else ""
     masked = "masked " if study.secure_aggregation.mode == "masked" else ""
     count = "a count" if site.declared_count is None else f"the count {site.declared_count}"
+    what = (
+        f"the {noisy}{masked}counts named above" if study.counts else f"one {noisy}{masked}update of the adapter{sums}"
+    )
     return (
-        f"in each round one {noisy}{masked}update of the adapter{sums}, and signed statements for the round log. The "
+        f"{'once' if study.counts else 'in each round'} {what}, and signed statements for the round log. The "
         f"consent declares {count} in the clear. No record and no id leaves."
     )
 

@@ -104,8 +104,9 @@ class CohortRules(Section):
 class MetricRules(Section):
     """What may leave besides updates."""
 
-    allow: tuple[Literal["validation"], ...]
-    """`validation`: the noisy sums of loss and accuracy on held-out units."""
+    allow: tuple[Literal["validation", "statistics", "evaluate"], ...]
+    """`validation`: the noisy sums of loss and accuracy on held-out units. `statistics`, `evaluate`: the noisy counts
+    of a study of this kind, which trains nothing."""
 
 
 MOST_LOST = 5
@@ -266,6 +267,8 @@ def _model(rules: ModelRules, study: Study, facts: Facts) -> Iterator[Finding]:
     base = base_digest(study)
     if rules.bases != "any" and base not in rules.bases:
         yield _finding("E_BASE", "model.bases", base, _listed(rules.bases))
+    if study.kind == "statistics":  # which has no adapter
+        return
     targets = () if rules.targets == "any" else tuple(set(study.lora.targets) - set(rules.targets))
     if targets:
         yield _finding("E_TARGETS", "model.targets", _listed(targets), _listed(rules.targets))
@@ -382,6 +385,8 @@ def opening_threshold(study: Study) -> int:
 def _metrics(rules: MetricRules, study: Study) -> Iterator[Finding]:
     if study.data.validation_fraction > 0 and "validation" not in rules.allow:
         yield _finding("E_METRICS", "metrics.allow", "validation", _listed(rules.allow))
+    if study.counts and study.kind not in rules.allow:
+        yield _finding("E_METRICS", "metrics.allow", study.kind, _listed(rules.allow))
 
 
 def _limits(rules: LimitRules, study: Study, facts: Facts) -> Iterator[Finding]:

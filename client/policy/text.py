@@ -39,7 +39,8 @@ min_sites = 3                    # least number of sites whose updates are summe
 min_threshold = 3                # least number of sites whose shares unmask a round
 
 [metrics]
-allow = []                       # "validation": noisy sums of loss and accuracy on held-out units
+allow = []                       # "validation": noisy sums of loss and accuracy on held-out units; "statistics",
+                                 # "evaluate": noisy counts of studies that train nothing
 
 [limits]
 max_rounds = 50

@@ -74,6 +74,11 @@ def open_release(path: Path) -> Release:
             f"name the directory that the run was written to, or the directory `release` in it"
             f"{inside(path, STUDY) or beside(path, STUDY)}",
         ) from None
+    if study.kind == "statistics":
+        raise StateError(
+            f"{path} holds counts of records, and no adapter: its study is of kind statistics",
+            "name the run of a study that trains; `privet report RUN` shows counts",
+        )
     site, shared = _personal(path)
     # What a site made of a revoked adapter is revoked with it.
     received = check_received(path.parent, shared) if site else check_received(folder, digest(data))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
+from privet.client.training.counts import Countable, countable
 from privet.client.training.data import DataReport, Records, site_records, split_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
@@ -22,6 +23,7 @@ class SiteData:
 
     Attributes:
         names: With correlated noise, a digest of the names of units that follow from their rows: of records; else "".
+        counts: The records as a study of kind statistics counts them; None for other kinds.
     """
 
     training: TrainingSet
@@ -29,6 +31,7 @@ class SiteData:
     validation_units: Sequence[Sequence[int]]
     reports: Sequence[DataReport]
     names: str = ""
+    counts: Countable | None = None
 
 
 def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes, *, distinct: bool) -> SiteData:
@@ -46,7 +49,12 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
             not say which rule holds, or no training record is left.
         RefusedError: The study's delta is too large for so few units.
     """
-    records, reports = site_records(site, study, distinct=distinct)
+    records, reports = site_records(counted_files(site, study), study, distinct=distinct)
+    if study.kind == "statistics":
+        counts = countable(study, host.tokenizer, records)
+        declared = site.declared_count or rounded_count(len(counts.units))
+        check_delta(study, declared)
+        return SiteData(TrainingSet((), counts.units, declared), (), (), reports, counts=counts)
     training, validation = split_records(records, study.data.validation_fraction, split_key)
     if not len(training):
         raise DataError(
@@ -67,6 +75,22 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         reports=reports,
         names=_names_of(study, training),
     )
+
+
+def counted_files(site: SiteConfig, study: Study) -> SiteConfig:
+    """Return a site's file with the files that a study reads as its training files.
+
+    Raises:
+        RefusedError: The study measures on test files, and the site file names none.
+    """
+    if study.evaluation is None or study.evaluation.files == "train":
+        return site
+    if not site.test:
+        raise RefusedError(
+            f"site {site.name}: the study measures on test files (evaluation.files), but the site file names none",
+            "add `test = [FILE]` to the site file, or leave this study out",
+        )
+    return site.model_copy(update={"train": site.test})
 
 
 def _units_of(study: Study, records: Records) -> list[list[int]]:

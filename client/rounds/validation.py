@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from privet.client.rounds.loading import SiteData
+from privet.client.training.counts import unit_scores
 from privet.client.training.host import ModelHost
-from privet.client.training.preference import Judged, judge
+from privet.client.training.preference import judge
 from privet.common.privacy.noise import cut
 from privet.common.study.adapter import Adapter
-from privet.common.study.messages import VALIDATION_LOSS_CAP
 
 SENSITIVITY = 3**0.5
 """Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
@@ -36,15 +34,6 @@ def validation_points(host: ModelHost, adapter: Adapter, data: SiteData, lattice
     host.mount(adapter)
     if data.validation:
         scores = judge(host, data.validation)
-        # A unit's rows are averaged first, and its loss is capped and scaled to [0, 1]. So one unit adds at most
-        # `SENSITIVITY`, however many rows it has and however wrong the model is on them.
         for rows in data.validation_units:
-            losses = [finite_loss(scores[row]) for row in rows]
-            loss = min(float(np.mean(losses)), VALIDATION_LOSS_CAP) / VALIDATION_LOSS_CAP
-            sums += cut(np.array([1.0, loss, float(np.mean([scores[row].correct for row in rows]))]), lattice)
+            sums += cut(unit_scores(scores, rows), lattice)
     return sums
-
-
-def finite_loss(found: Judged) -> float:
-    """Return a record's loss; the cap where it is not finite."""
-    return found.loss if math.isfinite(found.loss) else VALIDATION_LOSS_CAP

@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,12 @@ from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
-from privet.client.training.headstart import share_head, start_head
+from privet.client.training.counts import count_sum, score_sum
+from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
+from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError
@@ -42,6 +45,7 @@ from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import check_suite
 from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values
+from privet.common.study.counts import check_measured
 from privet.common.study.messages import (
     Consent,
     Contribution,
@@ -279,6 +283,8 @@ class Worker:
         self.site.check_lost(study, opened)
         data, host = self.open(study)
         whole = completed(host, study, opened, lambda: initial_adapter(study, host))
+        if study.counts:
+            check_measured(study, read_adapter(host, whole))
         if seen is not None:
             self._checked = whole, seen
         return study, data, host, whole
@@ -348,10 +354,15 @@ class Worker:
         # Before training, which replaces the received adapter in the host.
         metrics = self._validate(study, host, adapter, data, opened.round, payment)
         draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
-        head = study.is_head_start(opened.round)
+        head = study.sums_units(opened.round)
         event = None if mechanism is None else mechanism.event(head=head)
+        weight = study.aggregation.weight(data.training.declared)
         if head:
-            update = start_head(host, study, adapter, data.training, draws.noise, mechanism=event, physical_batch=batch)
+            terms = _terms(study, host, adapter, data, draws, batch)
+            total = release_sum(study, terms, len(data.training.units), draws.noise, event, host.meter)
+            # What a head start sends is weight times a mean in float32, as every update is. Counts leave as they are.
+            update: NDArray[np.floating[Any]]
+            update = total / weight if study.counts else (total / weight).astype(np.float32)
         else:
             done = study.trained_before(opened.round) * study.training.steps
             update = train_round(
@@ -365,7 +376,6 @@ class Worker:
                 physical_batch=batch,
                 own=own_values(study, host.spec, self.name),
             )
-        weight = study.aggregation.weight(data.training.declared)
         with np.errstate(over="ignore"):
             weighted = (weight * update).astype(np.float32)
         if not np.isfinite(weighted).all():
@@ -387,10 +397,11 @@ class Worker:
     ) -> Contribution:
         """Return this site's part of the single step in a round where sites share the noise."""
         draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
-        head = study.is_head_start(opened.round)
+        head = study.sums_units(opened.round)
         shares, own = shared_noise(study, len(opened.cohort), head=head), own_values(study, host.spec, self.name)
         if head:
-            numbers = share_head(host, study, adapter, data.training, draws.noise, shares=shares, physical_batch=batch)
+            terms = _terms(study, host, adapter, data, draws, batch)
+            numbers = share_sum(terms, len(data.training.units), draws.noise, shares, host.meter)
         elif shares.band is None:
             numbers = release_step(
                 host, study, adapter, data.training, draws, shares=shares, physical_batch=batch, own=own
@@ -440,9 +451,20 @@ class Worker:
         return Draws(Paid(sampling, payment), Paid(noise, payment))
 
 
+def _terms(
+    study: Study, host: ModelHost, adapter: Adapter, data: SiteData, draws: Draws, physical_batch: int
+) -> Summing:
+    """Return what adds up the terms of all units, of a round that is one sum over them."""
+    if data.counts is not None:
+        return partial(count_sum, study, data.counts, draws.sampling)
+    if study.kind == "evaluate":
+        return partial(score_sum, host, study, adapter, data.training.features, data.training.units)
+    return partial(class_sums, host, study, adapter, data.training, physical_batch)
+
+
 def _upload_bytes(study: Study, host: ModelHost, number: int) -> int:
     """Return the bytes of an update as the policy counts them: 4 for each value, also of a step's sum, before masks."""
-    values = sum(tensor.size for tensor in released(study, host.spec, head=study.is_head_start(number)))
+    values = sum(tensor.size for tensor in released(study, host.spec, head=study.sums_units(number)))
     validates = study.data.validation_fraction > 0 and not study.distributed
     return 4 * values + (8 * VALIDATION_SUMS if validates else 0)
 

@@ -54,10 +54,13 @@ class Records:
             `privet.client.training.forms` reads all forms of language models alike.
         units: Name of the unit of each row, as long as `rows`: from the value of the study's `data.unit` column, or
             a digest of the row where the study names none.
+        incomplete: Name of the unit of each row that is no record because a value is missing, empty or of no use.
+            Where units are patients, rows without one are not among them.
     """
 
     rows: tuple[dict[str, Any], ...]
     units: tuple[str, ...]
+    incomplete: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.units):
@@ -237,7 +240,9 @@ def site_records(site: SiteConfig, study: Study, *, distinct: bool = False) -> t
     parts, reports = load_files(site, study)
     records = concatenate(parts, distinct=distinct)
     if site.rule_for(study.data.unit) is None and study.data.unit is not None and study.privacy.unit == "patient":
-        for names in [part.units for part in parts] if distinct else [records.units]:
+        for part in parts if distinct else [records]:
+            # Only a study that counts incomplete rows has to know whose they are.
+            names = (*part.units, *part.incomplete) if study.kind == "statistics" else part.units
             check_spellings(names, study.data.unit)
     return records, reports
 
@@ -280,6 +285,7 @@ def concatenate(parts: Sequence[Records], *, distinct: bool = False) -> Records:
     return Records(
         tuple(row for part in parts for row in part.rows),
         tuple(f"{i}:{unit}" if distinct else unit for i, part in enumerate(parts) for unit in part.units),
+        tuple(f"{i}:{unit}" if distinct else unit for i, part in enumerate(parts) for unit in part.incomplete),
     )
 
 
@@ -431,6 +437,7 @@ def _clean(
     kept_units: list[str] = []
     dropped: dict[str, list[int]] = {}
     seen: set[str] = set()
+    incomplete: list[str] = []
     places = Places(study.task.labels)
     for index in range(count):
         values = {role: column[index] for role, column in raw.items()}
@@ -442,6 +449,8 @@ def _clean(
             reason = _unusable(row)
         if reason:
             dropped.setdefault(reason, []).append(index)
+            if not (units and not units[index] and study.privacy.unit == "patient"):
+                incomplete.append(units[index] if units else f"row {index}")
             continue
         if training and units and not units[index]:
             dropped.setdefault(NO_UNIT, []).append(index)
@@ -459,7 +468,7 @@ def _clean(
         for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, SAME, NO_UNIT, DUPLICATE)
         if reason in dropped
     }
-    return Records(tuple(rows), tuple(kept_units)), reasons
+    return Records(tuple(rows), tuple(kept_units), tuple(incomplete)), reasons
 
 
 def _clean_row(values: dict[str, Any], places: Places, study: Study) -> dict[str, Any]:

@@ -19,6 +19,10 @@ A unit's gradient g is clipped in one of three ways:
   releases a second sum: each unit counts +1/2 if its norm is at most C and -1/2 if not, so that one unit moves
   it by at most 1/2. Both sums over their deviations are one Gaussian vector: see `privacy.split_noise`.
 
+With `Clipping.head` the head's part of a gradient and the rest are clipped apart, flat or automatic, each to a norm of
+its own; the squares of both norms add up to C². Parts of a vector are orthogonal, so the norm of a term is at most C as
+before, and nothing else in the argument changes.
+
 A unit whose gradient is not finite contributes zero to either sum: stopping on it would itself tell that it is
 there.
 """
@@ -86,6 +90,10 @@ def per_sample_gradients(
         yield collected
 
 
+Columns = tuple[tuple[int, int], ...]
+"""Ranges of columns, from and to, in order."""
+
+
 @dataclass(frozen=True)
 class Clipping:
     """How a step clips units, and the lattice on which it adds them: see the module's docstring.
@@ -94,11 +102,32 @@ class Clipping:
         norm: C.
         lattice: Size of the integer 1 in a term, in units of the gradient.
         stability: s of automatic clipping; None clips flat.
+        head: Columns of the head, from and to, that are clipped apart from the others; none clips all together.
+        head_share: The head's part of C², above 0 and below 1, where it is clipped apart.
     """
 
     norm: float
     lattice: float
     stability: float | None = None
+    head: Columns = ()
+    head_share: float = 0.0
+
+    def parts(self, size: int) -> list[tuple[Columns, float]]:
+        """Return the parts of a gradient [size] that are clipped apart: their columns, and the norm of each.
+
+        Raises:
+            StateError: The head's norm would be 0 or C, as an adapter has no head or nothing else.
+        """
+        if not self.head:
+            return [(((0, size),), self.norm)]
+        edges = [0, *(edge for columns in self.head for edge in columns), size]
+        rest = tuple(pair for pair in zip(edges[::2], edges[1::2], strict=True) if pair[0] < pair[1])
+        if not rest or not 0 < self.head_share < 1:
+            raise StateError("clipping: expected a head and other values beside it", "report this as a bug")
+        return [
+            (self.head, self.norm * math.sqrt(self.head_share)),
+            (rest, self.norm * math.sqrt(1 - self.head_share)),
+        ]
 
     @property
     def largest(self) -> int:
@@ -164,29 +193,41 @@ def clip_units(gradients: torch.Tensor, clipping: Clipping) -> tuple[torch.Tenso
     width = _COLUMNS if gradients.device.type == "cpu" else _WIDE_COLUMNS
     # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high. Unit by
     # unit: the order in which PyTorch sums several rows depends on their number.
-    norms = torch.stack([_norm(gradient, width) for gradient in gradients])
-    below = norms.clamp(min=clipping.norm) if clipping.stability is None else norms + clipping.stability
-    # The margin covers what rounding in float64 can add to C: a relative error of P·2^-53 of the norm, and less of the
-    # product. Cutting to integers adds nothing, as it never makes a value larger.
-    factors = clipping.norm * (1 - 1e-6) / below
-    usable = factors >= torch.finfo(torch.float32).tiny  # NaN and the reciprocal of infinity are not
-    scales = (torch.where(usable, factors, 0.0) / clipping.lattice).unsqueeze(1)
+    parts = clipping.parts(gradients.shape[1])
+    norms = [torch.stack([_norm(gradient, columns, width) for gradient in gradients]) for columns, _ in parts]
+    factors = [_factors(found, norm, clipping.stability) for found, (_, norm) in zip(norms, parts, strict=True)]
+    # NaN and the reciprocal of infinity are not. A unit counts whole or not at all.
+    usable = torch.stack([each >= torch.finfo(torch.float32).tiny for each in factors]).all(0)
     if not bool(usable.all()):
         gradients = torch.where(usable.unsqueeze(1), gradients, 0.0)
     # Float64 holds integers up to 2^53 exactly: sums of so few terms are exact, in any order.
     few = max(1, _EXACT // (clipping.largest + 1))
-    totals = []
-    for columns in torch.split(gradients, width, dim=1):
-        total = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
-        for part, scale in zip(torch.split(columns, few), torch.split(scales, few), strict=True):
-            total += (part.double() * scale).trunc_().sum(0).long()
-        totals.append(total)
-    return torch.cat(totals), torch.where(usable, norms, math.nan)
+    total = torch.zeros(gradients.shape[1], dtype=torch.int64, device=gradients.device)
+    for (ranges, _), each in zip(parts, factors, strict=True):
+        scales = (torch.where(usable, each, 0.0) / clipping.lattice).unsqueeze(1)
+        for start, end in ranges:
+            for first in range(start, end, width):
+                columns = slice(first, min(first + width, end))
+                for part, scale in zip(torch.split(gradients[:, columns], few), torch.split(scales, few), strict=True):
+                    total[columns] += (part.double() * scale).trunc_().sum(0).long()
+    whole = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return total, torch.where(usable, whole, math.nan)
 
 
-def _norm(gradient: torch.Tensor, width: int) -> torch.Tensor:
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(gradient, width)]
-    found: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts))
+def _factors(norms: torch.Tensor, most: float, stability: float | None) -> torch.Tensor:
+    """Return what gradients of some norms [n] are multiplied by, so that none is longer than `most`; float64 [n]."""
+    below = norms.clamp(min=most) if stability is None else norms + stability
+    # The margin covers what rounding in float64 can add to C: a relative error of P·2^-53 of the norm, and less of the
+    # product. Cutting to integers adds nothing, as it never makes a value larger.
+    return most * (1 - 1e-6) / below
+
+
+def _norm(gradient: torch.Tensor, columns: Columns, width: int) -> torch.Tensor:
+    """Return the norm of some columns of a gradient [P], in an order that depends on nothing else."""
+    cut = [part for start, end in columns for part in torch.split(gradient[start:end], width)]
+    found: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in cut])
+    )
     return found
 
 

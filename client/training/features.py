@@ -145,6 +145,11 @@ def measure_records(study: Study, tokenizer: Any, records: Records) -> Lengths:
     return Lengths(tuple(found.tokens), study.data.max_length, cuts)
 
 
+def token_lengths(study: Study, tokenizer: Any, records: Records) -> list[int]:
+    """Return the length of each record in tokens, before it is cut; of one that a chat template does not take, too."""
+    return list(_encode(study, tokenizer, records, blank=True).tokens) if len(records) else []
+
+
 def _blank(feature: Feature, tokenizer: Any) -> Feature:
     """Return a feature of one padding token, for a record of which the tokenizer leaves nothing."""
     labels = feature.labels if isinstance(feature.labels, int) else (IGNORED,)

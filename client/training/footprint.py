@@ -49,7 +49,7 @@ def _step(study: Study, host: ModelHost, batch: int) -> int:
     adapter = initial_adapter(study, host)
     with host.lock, quiet_warnings():
         host.mount(adapter)
-        parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
+        parameters = [parameter for _, parameter in host.train_only(study.trained(adapter.spec))]
         data = TrainingSet(features, [[row] for row in range(len(features))], len(features))
         steps, drawn = Steps(host, study, data, parameters, batch), {row: [row] for row in range(len(features))}
         kept = host.meter

@@ -11,93 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
-from privet.client.training.dp import Clipping, TermSum, noisy
+from privet.client.training.dp import Clipping, TermSum
 from privet.client.training.features import IGNORED
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import Pass, logits_of
-from privet.client.training.train import MOST, MOST_SHARED, Steps, TrainingSet, check_room
+from privet.client.training.train import Steps, TrainingSet
 from privet.common.masking.vector import COUNT_WEIGHT
-from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings
-from privet.common.privacy.noise import LATTICE, Randomness, lattice_unit
-from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute
-from privet.common.study.adapter import Adapter, Vector
+from privet.common.privacy.accounting import quiet_warnings
+from privet.common.privacy.shared_noise import Integers
+from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 
 # Terms are scaled to C·|a| / (|a| + s): every unit counts nearly alike, however many classes it has.
 _STABILITY = 1e-3
 
 
-def start_head(
-    host: ModelHost,
-    study: Study,
-    adapter: Adapter,
-    data: TrainingSet,
-    noise: Randomness,
-    *,
-    mechanism: PrivacyEvent | None,
-    physical_batch: int,
-) -> Vector:
-    """Return a site's class sums, with noise of its own, divided by its declared count: float32 [classes (width + 1)].
+def class_sums(
+    host: ModelHost, study: Study, adapter: Adapter, data: TrainingSet, most: int, clipping: Clipping
+) -> Integers:
+    """Return the sum of all units' terms, int64 [classes (width + 1)], without noise.
 
     Args:
         host: The model; its lock is held by the caller.
         study: What was agreed.
         adapter: What the coordinator sent: features are those of the model with it.
         data: The site's training records.
-        noise: A stream that nothing else uses.
-        mechanism: Noise multiplier of the release; None releases the sums as they are.
-        physical_batch: Most records of a pass.
-
-    Raises:
-        StateError: The noise is so small that sums could exceed 64 bits.
+        most: Most records of a pass.
+        clipping: Clip norm and lattice.
     """
-    clip_norm = 1.0 if mechanism is None else study.privacy.promise.clip_norm
-    lattice = LATTICE if mechanism is None else lattice_unit(mechanism.noise_multiplier * clip_norm)
-    clipping = Clipping(clip_norm, lattice, _STABILITY)
-    check_room(clipping, len(data.units), 1.0, MOST)
-    total = class_sums(host, study, adapter, data, clipping, physical_batch).total
-    with host.meter.phase("noise"):
-        sums = (
-            total.double() * lattice if mechanism is None else noisy(total, lattice, noise.lattice_normal(len(total)))
-        )
-    found: Vector = (sums / data.declared).cpu().numpy().astype(np.float32)
-    return found
-
-
-def share_head(
-    host: ModelHost,
-    study: Study,
-    adapter: Adapter,
-    data: TrainingSet,
-    noise: Randomness,
-    *,
-    shares: SharedNoise,
-    physical_batch: int,
-) -> Integers:
-    """Return a site's class sums plus its share of the noise, in levels, int64 [classes (width + 1)].
-
-    Only a sum over enough sites is private. Arguments and errors as `start_head`; `shares` is how much of the noise is
-    this site's.
-    """
-    clipping = Clipping(shares.clip_norm, shares.lattice, _STABILITY)
-    check_room(clipping, len(data.units), 1.0, MOST_SHARED)
-    terms = class_sums(host, study, adapter, data, clipping, physical_batch)
-    with host.meter.phase("noise"):
-        return contribute(terms.total.cpu().numpy(), shares, noise)
-
-
-def class_sums(
-    host: ModelHost, study: Study, adapter: Adapter, data: TrainingSet, clipping: Clipping, most: int
-) -> TermSum:
-    """Return the sum of all units' terms, int64 [classes (width + 1)], without noise."""
+    clipping = replace(clipping, stability=_STABILITY)
     host.mount(adapter)
     # Passes as in training, also where no gradient is taken: other kernels may add up in another order.
-    host.train_only(adapter.spec.trained(study.aggregation.method))
+    host.train_only(study.trained(adapter.spec))
     steps = Steps(host, study, data, (), most)
     every = dict(enumerate(data.units))
     rows_of = {row: len(rows) for rows in data.units for row in rows}
@@ -111,7 +61,8 @@ def class_sums(
                 rows = _terms(passed, seen[0], len(study.task.labels))
             with host.meter.phase("clipping"):
                 terms.add(rows, [rows_of[record] for record in passed.records])
-    return terms
+    points: Integers = terms.total.cpu().numpy()
+    return points
 
 
 def _terms(passed: Pass, inputs: torch.Tensor, classes: int) -> torch.Tensor:

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
@@ -35,7 +35,7 @@ from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.starting import settle
-from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
+from privet.common.study.adapter import NO_CONFIG, Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
 from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
 from privet.common.study.study import Study
 
@@ -268,8 +268,8 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
     Args:
         study: The study.
         resources: The machine.
-        training: Whether records will be trained on. If not, nobody checks that the device keeps records apart, which
-            takes a while; passes then take one record each.
+        training: Whether records will be trained on, which a study that counts never does. If not, nobody checks that
+            the device keeps records apart, which takes a while; passes then take one record each.
         begun: The study was begun here already, perhaps by a version that pinned less of a base (`as_begun`).
 
     Raises:
@@ -278,6 +278,8 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
     settle()
     model = as_begun(study.model, resources.bases) if begun else study.model
     base = open_base(model, resources.bases)
+    if study.kind == "statistics":
+        return _reader(base, study.task.model_dump_json())
     recipe = _Recipe(
         task=study.task,
         lora=study.lora,
@@ -286,7 +288,24 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
         pins=digest(canonical_json(model.sha256)),
     )
     with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
-        return _host(recipe.model_dump_json(), base, resources, training)
+        return _host(recipe.model_dump_json(), base, resources, training and not study.counts)
+
+
+@lru_cache(maxsize=2)
+def _reader(base: Path, task: str) -> ModelHost:
+    """Return the host of a study that counts records: with the base's tokenizer, and without a model or an adapter."""
+    section = TaskSection.model_validate_json(task)
+    return ModelHost(
+        model=cast(PeftModel, nn.Module()),
+        tokenizer=open_tokenizer(base, section),
+        device=torch.device("cpu"),
+        autocast=None,
+        spec=AdapterSpec(()),
+        parameters={},
+        kind=section.kind,
+        dropout=False,
+        shape=Shape(),
+    )
 
 
 def forget_hosts() -> None:
@@ -355,6 +374,8 @@ def _base_value(host: ModelHost, name: str) -> np.ndarray[Any, Any]:
 
 def peft_config_text(host: ModelHost, study: Study) -> str:
     """Return the `adapter_config.json` to publish with an adapter of this study."""
+    if not host.spec.tensors:
+        return NO_CONFIG
     config = host.model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = study.model.base
     config["inference_mode"] = True

@@ -213,7 +213,7 @@ def _trained(
     stepped: Callable[[int], None],
 ) -> Iterator[Adapter]:
     """Yield the adapter after each stage, until a loss is not finite. `stepped` hears the steps done in all stages."""
-    adapter, trained = shared, shared.spec.trained(study.aggregation.method)
+    adapter, trained = shared, study.trained(shared.spec)
     for stage in range(STAGES):
         first = stage * study.training.steps
         try:

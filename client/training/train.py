@@ -17,6 +17,7 @@ from torch import nn
 
 from privet.client.training.dp import (
     Clipping,
+    Columns,
     TermSum,
     draw_rows,
     draw_units,
@@ -35,7 +36,7 @@ from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split
 from privet.common.privacy.noise import Randomness, lattice_unit
 from privet.common.privacy.schedule import rate_factor
 from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute, contribute_correlated
-from privet.common.study.adapter import Adapter, TensorSpec, Vector
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector
 from privet.common.study.sections import OptimizerSection, PrivacySection, TrainingSection
 from privet.common.study.study import Study
 
@@ -114,7 +115,7 @@ def train_round(
     """
     prepare(host, data, physical_batch)
     host.mount(adapter)
-    trained = host.train_only(adapter.spec.trained(study.aggregation.method))
+    trained = host.train_only(study.trained(adapter.spec))
     parameters = [parameter for _, parameter in trained]
     start = [parameter.detach().clone() for parameter in parameters]
     optimizer = local_optimizer(study.training, trained)
@@ -174,6 +175,11 @@ class Steps:
     def owned(self, gradients: torch.Tensor) -> torch.Tensor:
         """Return gradients [n, d] of single records with zeros where the site does not train."""
         return gradients if self.own is None else gradients.masked_fill_(~self.own, 0.0)
+
+    @property
+    def head(self) -> Columns:
+        """Columns of a gradient that belong to modules trained in full, where the study clips these apart."""
+        return head_columns(self.study, self.host.spec)
 
     def passes(self, drawn: Drawn) -> Iterator[Pass]:
         """Yield the passes of one step; a unit of several rows gives them one after another."""
@@ -273,7 +279,7 @@ class PrivateSums:
         privacy = self.steps.study.privacy
         # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
         noise = noise_ahead(self.steps.host.device, privacy, self.steps.size, self.noise)
-        clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier)
+        clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier, self.steps.head)
         check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, MOST)
         terms = term_sum(self.steps, drawn, self.per_sample, clipping)
         with self.steps.host.meter.phase("noise"):
@@ -390,9 +396,9 @@ def _step_points(
     """Return the sum of the drawn units' terms, in multiples of the lattice of the noise, int64 [d]."""
     prepare(host, data, physical_batch)
     host.mount(adapter)
-    parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
+    parameters = [parameter for _, parameter in host.train_only(study.trained(adapter.spec))]
     steps = Steps(host, study, data, parameters, physical_batch, own_part(own, host.device))
-    clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
+    clipping = _clipping(study.privacy, shares.clip_norm, shares.lattice, steps.head)
     check_room(clipping, len(data.units), study.draws[0], MOST_SHARED)
     collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
     with host.passing(training=True), collecting as per_sample, quiet_warnings():
@@ -402,15 +408,25 @@ def _step_points(
     return points
 
 
-def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: float) -> Clipping:
-    """Return how a step's units are clipped, for noise of its own."""
+def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: float, head: Columns = ()) -> Clipping:
+    """Return how a step's units are clipped, for noise of its own. `head` are the columns that are clipped apart."""
     adaptive = privacy.clipping == "adaptive"
     for_gradient = split_noise(noise_multiplier, privacy.quantile_share)[0] if adaptive else noise_multiplier
-    return Clipping(clip_norm, lattice_unit(for_gradient * clip_norm), _stability(privacy))
+    return _clipping(privacy, clip_norm, lattice_unit(for_gradient * clip_norm), head)
 
 
-def _stability(privacy: PrivacySection) -> float | None:
-    return privacy.stability if privacy.clipping == "automatic" else None
+def _clipping(privacy: PrivacySection, clip_norm: float, lattice: float, head: Columns) -> Clipping:
+    stability = privacy.stability if privacy.clipping == "automatic" else None
+    return Clipping(clip_norm, lattice, stability, head, privacy.head_clip_share or 0.0)
+
+
+def head_columns(study: Study, spec: AdapterSpec) -> Columns:
+    """Return the columns of a gradient that a study clips apart: those of modules trained in full; none if together."""
+    if study.privacy.head_clip_share is None:
+        return ()
+    trained = study.trained(spec)
+    ends = [int(end) for end in np.cumsum([tensor.size for tensor in trained])]
+    return tuple((end - tensor.size, end) for tensor, end in zip(trained, ends, strict=True) if tensor.role == "full")
 
 
 def check_room(clipping: Clipping, units: int, rate: float, bound: int) -> None:

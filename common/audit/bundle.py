@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from privet.common.audit.accounts import AccountCost, Accounts
+from privet.common.audit.counts import COUNTS, check_counts, counts_document
 from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
@@ -480,8 +481,9 @@ def _check_spoiled(study: Study, opened: RoundOpened, end: RoundClose | RoundAbo
 
 def _check_rounds(files: Files, run: _Run) -> str:
     """Check that each end of a round in the log is an extract of one statement of the run, and the other way round."""
-    _check_ends(_study(files), run)
-    _check_draws(_study(files), run)
+    study = _study(files)
+    _check_ends(study, run)
+    _check_draws(study, run)
     names = {name: _read(files, name)["round"] for name in files if name.startswith(ROUNDS)}
     for name, number in names.items():
         if type(number) is not int or name != f"{ROUNDS}{number:04d}.json":
@@ -500,6 +502,8 @@ def _check_rounds(files: Files, run: _Run) -> str:
                 f"round {statement['round']}: the bundle's statement has another cohort than the log's round-open"
             )
         ended = isinstance(end, RoundClose) and end.ended
+        if study.counts and isinstance(end, RoundClose):
+            check_counts(study, statement)
         if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
             raise VerificationError(
                 f"round {statement['round']}: the bundle's statement differs from the log's {end.type}"
@@ -574,12 +578,23 @@ def _check_release(files: Files, run: _Run) -> str:
             f"{ADAPTER}: the log's export statement lists digest {run.export.files.get(ADAPTER)} for this file, but "
             f"its round published the adapter {run.export.adapter}"
         )
+    _check_result(files)
     said = _check_privacy(files, run) + _later(run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
         return f"the release is the one that the log exports (weights not included: {run.export.files[ADAPTER]}){said}"
     verify_files(whole, _study(files).name)
     return f"the release is the one that the log exports, and its signature matches{said}"
+
+
+def _check_result(files: Files) -> None:
+    """Check the released result of a study that counts, by computing it from the statements."""
+    study = _study(files)
+    if not study.counts:
+        return
+    computed = counts_document(study, _statements(files))
+    if not _agree(computed, _read(files, f"{RELEASE}{COUNTS}")):
+        raise VerificationError(f"{COUNTS}: its content differs from what the study and the round's statement give")
 
 
 def _later(run: _Run) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from privet.common.audit.counts import COUNTS, count_rows, counts_document
 from privet.common.audit.release import LINEAGE, PRIVACY, SIGNATURE
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.study import Study
@@ -46,6 +47,8 @@ def model_card(
     closed = [statement for statement in statements if statement["type"] == "round-close"]
     sites = sorted({site for statement in closed for site in statement["survivors"]})
     metrics = next((statement["metrics"] for statement in reversed(closed) if statement["metrics"]), None)
+    if study.counts:
+        return _card_of_counts(study, lineage, privacy, statements)
     lines = [
         "---",
         f"base_model: {json.dumps(study.model.base)}",
@@ -85,6 +88,42 @@ def model_card(
         "",
         f"`{SIGNATURE}` signs the files here (OpenSSF model signing). Their digests stand in the round log's `export`,",
         "and `privet audit verify` checks the whole history offline.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _card_of_counts(
+    study: Study, lineage: Mapping[str, Any], privacy: Mapping[str, Any], statements: Sequence[RoundStatement]
+) -> str:
+    """Return the card of a study that trained nothing: its result, and its privacy cost."""
+    document = counts_document(study, statements)
+    what = "Counts of records" if study.kind == "statistics" else "A measurement of an adapter"
+    said = "The adapter beside is empty." if study.kind == "statistics" else "The adapter beside is the one measured."
+    rows = [f"| {title} | {value} | {interval} |" for title, value, interval in count_rows(document)]
+    lines = [
+        f"# {study.name}",
+        "",
+        f"{what} over {document['sites']} sites together. Nothing was trained. {said}",
+        "",
+        f"* Study: `{study.digest}`; run `{lineage['run']}`.",
+        f"* The coordinator saw {_SEEN[study.secure_aggregation.mode]}.",
+        "",
+        "## Privacy",
+        "",
+        _privacy_line(privacy),
+        "",
+        "## Result",
+        "",
+        f"`{COUNTS}` holds it. Intervals of {document['confidence']:.0%} cover the noise of the sites.",
+        "",
+        "| what | value | interval |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "## Checking it",
+        "",
+        f"`{SIGNATURE}` signs the files here (OpenSSF model signing). Their digests stand in the round log's `export`,",
+        "and `privet audit verify` computes the result again from the round log's sums.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -197,7 +197,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         "average": Field("follows from the study; computed from the adapters in a bundle with the weights"),
         "aggregation": _STUDY,
         "transcript": Field("digest of the masking in the bundle's statement", "how the sum was unmasked"),
-        "metrics": Field("equal to the bundle's statement", "the values"),
+        "metrics": Field(
+            "equal to the bundle's statement; of a study that counts, its cells, in whole levels of shared noise",
+            "the values",
+        ),
         "epsilon": _EPSILON,
         "ended": Field("after the study's last round, or at an early stop", "that the study stopped early"),
         **_SPOILED,

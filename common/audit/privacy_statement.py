@@ -19,6 +19,7 @@ from privet.common.log.agreement import RoundStatement
 from privet.common.masking.groups import survivors_of
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan, epsilon, plan
+from privet.common.study.counts import cells_of
 from privet.common.study.study import Study
 
 # Relative difference that another version of an accountant may make.
@@ -314,7 +315,7 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
 
 def _own(study: Study, mechanism: PrivacyPlan, statement: RoundStatement) -> PrivacyEvent:
     """Return what one site's share in a round is worth alone."""
-    head = study.is_head_start(statement["round"])
+    head = study.sums_units(statement["round"])
     share = shared_noise(study, len(statement["cohort"]), head=head)
     return replace(mechanism.event(head=head), noise_multiplier=share.own_multiplier)
 
@@ -329,11 +330,18 @@ def _check_survivors(where: str, study: Study, statement: RoundStatement) -> Non
         )
 
 
+def _counts(study: Study) -> dict[str, Any]:
+    cells = cells_of(study)
+    return {"kind": study.kind, "cells": list(cells.titles.values()), "bound": cells.bound, "scale": cells.scale}
+
+
 def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:
     privacy = study.privacy
     clipping = {"kind": privacy.clipping, "norm": privacy.clip_norm}
     if privacy.clipping == "automatic":
         clipping["stability"] = privacy.stability
+    if privacy.head_clip_share is not None:
+        clipping["head_share"] = privacy.head_clip_share
     if privacy.clipping == "adaptive":
         clipping |= {"quantile": privacy.quantile, "rate": privacy.quantile_rate, "share": privacy.quantile_share}
     validation = mechanism.validation
@@ -343,5 +351,6 @@ def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:
         "clipping": clipping,
         "training_per_round": mechanism.training.document(),
         "validation_per_round": None if validation is None else validation.document(),
+        **({} if not study.counts else {"counts": _counts(study)}),
         **({} if not study.training.starts_head else {"head_start": mechanism.event(head=True).document()}),
     }

@@ -72,6 +72,14 @@ Round 1 is a head start, a Gaussian mechanism without sampling: every {unit} tak
 counts of its classes, is scaled to an L2 norm of at most {norm:g}. The sum of terms {summed}, with noise multiplier
 {head:.6g}. The coordinator computes the head from it."""
 
+_COUNTS = """\
+Nothing is trained. The one round {what}: a Gaussian mechanism without sampling, in which every {unit} takes part{rows}.
+A {unit} adds a vector of counts of an L2 norm of at most {bound:.6g}, which is multiplied by {scale:.6g}, so that its
+norm is at most {norm:g}. The sum of vectors {summed}, with noise multiplier {multiplier:.6g}. The noise on each count
+has a standard deviation of at least {deviation:.6g}. What is counted: {cells}."""
+
+_COUNTED = {"statistics": "counts records", "evaluate": "measures an adapter"}
+
 _PROVEN = """ It
 is proven for mechanisms that are fixed before the first round, as a study fixes them; what a step computes may depend
 on earlier steps. For studies that were designed after the results of this one it is not: there, a site's ledger counts
@@ -148,6 +156,12 @@ _CLIPPING = {
 }
 
 
+def _clipping(clipping: Mapping[str, Any]) -> str:
+    found = _CLIPPING[clipping["kind"]].format(**clipping)
+    share = clipping.get("head_share")
+    return found if share is None else f"{found}, of whose square the head, clipped apart, has {share:g}"
+
+
 def privacy_markdown(document: Mapping[str, Any]) -> str:
     """Return a privacy statement as Markdown."""
     fields = {
@@ -174,7 +188,7 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "steps": training["steps"],
         "multiplier": training["noise_multiplier"],
         "rows": f", and at most {mechanism['records_per_unit_and_step']} of its rows" if unit == "patient" else "",
-        "clipping": _CLIPPING[mechanism["clipping"]["kind"]].format(**mechanism["clipping"]),
+        "clipping": _clipping(mechanism["clipping"]),
         "summed": _SUM[document["trust"]["model"]],
         "trust": _trust(document),
         "metrics": _metrics(mechanism["validation_per_round"]),
@@ -183,11 +197,27 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "not_covered": _listed(document["not_covered"]),
     }
     # Without rounds that train, the head start is the only round.
+    if "counts" in mechanism:
+        fields["releases"] = _counts(mechanism["counts"], fields)
+        fields["metrics"] = "The counts of section 3 are all that sites release."
+        return _wrapped(_PRIVATE.format(**fields, **document["accounting"], **document["randomness"]))
     parts = [] if "head_start" in mechanism and document["run"]["rounds_planned"] == 1 else [_STEPS.format(**fields)]
     if "head_start" in mechanism:
         parts.append(_HEAD_START.format(**fields, head=mechanism["head_start"]["noise_multiplier"]))
     fields["releases"] = "\n\n".join(parts)
     return _wrapped(_PRIVATE.format(**fields, **document["accounting"], **document["randomness"]))
+
+
+def _counts(counted: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    rows = f"{fields['rows'].removeprefix(', and').rstrip()}" if counted["kind"] == "statistics" else ""
+    return _COUNTS.format(
+        **{**fields, "rows": rows and f", with{rows}"},
+        what=_COUNTED[counted["kind"]],
+        bound=counted["bound"],
+        scale=counted["scale"],
+        deviation=fields["multiplier"] * fields["norm"] / counted["scale"],
+        cells="; ".join(counted["cells"]),
+    )
 
 
 def _promise(document: Mapping[str, Any], unit: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from privet.common.privacy.accounting import plan
+from privet.common.study.counts import cells_of
 from privet.common.study.study import Study
 
 # Largest change of a value in one step, over the learning rate. Adam's first step after many zero gradients is
@@ -28,15 +29,23 @@ def bound_of(study: Study, role: str) -> float:
 
 
 def bound_of_sums(study: Study) -> float:
-    """Return the largest value of a head start's sums, divided by the site's weight, that is not cut.
+    """Return the largest value of a sum over all units, divided by the site's weight, that is not cut.
 
-    A unit's term is at most the clip norm. As much again for each deviation of the noise holds it at a site of ten
-    units or more, except with a probability of 10^-22 a value.
+    It is a head start's, or that of a private study which counts. A unit's term is at most the clip norm. As much
+    again for each deviation of the noise holds it at a site of ten units or more, except with a probability of 10^-22 a
+    value.
     """
     mechanism = plan(study)
     if mechanism is None:
         return 1.0
     return _within_range(study.privacy.promise.clip_norm * (1 + mechanism.event(head=True).noise_multiplier))
+
+
+def largest_term(study: Study) -> float:
+    """Return the largest L2 norm of what one unit adds to a sum, at the scale at which it is released."""
+    if study.private:
+        return study.privacy.promise.clip_norm
+    return cells_of(study).bound if study.counts else _WITHOUT_CLIPPING
 
 
 def _within_range(bound: float) -> float:

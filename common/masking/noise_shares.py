@@ -92,6 +92,23 @@ def shared_noise(study: Study, sites: int, *, head: bool = False) -> SharedNoise
     )
 
 
+def deviation_of_sum(study: Study, sites: int, survivors: int) -> float:
+    """Return the standard deviation of the noise on one value of a sum over all units; 0 without privacy.
+
+    Args:
+        study: The study, with a head start or of counts.
+        sites: Sites that were asked into the sum.
+        survivors: Sites that are in it.
+    """
+    mechanism = plan(study)
+    if mechanism is None:
+        return 0.0
+    own = mechanism.event(head=True).noise_multiplier * study.privacy.promise.clip_norm
+    if study.distributed:
+        own = shared_noise(study, sites, head=True).deviation
+    return float(own * survivors**0.5)
+
+
 def least_helpers(study: Study) -> int:
     """Return the least number of honest sites in any sum of a study with shared noise, over all cohorts it admits."""
     most, found = len(study.cohort.sites) or MAX_SITES, MAX_SITES

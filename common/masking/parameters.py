@@ -59,7 +59,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         StudyError: No parameters allow so many corrupt sites among so few.
     """
     sites, corrupt = len(members), corrupt_sites(study, len(opened.cohort))
-    head = study.is_head_start(opened.round)
+    head = study.sums_units(opened.round)
     if corrupt > sites - 2:
         raise StudyError(
             f"secure aggregation: a cohort of {sites} sites cannot withstand {corrupt} corrupt sites (they collude "

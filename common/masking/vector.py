@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.errors import DivergedError, ProtocolError
+from privet.common.errors import DivergedError, ProtocolError, StudyError
 from privet.common.masking.bounds import bound_of, bound_of_sums
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.shared_noise import pack_lanes, rescale, unpack_lanes
-from privet.common.secagg.quantize import Layout, Segment, Sums, Values, Words, lane_bits, quantise
+from privet.common.secagg.quantize import MAX_COUNT, Layout, Segment, Sums, Values, Words, lane_bits, quantise
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.study.adapter import AdapterSpec, TensorSpec
+from privet.common.study.counts import TENSOR, cells_of
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 
@@ -26,13 +28,23 @@ COUNT_WEIGHT = 0.3
 and takes room of the features within the clip norm. Chosen on generated notes and MedQuAD."""
 
 _CUT, _VALIDATION, _GRADIENT = "cut", "validation", "gradient"
+# Counts without noise are multiples of it: shares and losses are rounded to them.
+_POINT = 2.0**-16
 # The noise on a validation sum is within so many deviations, except with a probability of 10^-22.
 _LARGEST_NORMAL = 10.0
 
 
 def released(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[TensorSpec, ...]:
-    """Return the tensors that sites release: what they train in a round, or the sums of a head start."""
-    return (spec.class_sums(),) if head else spec.trained(study.aggregation.method)
+    """Return the tensors that sites release: what they train in a round, or a sum over all units.
+
+    Args:
+        study: The study.
+        spec: Layout of the adapter.
+        head: Whether the round is a sum over all units: a head start, or the counts of a study that trains nothing.
+    """
+    if study.counts:
+        return (cells_of(study).tensor,)
+    return (spec.class_sums(),) if head else study.trained(spec)
 
 
 def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[Segment, ...]:
@@ -44,6 +56,8 @@ def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple
     without a name.
     """
     largest_count = study.aggregation.largest_count
+    if exact(study):
+        return _count_segments(study)
     trained = released(study, spec, head=head)
     weight = study.aggregation.weight(largest_count)
     parts = [
@@ -58,6 +72,24 @@ def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple
     bounds = [bound_of_sums(study) if head else bound_of(study, tensor.role) for tensor in trained]
     parts += [Segment(tensor.name, tensor.size, weight * b) for tensor, b in zip(trained, bounds, strict=True)]
     return tuple(parts)
+
+
+def exact(study: Study) -> bool:
+    """Whether sites release counts without noise, which masks then carry as whole numbers."""
+    return study.counts and not study.private
+
+
+def _count_segments(study: Study) -> tuple[Segment, ...]:
+    """Return the one segment of counts without noise, in multiples of `_POINT`."""
+    cells = cells_of(study)
+    largest = study.aggregation.largest_count * math.ceil(cells.bound / _POINT)
+    if largest > MAX_COUNT:
+        raise StudyError(
+            f"aggregation.largest_count: expected at most {MAX_COUNT // math.ceil(cells.bound / _POINT)} for counts "
+            f"without noise, found {study.aggregation.largest_count}",
+            "lower aggregation.largest_count in the study, to about the count of the largest site",
+        )
+    return (Segment(TENSOR, cells.tensor.size, float(largest), count=True),)
 
 
 def step_segments(study: Study, spec: AdapterSpec, sites: int, *, head: bool = False) -> tuple[Segment, ...]:
@@ -95,7 +127,9 @@ def words_of(
 
 def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
     """Return a contribution as the values of the vector's segments. The update is cut to weight times bound."""
-    trained = released(study, spec, head=study.is_head_start(contribution.round))
+    if exact(study):
+        return {TENSOR: np.rint(np.asarray(contribution.update, np.float64) / _POINT).astype(np.int64)}
+    trained = released(study, spec, head=study.sums_units(contribution.round))
     bounds = {segment.name: segment.bound for segment in layout.segments}
     # The segments' bounds are for the largest weight. Cutting to this site's own weight times bound gives its update
     # the same bound as that of every other site.
@@ -140,6 +174,8 @@ def read_sums(
     study: Study, spec: AdapterSpec, sums: Sums, *, head: bool = False
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
     """Return a group's sums: of values cut, of w times update [d], and of validation sums [k]."""
+    if exact(study):
+        return 0, sums.values[TENSOR].astype(np.float64) * _POINT, np.empty(0)
     parts = released(study, spec, head=head)
     update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in parts])
     metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)

@@ -26,6 +26,8 @@ TensorRole = Literal["lora_A", "lora_B", "full"]
 
 # A header takes about 150 bytes for each tensor, so this is room for thousands.
 _HEADER_LIMIT = 1 << 20
+NO_CONFIG = "{}\n"
+"""The `adapter_config.json` of an adapter without tensors: that of a study which only counts records."""
 _RESTORE = "name a file that privet wrote, or copy the adapter again: it is damaged or of another program"
 
 
@@ -64,9 +66,13 @@ class AdapterSpec:
         """All names, in order."""
         return tuple(tensor.name for tensor in self.tensors)
 
-    def trained(self, method: str) -> tuple[TensorSpec, ...]:
-        """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise."""
-        return tuple(t for t in self.tensors if method == "fedavg" or t.role != "lora_A")
+    def trained(self, method: str, *, head: bool = True) -> tuple[TensorSpec, ...]:
+        """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise.
+
+        Without `head`, the task's head stays as it is. `Study.trained` says what a study trains.
+        """
+        fixed = frozenset(() if head else self.head())
+        return tuple(t for t in self.tensors if (method == "fedavg" or t.role != "lora_A") and t not in fixed)
 
     def head(self) -> tuple[TensorSpec, ...]:
         """Return the tensors of the task's head: the classifier's weights [classes, width], and its bias, if any."""
@@ -85,7 +91,7 @@ class AdapterSpec:
         return TensorSpec("class-sums", (classes, width + 1), "full")
 
     def part(self, method: str) -> AdapterSpec:
-        """Return the layout of what a site trains, alone."""
+        """Return the layout of what rounds may change, alone: what sites train, and the head in any case."""
         return AdapterSpec(self.trained(method))
 
     def frozen(self, method: str) -> tuple[TensorSpec, ...]:
@@ -152,12 +158,18 @@ class Adapter:
             return np.empty(0, np.float32)
         return np.concatenate([self.values[name].ravel() for name in names])
 
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether a model with this adapter is the base: every B is zero, and no module is trained in full."""
+        added = (tensor for tensor in self.spec.tensors if tensor.role != "lora_A")
+        return not any(tensor.role == "full" or self.values[tensor.name].any() for tensor in added)
+
     def replace(self, values: Mapping[str, Vector]) -> Adapter:
         """Return a copy with some tensors replaced."""
         return Adapter(self.spec, {**self.values, **values})
 
     def part(self, method: str) -> Adapter:
-        """Return what a site trains, alone."""
+        """Return what rounds may change, alone."""
         spec = self.spec.part(method)
         return Adapter(spec, {name: self.values[name] for name in spec.names})
 

@@ -46,7 +46,7 @@ def weights_by_value(study: Study, spec: AdapterSpec, weights: Mapping[str, floa
 
 def _columns_below(study: Study, spec: AdapterSpec, rank: int) -> NDArray[np.bool_]:
     parts = []
-    for tensor in spec.trained(study.aggregation.method):
+    for tensor in study.trained(spec):
         part = np.ones(tensor.shape, np.bool_)
         if tensor.role == "lora_B":
             part[:, rank:] = False

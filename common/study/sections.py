@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from privet.common.errors import StudyError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+ADAPTER_PATTERN = r"^(base|sha256:[0-9a-f]{64})$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -328,8 +329,17 @@ class TrainingSection(OptimizerSection):
     """For a head start in a private study: epsilon that this round alone costs, as a fraction of the study's. Without
     it, it is 0.5. Training gets what composition leaves."""
 
+    train_head: Annotated[bool, Field(exclude_if=lambda value: value)] = True
+    """false: after a head start, rounds train the adapter alone, and the head stays what the head start made it. Then
+    the clip norm and the noise are the adapter's alone."""
+
     @model_validator(mode="after")
     def _shares(self) -> Self:
+        if not self.train_head and not (self.starts_head and self.rounds):
+            raise ValueError(
+                "train_head: false needs a head start, which makes the head, and 1 or more rounds; set head_start = "
+                '"class-means" and rounds, or remove train_head'
+            )
         if self.head_start_share is not None and not (self.starts_head and self.rounds):
             raise ValueError("head_start_share: needs a head start and 1 or more rounds to share with; remove the key")
         return self
@@ -363,6 +373,32 @@ class TrainingSection(OptimizerSection):
         if self.local_steps is not None:
             return self.local_steps
         return max(1, round((self.local_epochs or 0.0) / self.sampling_rate))
+
+
+class StatisticsSection(Section):
+    """What a study of kind statistics counts besides units, labels and missing values."""
+
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = (16, 32, 64, 128, 256, 512, 1024, 2048)
+    """Upper ends of the bins of records' lengths in tokens, ascending, at most 64. A further bin holds longer records.
+    More bins do not raise epsilon, and each gets its own noise."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError("lengths: expected numbers of tokens in ascending order, none of them twice; sort them")
+        return self
+
+
+class EvaluationSection(Section):
+    """What a study of kind evaluate measures."""
+
+    adapter: Annotated[str, Field(pattern=ADAPTER_PATTERN)]
+    """Digest of the adapter, `sha256:` and 64 hexadecimal digits: of a run's release, as `privet registry list`
+    shows it, or of another adapter in PEFT's format; a wrong digest is answered with the right one. base: the base
+    without an adapter."""
+    files: Literal["train", "test"] = "train"
+    """Which of a site's files are measured on. train: its training files, on which the adapter may have been trained.
+    test: its test files, which a site file must then name."""
 
 
 class AggregationSection(OptimizerSection):
@@ -527,6 +563,10 @@ class PrivacySection(Section):
     norm. adaptive: as flat, and within a round the clip norm follows a private quantile; it starts at `clip_norm`."""
     stability: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
     """For automatic: constant that is added to a gradient's norm before dividing by it."""
+    head_clip_share: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    """Part of the squared clip norm that the head's gradient gets. Adapter and head are then clipped apart: the head to
+    the root of this part times the clip norm, the adapter to the root of the rest. Noise and guarantee stay. Without
+    it, they are clipped together, and the larger gradient, most often the head's, takes the clip norm."""
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """For adaptive: fraction of units whose gradients should be within the clip norm."""
     quantile_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
@@ -550,12 +590,16 @@ class PrivacySection(Section):
                 raise ValueError(
                     "clipping: adaptive needs mode local, as shared noise needs a fixed clip norm; set flat"
                 )
+            if self.head_clip_share is not None and self.clipping == "adaptive":
+                raise ValueError("head_clip_share: adaptive moves one clip norm; set clipping flat or automatic")
         else:
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise ValueError(f'mode none takes no {", ".join(extra)}; did you mean mode = "local"?')
             if self.clipping != "flat":
                 raise ValueError("clipping: mode none does not clip; remove the key")
+            if self.head_clip_share is not None:
+                raise ValueError("head_clip_share: mode none does not clip; remove the key")
         return self
 
     @model_validator(mode="after")

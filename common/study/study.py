@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,7 @@ from privet.common.study.sections import (
     AggregationSection,
     CohortSection,
     DataSection,
+    EvaluationSection,
     LoraSection,
     ModelSection,
     Name,
@@ -33,10 +34,23 @@ from privet.common.study.sections import (
     Schedule,
     Section,
     SecureAggregationSection,
+    StatisticsSection,
     TaskSection,
     TrainingSection,
 )
 
+if TYPE_CHECKING:
+    from privet.common.study.adapter import AdapterSpec, TensorSpec
+
+_UNTRAINED: dict[str, Any] = {
+    "optimizer": "sgd",
+    "rounds": 0,
+    "local_steps": 1,
+    "sampling_rate": 1.0,
+    "learning_rate": 1.0,
+}
+_NO_ADAPTER: dict[str, Any] = {"rank": 1, "targets": ["none"]}
+"""The tables of a study that trains nothing, in place of those that it may not have."""
 _OUTSIDE = "simulation"
 _ROUNDING = 1e-12
 
@@ -46,6 +60,11 @@ class Study(Section):
 
     format: Literal[1] = 1
     """Version of the study format. Leave it out."""
+    kind: Annotated[Literal["train", "statistics", "evaluate"], Field(exclude_if=lambda value: value == "train")] = (
+        "train"
+    )
+    """train: sites train an adapter. statistics: they count units, labels, lengths and missing values. evaluate: they
+    measure an adapter. The latter two train nothing, take one round, and have no table `[training]`."""
     name: Name
     """Name of the study: lower-case letters, digits and dashes, at most 63. It is the default name of a run."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
@@ -56,11 +75,49 @@ class Study(Section):
     data: DataSection
     lora: LoraSection
     training: TrainingSection
+    statistics: Annotated[StatisticsSection | None, Field(exclude_if=lambda value: value is None)] = None
+    evaluation: Annotated[EvaluationSection | None, Field(exclude_if=lambda value: value is None)] = None
     aggregation: AggregationSection = AggregationSection()
     cohort: CohortSection = CohortSection()
     privacy: PrivacySection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     release: Annotated[ReleaseSection | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Self:
+        for kind, table, given in (
+            ("statistics", "statistics", self.statistics),
+            ("evaluate", "evaluation", self.evaluation),
+        ):
+            if (self.kind == kind) != (given is not None):
+                raise ValueError(
+                    f"{table}: a study of kind {kind} needs this table, and no other kind has it; found kind "
+                    f'"{self.kind}"'
+                )
+        if not self.counts:
+            return self
+        base = self.evaluation is not None and self.evaluation.adapter == "base"
+        if base and (not self.task.generates or self.lora.modules_to_save):
+            raise ValueError(
+                f"evaluation.adapter: the base alone has no head for {self.task.kind} and no module trained in full; "
+                "set the digest of an adapter"
+            )
+        wrong = [
+            name
+            for name, differs in (
+                ("training", self.training != TrainingSection(**_UNTRAINED)),
+                ("lora", self.kind == "statistics" and self.lora != LoraSection(**_NO_ADAPTER)),
+                ("data.validation_fraction", self.data.validation_fraction),
+                ("aggregation.average", self.aggregation.average != "none"),
+                ("aggregation.weighting", self.aggregation.weighting != "declared"),
+                ("privacy.clipping", self.privacy.clipping != "flat"),
+                ("privacy.noise", self.privacy.noise != "independent"),
+            )
+            if differs
+        ]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: a study of kind {self.kind} trains nothing; remove from the study")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -116,6 +173,14 @@ class Study(Section):
                 "training.head_start: its sums count units, so sites weigh by their counts; remove "
                 "aggregation.weight_power"
             )
+        if self.privacy.head_clip_share is not None and (self.task.generates or not self.training.train_head):
+            raise ValueError(
+                "privacy.head_clip_share: there is no head beside the adapter, as the task has none or "
+                "training.train_head is false; remove the key"
+            )
+        rates = (self.training.head_learning_rate, self.aggregation.head_learning_rate)
+        if not self.training.train_head and any(rates) and not self.lora.modules_to_save:
+            raise ValueError("head_learning_rate: with training.train_head = false no head is trained; remove the key")
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
         return self
@@ -216,13 +281,26 @@ class Study(Section):
         return self.privacy.mode == "distributed"
 
     @property
+    def counts(self) -> bool:
+        """Whether the study trains nothing: its one round counts or measures."""
+        return self.kind != "train"
+
+    @property
     def rounds(self) -> int:
-        """Number of rounds of a run: those that train, and the head start before them."""
-        return self.training.rounds + self.training.starts_head
+        """Number of rounds of a run: those that train, and the head start before them; or the one that counts."""
+        return self.training.rounds + self.sums_units(1)
+
+    def sums_units(self, number: int) -> bool:
+        """Whether round `number`, from 1, is one sum over all units and no training: a head start, or counts."""
+        return (self.counts or self.training.starts_head) and number == 1
 
     def rank_at(self, site: str) -> int:
         """Return the largest rank of a layer that a site trains."""
         return min(self.lora.ranks[1], self.lora.site_ranks.get(site, self.lora.ranks[1]))
+
+    def trained(self, spec: AdapterSpec) -> tuple[TensorSpec, ...]:
+        """Return the tensors of an adapter that sites train, and release the changes of."""
+        return spec.trained(self.aggregation.method, head=self.training.train_head)
 
     def is_head_start(self, number: int) -> bool:
         """Whether round `number`, from 1, is the head start."""
@@ -268,7 +346,20 @@ class Study(Section):
             StudyError: The study is not valid. The message names each wrong field, the value found and what is allowed.
         """
         inside = {key: value for key, value in document.items() if key != _OUTSIDE}
-        return validate(cls, inside, what="study")
+        return validate(cls, _completed(inside), what="study")
+
+
+def _completed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a study's plain values with the tables that a study which trains nothing leaves out."""
+    if document.get("kind") not in ("statistics", "evaluate"):
+        return document
+    filled = {"training": _UNTRAINED, **document}
+    if filled["kind"] == "statistics":
+        filled = {"lora": _NO_ADAPTER, "statistics": {}, **filled}
+    privacy = filled.get("privacy")
+    if isinstance(privacy, dict) and privacy.get("mode", "none") != "none":
+        filled["privacy"] = {"clip_norm": 1.0, **privacy}  # which only sets the scale
+    return filled
 
 
 @lru_cache(maxsize=64)

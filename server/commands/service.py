@@ -185,8 +185,18 @@ def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iter
     Raises:
         StateError: It cannot be made here, for the reason that `privet adapter` gives.
     """
+    from privet.common.audit.release import ADAPTER
+    from privet.common.study.adapter import NO_CONFIG, Adapter, AdapterSpec
+    from privet.common.study.study import load_study
+
     if given is not None:
         yield given
+        return
+    if load_study(study).kind == "statistics":
+        with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:
+            (Path(folder) / ADAPTER).write_bytes(Adapter(AdapterSpec(()), {}).data)  # which takes no base
+            (Path(folder) / "adapter_config.json").write_text(NO_CONFIG, encoding="utf-8")
+            yield Path(folder)
         return
     typer.echo("making the adapter that the study starts from ...", err=True)
     with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:

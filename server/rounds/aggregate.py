@@ -84,10 +84,11 @@ class ServerOptimizer:
         settings: `study.aggregation`.
         rounds: `study.training.rounds`, the length of the schedule.
         spec: Layout of the adapter; the tensors that `settings.method` trains are optimised.
+        head: Whether the head is among them.
     """
 
-    def __init__(self, settings: AggregationSection, rounds: int, spec: AdapterSpec) -> None:
-        self.trained: tuple[TensorSpec, ...] = spec.trained(settings.method)
+    def __init__(self, settings: AggregationSection, rounds: int, spec: AdapterSpec, *, head: bool = True) -> None:
+        self.trained: tuple[TensorSpec, ...] = spec.trained(settings.method, head=head)
         """The tensors that an update holds, in the update's order."""
         self._settings = settings
         self._rounds = rounds

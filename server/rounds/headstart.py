@@ -19,9 +19,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.masking.noise_shares import shared_noise
+from privet.common.masking.noise_shares import deviation_of_sum
 from privet.common.masking.vector import COUNT_WEIGHT
-from privet.common.privacy.accounting import plan
 from privet.common.study.adapter import Adapter, AdapterSpec, Vector
 from privet.common.study.study import Study
 from privet.server.rounds.participants import RoundSum
@@ -59,14 +58,8 @@ def started(study: Study, adapter: Adapter, total: RoundSum) -> Adapter:
 
 
 def deviation_of_sums(study: Study, total: RoundSum) -> float:
-    """Return the standard deviation of the noise on one value of a head start's sums; 0 without privacy."""
-    mechanism = plan(study)
-    if mechanism is None:
-        return 0.0
-    own = mechanism.event(head=True).noise_multiplier * study.privacy.promise.clip_norm
-    if study.distributed:
-        own = shared_noise(study, len(total.groups[0]["sites"]), head=True).deviation
-    return float(own * len(total.survivors) ** 0.5)
+    """Return the standard deviation of the noise on one value of a sum over all units; 0 without privacy."""
+    return deviation_of_sum(study, len(total.groups[0]["sites"]) if total.groups else 0, len(total.survivors))
 
 
 def class_means(sums: NDArray[np.float64], deviation: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

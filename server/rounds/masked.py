@@ -285,7 +285,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[s
         VerificationError: Shares were wrong, so the masks cannot be removed.
         ProtocolError: The sum cannot be one of vectors in the study's form.
     """
-    total, head = group.coordinator.total(workers=2), study.is_head_start(group.opened.round)
+    total, head = group.coordinator.total(workers=2), study.sums_units(group.opened.round)
     p = group.parameters
     survivors = tuple(group.names[site] for site in total.survivors)
     expected = float(sum(study.aggregation.weight(cohort[name].consent.weight) for name in survivors))

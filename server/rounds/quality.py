@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+VALIDATED = "validation_accuracy"
 NONE = (
     "The study holds out no units for validation (data.validation_fraction = 0), so the run has no figures of quality."
 )
@@ -15,14 +16,14 @@ NONE = (
 
 def quality(metrics: Mapping[str, float] | None) -> str:
     """Return validation accuracy and loss as text; empty if a round has none."""
-    if not metrics:
+    if not metrics or VALIDATED not in metrics:  # of a study that counts, they are counts
         return ""
     return f"validation accuracy {100 * metrics['validation_accuracy']:.1f} %, loss {metrics['validation_loss']:.4g}"
 
 
 def course(statements: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence about the first and the last validation of a run."""
-    found = [(each["round"], each["metrics"]) for each in statements if each["metrics"]]
+    found = [(each["round"], each["metrics"]) for each in statements if quality(each["metrics"])]
     if not found:
         return NONE
     (first, before), (last, after) = found[0], found[-1]

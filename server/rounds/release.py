@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from privet.common.audit.card import lineage_of, model_card
+from privet.common.audit.counts import COUNTS, counts_document
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import (
@@ -56,6 +57,7 @@ def release_files(
         f"{PRIVACY}.json": canonical_json(privacy) + b"\n",
         f"{PRIVACY}.md": privacy_markdown(privacy).encode(),
         CARD: model_card(run.study, lineage, privacy, state.statements).encode(),
+        **({COUNTS: canonical_json(counts_document(run.study, state.statements)) + b"\n"} if run.study.counts else {}),
         KEY: signer.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
     }
     return {**files, SIGNATURE: sign_files(files, run.study.name, signer)}

@@ -17,7 +17,7 @@ import numpy as np
 
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
-from privet.common.masking.bounds import bound_of
+from privet.common.masking.bounds import bound_of, largest_term
 from privet.common.masking.groups import check_columns, corrupt_sites, groups_of
 from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
@@ -240,7 +240,7 @@ def collect_sum(
     blocks: Blocks | None = None,
 ) -> RoundSum:
     """Collect the round's sum, masked unless the study asks for plain aggregation."""
-    spec, head, weight = state.adapter.spec, study.is_head_start(opened.round), study.aggregation.weight
+    spec, head, weight = state.adapter.spec, study.sums_units(opened.round), study.aggregation.weight
     if study.secure_aggregation.mode == "masked":
         collected = collect_masked if study.secure_aggregation.block is None else (blocks or Blocks()).collect
         total = collected(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
@@ -266,11 +266,11 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         ProtocolError: It is larger. `apply_update` checks for NaN and infinity.
     """
     limit = study.aggregation.max_norm
-    if study.is_head_start(state.round + 1):
-        size = state.adapter.spec.class_sums().size
+    if study.sums_units(state.round + 1):
+        size = sum(tensor.size for tensor in released(study, state.adapter.spec, head=True))
         limit = _longest(study, size, total, deviation_of_sums(study, total))
     elif limit is None:
-        trained = state.adapter.spec.trained(study.aggregation.method)
+        trained = study.trained(state.adapter.spec)
         if study.distributed:
             shares = shared_noise(study, len(total.groups[0]["sites"]))
             noise = shares.deviation * len(total.survivors) ** 0.5
@@ -297,9 +297,9 @@ def _longest(study: Study, size: int, total: RoundSum, deviation: float) -> floa
     values have the deviations s_i exceeds |s| + t max(s_i) with a probability of at most exp(-t²/2); here t = 8. Where
     sites have unequal ranks, the values that the same sites train are one block, and each block's mean is so bounded.
     """
-    clip_norm = study.privacy.promise.clip_norm if study.private else 1.0
+    largest = _MOST_DRAWN * largest_term(study)
     if total.weights is None:
-        return float(_MOST_DRAWN * clip_norm + deviation * (size**0.5 + 8) / total.weight)
+        return float(largest + deviation * (size**0.5 + 8) / total.weight)
     trained = total.weights[total.weights > 0]
     blocks, noise = len(np.unique(trained)), deviation / trained
-    return float(_MOST_DRAWN * clip_norm * blocks**0.5 + np.linalg.norm(noise) + 8 * noise.max())
+    return float(largest * blocks**0.5 + np.linalg.norm(noise) + 8 * noise.max())

@@ -38,6 +38,7 @@ from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, inside, no_directory, staged, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.average import AVERAGED, Mean, averaged_name
+from privet.common.study.counts import check_measured
 from privet.common.study.study import Study, kept_study
 from privet.server.rounds.watch import Wait
 
@@ -87,6 +88,7 @@ class RunDirectory:
 
         Raises:
             StateError: `path` exists already.
+            StudyError: The study measures another adapter.
         """
         with staged(path, TAKEN) as staging:
             cls.fill(staging, study, adapter, peft_config)
@@ -94,7 +96,12 @@ class RunDirectory:
 
     @classmethod
     def fill(cls, path: Path, study: Study, adapter: Adapter, peft_config: str) -> None:
-        """Write a new run, before its first round, into the existing directory `path`."""
+        """Write a new run, before its first round, into the existing directory `path`.
+
+        Raises:
+            StudyError: The study measures another adapter.
+        """
+        check_measured(study, adapter)
         (path / _STUDY).write_bytes(canonical_json(study.document()))
         (path / "adapter").mkdir()
         (path / "adapter" / _CONFIG).write_text(peft_config, encoding="utf-8")

@@ -13,6 +13,7 @@ from privet.common.masking.isolation import Isolation, Sums
 from privet.common.privacy.accounting import PrivacyPlan, plan
 from privet.common.study.adapter import Adapter
 from privet.common.study.average import counts, extended
+from privet.common.study.counts import cells_of
 from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.study.study import Study
 from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
@@ -29,7 +30,10 @@ def lost_in_a_row(state: RunState) -> int:
 
 def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:
     """Return the state after a round whose sum is `total`."""
-    optimizer = ServerOptimizer(study.aggregation, study.training.rounds, state.adapter.spec)
+    if study.counts:
+        return _after_counting(study, state, opened, total, started)
+    settings, training = study.aggregation, study.training
+    optimizer = ServerOptimizer(settings, training.rounds, state.adapter.spec, head=training.train_head)
     if state.optimizer is not None:
         optimizer.load_state_dict(*state.optimizer)
     adapter = next_adapter(study, state, optimizer, total)
@@ -63,6 +67,18 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
         mean=mean,
         part=adapter if mean is not None else None,
     )
+
+
+def _after_counting(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:
+    """Return the state after the one round of a study that counts: the adapter is as it was."""
+    statement = {
+        **round_statement(study, state, opened, total, started),
+        "type": "round-close",
+        "adapter_after": state.adapter.digest,
+        "adapter_published": state.adapter.digest,
+        "metrics": counted(study, total),
+    }
+    return replace(state, round=opened.round, statements=(*state.statements, statement), stopped=True)
 
 
 def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, rounds: int) -> RunState:
@@ -109,6 +125,12 @@ def validation_metrics(total: RoundSum) -> dict[str, float] | None:
         "validation_loss": float(total.metrics[1]) * VALIDATION_LOSS_CAP / units,
         "validation_accuracy": float(total.metrics[2]) / units,
     }
+
+
+def counted(study: Study, total: RoundSum) -> dict[str, float]:
+    """Return the sum of all survivors' counts by cell, with the noise that the sites added."""
+    cells = cells_of(study)
+    return {name: float(value) for name, value in zip(cells.names, total.update / cells.scale, strict=True)}
 
 
 def with_best(study: Study, state: RunState, metrics: Mapping[str, float] | None) -> RunState:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from privet.client.rounds.validation import finite_loss
 from privet.client.site import Resources
+from privet.client.training.counts import finite_loss
 from privet.client.training.data import Records, concatenate, load_files
 from privet.client.training.features import encode_records
 from privet.client.training.forms import written_row

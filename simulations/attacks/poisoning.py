@@ -207,7 +207,7 @@ def run_poisoning(
 
 def _moves(study: Study, trail: Trail) -> list[float]:
     """Return the length of the mean update of each round that trains, which the coordinator adds to the adapter."""
-    names = [tensor.name for tensor in trail.released.spec.trained(study.aggregation.method)]
+    names = [tensor.name for tensor in study.trained(trail.released.spec)]
     flat = [adapter.flatten(names).astype(np.float64) for adapter in trail.adapters]
     return [float(np.linalg.norm(after - before)) for before, after in pairwise(flat[study.training.starts_head :])]
 

@@ -34,6 +34,7 @@ def report(
     The report shows settings, results, privacy spent, attacks and costs. It is one file without scripts, and it
     requests nothing from the network. Rows of fewer than 10 records are not shown.
     """
+    from privet.server.rounds.state import RunDirectory
     from privet.simulations.reporting.gather import gather, require_finished
     from privet.simulations.reporting.page import conclusion, page
     from privet.simulations.reporting.subgroups import Groups, evaluate_groups
@@ -57,7 +58,7 @@ def report(
             stages.tell("reading runs", number, len(runs), str(run))
             told: Groups = {}
             why = "groups were switched off with --no-groups"
-            if groups:
+            if groups and not RunDirectory.open(run).study.counts:
                 try:
                     told, why = evaluate_groups(run, by or (), stages.tell), ""
                 except PrivetError as error:

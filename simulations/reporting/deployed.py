@@ -12,7 +12,7 @@ from typing import Any
 
 from privet.client.pages.charts import line_chart
 from privet.client.pages.html import Child, Html, element, facts, joined, paragraph, table
-from privet.server.rounds.quality import NONE, course
+from privet.server.rounds.quality import NONE, course, quality
 from privet.simulations.reporting.gather import RunFacts
 
 ELSEWHERE = (
@@ -61,8 +61,14 @@ def tiles(run: RunFacts) -> Html:
 
 def row(run: RunFacts) -> list[str]:
     """Return the run's row in a table of several runs."""
-    measured = [statement["metrics"] for statement in run.statements if statement["metrics"]]
-    result = f"validation accuracy {_percent(measured[-1])}" if measured else "not measured"
+    measured = [statement["metrics"] for statement in run.statements if quality(statement["metrics"])]
+    result = (
+        "counts"
+        if run.study.counts
+        else f"validation accuracy {_percent(measured[-1])}"
+        if measured
+        else "not measured"
+    )
     return [run.name, run.study.name, result, _epsilon(run), str(len(run.statements))]
 
 

@@ -123,9 +123,13 @@ def gather(
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
-        data=data_of(path, len(summary["federated_per_site"])) if simulated else "",
+        data=data_of(path, _sites(summary)) if simulated else "",
         ended=state.stopped,
     )
+
+
+def _sites(summary: Mapping[str, Any]) -> int:
+    return int(summary["counts"]["sites"]) if "counts" in summary else len(summary["federated_per_site"])
 
 
 def data_of(path: Path, sites: int) -> str:
@@ -162,6 +166,6 @@ def traffic_of(study: Study, spec: AdapterSpec, statements: Sequence[Mapping[str
     """Return the bytes of adapters sent to all invited sites, and of updates from the sites that delivered."""
     asked = sum(len(statement["cohort"]) for statement in statements)
     delivered = sum(len(statement["survivors"]) for statement in statements)
-    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
+    trained = sum(tensor.size for tensor in study.trained(spec))
     each = 4 * sum(tensor.size for tensor in spec.tensors)
     return Traffic(each * asked, bytes_up(study, trained) * delivered)

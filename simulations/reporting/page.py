@@ -13,13 +13,14 @@ from privet.client.pages.document import document
 from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, prose, table
 from privet.client.pages.suppression import hidden
 from privet.common.study.study import Study
-from privet.simulations.reporting import deployed
+from privet.simulations.reporting import counts, deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
 from privet.simulations.runs.own_records import better_together
 from privet.simulations.terminal import continued
 from privet.simulations.terminal.figures import as_text, extremes
 from privet.simulations.terminal.own_records import OwnRecords, hidden_rows, promise_of_baselines
+from privet.simulations.terminal.sentences import counted_sentence
 
 WATTS = 100.0
 """Assumed power of the machine, in watts."""
@@ -40,6 +41,8 @@ def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
 
 
 def _run(run: RunFacts, watts: float) -> Html:
+    if run.study.counts:
+        return _counted_run(run)
     if run.deployed:
         return _deployed_run(run)
     sections: list[tuple[str, Html]] = [
@@ -54,14 +57,30 @@ def _run(run: RunFacts, watts: float) -> Html:
         ("Appendix: privacy statement", _statement(run)),
         ("Appendix: technical identifiers", _identity(run)),
     ]
+    return _article(run, [_lead(run), _tiles(run)], sections)
+
+
+def _article(run: RunFacts, top: Sequence[Html], sections: Sequence[tuple[str, Html]]) -> Html:
+    """Return a run's article: its name and conclusion, what stands at the top, and the sections."""
     parts: list[Child] = [
         element("h1", {}, run.study.name),
         element("p", {"class": "conclusion"}, conclusion(run)),
-        _lead(run),
-        _tiles(run),
+        *top,
     ]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
     return joined(parts)
+
+
+def _counted_run(run: RunFacts) -> Html:
+    sections: list[tuple[str, Html]] = [
+        ("Result", counts.outcome(run)),
+        ("Privacy spent", _privacy(run)),
+        ("Settings", _asked(run.study)),
+        ("Rounds", _rounds(run)),
+        ("Appendix: privacy statement", _statement(run)),
+        ("Appendix: technical identifiers", deployed.identity(run)),
+    ]
+    return _article(run, [deployed.lead(run), _epsilon_tile(run)], sections)
 
 
 def _deployed_run(run: RunFacts) -> Html:
@@ -74,15 +93,7 @@ def _deployed_run(run: RunFacts) -> Html:
         ("Appendix: privacy statement", _statement(run)),
         ("Appendix: technical identifiers", deployed.identity(run)),
     ]
-    parts: list[Child] = [
-        element("h1", {}, run.study.name),
-        element("p", {"class": "conclusion"}, conclusion(run)),
-        deployed.lead(run),
-        deployed.tiles(run),
-        _epsilon_tile(run),
-    ]
-    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
-    return joined(parts)
+    return _article(run, [deployed.lead(run), deployed.tiles(run), _epsilon_tile(run)], sections)
 
 
 # --- at a glance -----------------------------------------------------------------------------------------
@@ -90,6 +101,8 @@ def _deployed_run(run: RunFacts) -> Html:
 
 def conclusion(run: RunFacts) -> str:
     """Return the sentence that the report begins with: what training together was worth."""
+    if run.study.counts:
+        return counted_sentence(counts.result(run))
     if run.deployed:
         return deployed.conclusion(run)
     primary = run.summary["metric"]
@@ -236,20 +249,22 @@ def _verified(run: RunFacts) -> tuple[str, str, str]:
 def _comparison(runs: Sequence[RunFacts]) -> Html:
     rows = []
     for run in runs:
-        if run.deployed:
+        if run.deployed or run.study.counts:
             rows.append(deployed.row(run))
             continue
         primary, epsilon = run.summary["metric"], run.summary["epsilon"]
         cells = [run.name, run.study.name, f"{primary} {as_text(primary, run.summary[primary]['federated'])}"]
         rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])
     head = ["run", "study", "federated result", "epsilon", "rounds"]
-    return table("All runs of this report", head, rows, numbers=(2, 3, 4))
+    return joined([table("All runs of this report", head, rows, numbers=(2, 3, 4)), counts.moved(runs)])
 
 
 # --- the sections ----------------------------------------------------------------------------------------
 
 
 def _training(study: Study) -> str:
+    if study.counts:
+        return "none: the one round counts"
     rounds = f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"
     if not study.training.starts_head:
         return rounds
@@ -268,7 +283,11 @@ def _asked(study: Study) -> Html:
     pairs: list[tuple[str, Child]] = [
         ("Task", kinds[study.task.kind]),
         ("Labels", ", ".join(study.task.labels) or "none"),
-        ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.ranks_text}"),
+        (
+            "Base model",
+            study.model.base
+            + ("" if study.counts else f"; training changes only an adapter of rank {study.lora.ranks_text}"),
+        ),
         ("Training", _training(study)),
         (
             "Updates",

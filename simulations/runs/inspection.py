@@ -58,7 +58,7 @@ def inspect(plan: Plan, files: Sequence[Path], pool: DataPool, say: Say, warn: S
         if any(not part.test for part in found):
             _tried(faults, partial(_open, plan.study, worker, say if number < _LISTED else _quietly))
     unreadable = faults and plan.simulation.test_fraction is not None  # then nothing could be held out
-    if not unreadable and not any(worker.config.test for worker in workers):
+    if not plan.study.counts and not unreadable and not any(worker.config.test for worker in workers):
         faults.append(
             StudyError(
                 "the study: no site has test records, but the results are measured and compared on them",

@@ -16,6 +16,9 @@ from privet.client.bases.names import keep_bases
 from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
+from privet.common.audit.counts import COUNTS, counts_document
+from privet.common.audit.release import ADAPTER
+from privet.common.canonical import canonical_json
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import staged, write_durably
 from privet.common.log.agreement import RoundStatement
@@ -23,7 +26,7 @@ from privet.common.log.checkpoint import Policy
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.progress import Tell, silent
-from privet.common.study.adapter import Adapter
+from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import CohortSection, SecureAggregationSection
 from privet.common.study.study import Study
 from privet.server.app import LOG, PUBLIC, opened_log
@@ -151,12 +154,20 @@ def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
 
 
 def released(run: Path, evaluator: Evaluator) -> Adapter:
-    """Return the adapter that an earlier run released, for a study with the same base and adapter layout.
+    """Return the adapter that an earlier run released, or that a directory in PEFT's format holds.
+
+    Args:
+        run: The run, or the directory.
+        evaluator: Of a study with the same base and adapter layout.
 
     Raises:
         StateError: `run` is not a run directory, or its adapter has another layout.
     """
-    adapter = RunDirectory.open(run).load().adapter
+    if (run / ADAPTER).is_file():
+        data = (run / ADAPTER).read_bytes()
+        adapter = Adapter.read(read_layout(data), data)
+    else:
+        adapter = RunDirectory.open(run).load().adapter
     if adapter.spec != evaluator.host.spec:
         raise StateError(
             f"--continue-from: the adapter of {run} does not fit this study: its tensors have other names or shapes",
@@ -239,8 +250,14 @@ def run_simulation(
     workers = min(workers, len(simulated.sites))
     # Rounded upwards, as 0 switches remembering off, which changes the computation (padding included) and so the bits.
     megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
+    if plan.study.counts:  # one pass over the records at most
+        megabytes = 0
     with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
         curve = _Curve(path, plan, evaluator, watch, fleet.watch)
+        if plan.study.counts:
+            tell("counting", 0, None)
+            state, outcome = _federate(simulated, fleet, curve, engine, crew)
+            return _counted(simulated, fleet, state, outcome, started)
         tell("evaluating the base before training", 0, None)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
         tell("training", 0, None)
@@ -265,6 +282,33 @@ def run_simulation(
     summary["training_seconds"] = round(trained, 1)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["peak_memory_mb"] = memory + peak_memory_mb()
+    write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+    return summary
+
+
+def _counted(
+    simulated: Simulated, fleet: Fleet, state: RunState, outcome: Mapping[str, Any], started: float
+) -> dict[str, Any]:
+    """Write and return the summary of a study that counts."""
+    plan, path = simulated.plan, simulated.path
+    study = plan.study
+    document = counts_document(study, state.statements)
+    write_durably(path / COUNTS, canonical_json(document) + b"\n")
+    summary = {
+        "study": study.name,
+        "study_digest": study.digest,
+        "adapter_digest": state.adapter.digest,
+        "counts": document,
+        "rounds": state.round,
+        "epsilon": spent(state.statements[-1]) if state.statements else None,
+        "privacy": _mechanism(privacy_plan(study)),
+        "secure_aggregation": study.secure_aggregation.mode,
+        "log_verified": log_verified(RunDirectory.open(path)),
+        "outcome": outcome,
+        "scenario": scenario_document(plan, fleet, path),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_mb": peak_memory_mb(),
+    }
     write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
     return summary
 
@@ -376,7 +420,7 @@ class _Curve:
                 training = training_line(self._plan.study, statement, self._stopwatch.since(self._before))
                 self._before = self._stopwatch.copy()
                 self._trained = _replaced(self._training, self._trained, training)
-            if arm == FEDERATED and due and self._evaluator.records:
+            if arm == FEDERATED and due and self._evaluator.records and not self._plan.study.counts:
                 tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
                 metrics = self._evaluator.metrics(tallies)
                 point = {"round": statement["round"], "epsilon": spent(statement), **metrics}

@@ -13,12 +13,13 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import check_terms, choose_autocast, choose_device, open_host
 from privet.client.training.packing import Shape
 from privet.common.masking.groups import corrupt_sites
-from privet.common.masking.noise_shares import bits_of, momentum_of, shared_noise
+from privet.common.masking.noise_shares import bits_of, deviation_of_sum, momentum_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon, multipliers
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.privacy.correlated import Band, error_of_sums
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import AdapterSpec
+from privet.common.study.counts import cells_of
 from privet.common.study.sections import SQUARING
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
@@ -44,9 +45,11 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
     study, resources = plan.study, plan.simulation.resources
     check_terms(study)
     host = host or open_host(study, resources)
+    if study.counts:
+        return _explain_counts(plan)
     mechanism = privacy_plan(study)
     lengths = training_lengths(plan, host.tokenizer)
-    trained = host.spec.trained(study.aggregation.method)
+    trained = study.trained(host.spec)
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
@@ -103,6 +106,34 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         if study.distributed:
             meaning["shared_noise"] = sharing(study, mechanism, _sites_of(plan))
     return meaning
+
+
+def _explain_counts(plan: Plan) -> dict[str, Any]:
+    """Return the figures of a study that counts: what it counts, its cost, and the noise on each count."""
+    study, sites = plan.study, _sites_of(plan)
+    mechanism, cells = privacy_plan(study), cells_of(study)
+    return {
+        "study": study.name,
+        "digest": study.digest,
+        "kind": study.kind,
+        "task": study.task.kind,
+        "base": study.model.base,
+        "rounds": study.rounds,
+        "cells": list(cells.titles.values()),
+        "secure_aggregation": study.secure_aggregation.mode,
+        "sites": sites,
+        "deviation_of_a_count": round(deviation_of_sum(study, sites, sites) / cells.scale, 3),
+        "privacy": None
+        if mechanism is None
+        else {
+            "unit": study.privacy.unit,
+            "epsilon": round(mechanism.spent(1), 4),
+            "target": mechanism.target,
+            "delta": mechanism.delta,
+            "noise_multiplier": round(mechanism.training.noise_multiplier, 4),
+            "mode": study.privacy.mode,
+        },
+    }
 
 
 def bytes_down(study: Study, spec: AdapterSpec) -> int:

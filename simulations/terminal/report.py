@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from privet.client.training.features import length_lines
+from privet.common.audit.counts import count_rows
 from privet.common.masking.isolation import cohort_size
 from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
@@ -70,6 +71,19 @@ def round_line(report: RoundReport, primary: str) -> str:
     return "  ".join(parts)
 
 
+def counts_table(summary: Mapping[str, Any]) -> Table:
+    """Return the table of a study that counts: each count and figure, with an interval that covers the noise."""
+    epsilon, document = summary["epsilon"], summary["counts"]
+    promise = "without noise" if epsilon is None else f"epsilon {epsilon:.2f} per {document['unit']}"
+    table = Table(title=f"all {document['sites']} sites together, {promise}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column(f"{document['confidence']:.0%} interval")
+    for row in count_rows(document):
+        table.add_row(*row)
+    return table
+
+
 def result_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of results: before training, each site alone, the federation, and all data pooled."""
     primary = summary["metric"]
@@ -127,6 +141,8 @@ def own_table(summary: Mapping[str, Any]) -> Table | None:
 
 def result_parts(summary: Mapping[str, Any]) -> list[Table | str]:
     """Return the tables of results, and after each the sentences that explain it."""
+    if "counts" in summary:
+        return [counts_table(summary)]
     parts: list[Table | str] = [result_table(summary), *promise_of_baselines(summary)]
     if (own := own_table(summary)) is not None:
         parts += [own, *OwnRecords.of(summary).sentences]
@@ -181,6 +197,20 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     privacy = meaning["privacy"]
+    if "cells" in meaning:
+        cost = "none: the counts have no noise"
+        if privacy is not None:
+            cost = (
+                f"epsilon {privacy['epsilon']} at delta {privacy['delta']} per {privacy['unit']}; noise multiplier "
+                f"{privacy['noise_multiplier']}, no sampling"
+            )
+        table.add_row("digest", meaning["digest"])
+        table.add_row("training", "none: the one round counts")
+        table.add_row("counts", "\n".join(meaning["cells"]))
+        table.add_row("privacy", cost)
+        deviation = meaning["deviation_of_a_count"]
+        table.add_row("noise", f"standard deviation of each count over {meaning['sites']} sites: {deviation:,.1f}")
+        return table
     table.add_row("digest", meaning["digest"])
     table.add_row("task", meaning["task"])
     table.add_row("base", f"{meaning['base']}, {meaning['base_parameters']:,} parameters, verified")
@@ -258,7 +288,7 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
         import matplotlib
     except ModuleNotFoundError:
         return None
-    points = summary["curve"]
+    points = summary.get("curve")
     if not points:
         return None
     matplotlib.use("Agg")

@@ -23,6 +23,8 @@ def result_sentence(summary: Mapping[str, Any]) -> str:
 
     For example `Together 80.2 %, alone 45.4 % (mean of 4 sites), pooled 83.5 % accuracy.`
     """
+    if "counts" in summary:
+        return counted_sentence(summary["counts"])
     primary = summary["metric"]
     scores = summary[primary]
     parts = [f"Together {as_text(primary, scores['federated'])}"]
@@ -35,6 +37,18 @@ def result_sentence(summary: Mapping[str, Any]) -> str:
     lower = ", where less is better" if primary == "perplexity" else ""
     gain = OwnRecords.of(summary).gain
     return f"{', '.join(parts)} {primary}{lower}.{f' {gain}' if gain else ''}"
+
+
+def counted_sentence(document: Mapping[str, Any]) -> str:
+    """Return the result of a study that counts: its units, with their interval."""
+    if not document["cells"]:
+        return "No round was closed, so nothing was counted."
+    units = document["cells"][0]
+    what = "counted" if document["kind"] == "statistics" else "measured the adapter on"
+    return (
+        f"{_sites(document['sites'])} together {what} {units['value']:,.0f} {units['title']} ({units['low']:,.0f} to "
+        f"{units['high']:,.0f}); nothing was trained."
+    )
 
 
 def _sites(number: int) -> str:

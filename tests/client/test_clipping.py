@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scipy import stats
 from privet.client.site import Resources
 from privet.client.training.dp import (
     Clipping,
+    Columns,
     TermSum,
     balance,
     clip_units,
@@ -36,11 +38,12 @@ from privet.client.training.train import (
     TrainingSet,
     clipping_of,
     draw_noise,
+    head_columns,
     release,
     term_sum,
     train_round,
 )
-from privet.common.errors import StudyError
+from privet.common.errors import StateError, StudyError
 from privet.common.privacy.accounting import PrivacyEvent, split_noise
 from privet.common.privacy.noise import SeededRandomness, lattice_release, lattice_unit
 from privet.common.study.sections import PrivacySection
@@ -162,6 +165,93 @@ def test_the_balance_counts_halves() -> None:
     assert balance(norms, 5.0) == 1.0
     assert balance(norms, 0.01) == -2.0
     assert balance(norms[:0], 1.0) == 0.0
+
+
+# --- head and adapter apart --------------------------------------------------------------------------------
+
+
+def apart(norm: float, share: float, columns: Columns, s: float | None = None) -> Clipping:
+    return replace(clip(norm, s), head=columns, head_share=share)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    exponent=st.integers(-30, 37),
+    clip_norm=st.floats(1e-6, 1e6),
+    s=st.none() | st.floats(1e-6, 1),
+    share=st.floats(1e-9, 1 - 1e-9),
+    cuts=st.lists(st.integers(1, 39), unique=True, min_size=2, max_size=4).map(sorted),
+)
+def test_parts_clipped_apart_stay_within_their_norms_and_a_unit_moves_the_sum_by_its_own_term(
+    seed: int,
+    rows: list[int],
+    exponent: int,
+    clip_norm: float,
+    s: float | None,
+    share: float,
+    cuts: list[int],
+) -> None:
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(len(rows)), rows)
+    scale = 10.0 ** rng.uniform(exponent - 3, exponent, (len(owner), 40))  # columns of very different sizes
+    flat = torch.from_numpy((rng.standard_normal((len(owner), 40)) * scale).astype(np.float32))
+    columns = tuple(zip(cuts[::2], cuts[1::2], strict=False))
+    clipping = apart(clip_norm, share, columns, s)
+    everyone = TermSum(clipping, torch.zeros(40, dtype=torch.int64))
+    everyone.add(flat, [rows[unit] for unit in owner])
+    total = torch.zeros(40, dtype=torch.int64)
+    for unit, count in enumerate(rows):
+        alone = TermSum(clipping, torch.zeros(40, dtype=torch.int64))
+        alone.add(flat[np.flatnonzero(owner == unit)], [count] * count)
+        assert is_within(alone.total, clipping)  # the norm of the whole term is at most C, without rounding
+        for part, norm in clipping.parts(40):
+            own = torch.cat([alone.total[start:end] for start, end in part])
+            assert is_within(own, replace(clipping, norm=norm, head=()))
+        total += alone.total
+    assert torch.equal(everyone.total, total)
+
+
+def test_parts_that_were_each_given_the_whole_norm_would_exceed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipping, gradient = apart(1.0, 0.5, ((1, 2),)), torch.full((1, 3), 9.0)
+    assert is_within(clip_units(gradient, clipping)[0], clipping)
+    monkeypatch.setattr(Clipping, "parts", lambda self, size: [(((1, 2),), 1.0), (((0, 1), (2, 3)), 1.0)])
+    assert not is_within(clip_units(gradient, clipping)[0], clipping)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_unit_that_one_part_cannot_hold_adds_nothing_to_any(bad: float, place: int) -> None:
+    gradients = torch.ones(2, 3)
+    gradients[1, place] = bad
+    terms, norms = clip_units(gradients, apart(1e-6, 0.5, ((0, 1),)))
+    assert torch.equal(terms, clip_units(gradients[:1], apart(1e-6, 0.5, ((0, 1),)))[0])
+    assert norms[0] == pytest.approx(3**0.5)
+    assert math.isnan(norms[1])
+
+
+def test_a_large_head_no_longer_takes_the_norm_of_the_adapter() -> None:
+    gradient = torch.tensor([[30.0, 0.3, 0.4]])
+    together = clip_units(gradient, clip(1.0))[0].double() * clip(1.0).lattice
+    found = clip_units(gradient, apart(1.0, 0.36, ((0, 1),)))[0].double() * clip(1.0).lattice
+    assert float(together[1:].norm()) < 0.02
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.3, 0.4], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("columns", "share"), [(((0, 3),), 0.5), (((0, 1),), 0.0), (((0, 1),), 1.0)])
+def test_a_head_that_is_everything_or_nothing_is_refused(columns: Columns, share: float) -> None:
+    with pytest.raises(StateError, match="report this as a bug"):
+        clip_units(torch.ones(1, 3), apart(1.0, share, columns))
+
+
+def test_the_columns_of_the_head_are_those_of_modules_trained_in_full(bert: Path) -> None:
+    study = tiny_study(bert, privacy=private(head_clip_share=0.1))
+    host = open_host(study, CPU)
+    columns, trained = head_columns(study, host.spec), study.trained(host.spec)
+    assert sum(end - start for start, end in columns) == sum(t.size for t in trained if t.role == "full")
+    flat = np.concatenate([np.full(t.size, t.role == "full") for t in trained])
+    assert all(flat[start:end].all() for start, end in columns)
+    assert head_columns(tiny_study(bert, privacy=private()), host.spec) == ()
 
 
 # --- real gradients --------------------------------------------------------------------------------------
@@ -414,7 +504,8 @@ def test_flat_is_the_default_and_the_choice_is_part_of_the_agreement(bert: Path)
     plain = tiny_study(bert, privacy=private())
     assert plain.privacy.clipping == "flat"
     digests = {tiny_study(bert, privacy=private(clipping=mode)).digest for mode in MODES}
-    assert len(digests) == 3
+    digests.add(tiny_study(bert, privacy=private(head_clip_share=0.1)).digest)
+    assert len(digests) == 4
     assert plain.digest in digests
 
 
@@ -427,6 +518,9 @@ def test_flat_is_the_default_and_the_choice_is_part_of_the_agreement(bert: Path)
         (private(clipping="adaptive", quantile_rate=0.0), r"privacy\.quantile_rate"),
         (private(clipping="adaptive", quantile_share=1.0), r"privacy\.quantile_share"),
         (private(clipping="none"), r"privacy\.clipping"),
+        ({"mode": "none", "head_clip_share": 0.1}, "head_clip_share: mode none does not clip"),
+        (private(clipping="adaptive", head_clip_share=0.1), "head_clip_share: adaptive moves one clip norm"),
+        (private(head_clip_share=1.0), r"privacy\.head_clip_share"),
     ],
 )
 def test_settings_that_would_not_clip_are_refused(bert: Path, privacy: dict[str, Any], said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping
 from privet.client.training.features import encode_records
-from privet.client.training.headstart import class_sums, share_head, start_head
+from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
+from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import TrainingSet
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import COUNT_WEIGHT
@@ -42,8 +44,12 @@ def opened(base: Path, **overrides: Any) -> tuple[Study, ModelHost, TrainingSet]
 def sums(study: Study, host: ModelHost, data: TrainingSet, norm: float = NORM) -> np.ndarray[Any, Any]:
     """Return the integer sums of some units."""
     with host.lock:
-        found = class_sums(host, study, initial_adapter(study, host), data, Clipping(norm, 2.0**-40, 1e-3), 64)
-    return found.total.numpy()
+        return adding(study, host, data)(Clipping(norm, 2.0**-40))
+
+
+def adding(study: Study, host: ModelHost, data: TrainingSet) -> Summing:
+    """Return what adds up the terms of all units."""
+    return partial(class_sums, host, study, initial_adapter(study, host), data, 64)
 
 
 def without(data: TrainingSet, unit: int) -> TrainingSet:
@@ -103,15 +109,10 @@ def test_the_noise_is_that_of_the_plan(bert: Path) -> None:
 def _started(study: Study, host: ModelHost, data: TrainingSet, seed: int) -> np.ndarray[Any, Any]:
     mechanism = plan(study)
     with host.lock:
-        return start_head(
-            host,
-            study,
-            initial_adapter(study, host),
-            data,
-            SeededRandomness(seed, "test"),
-            mechanism=None if mechanism is None else mechanism.event(head=True),
-            physical_batch=64,
-        )
+        event = None if mechanism is None else mechanism.event(head=True)
+        noise = SeededRandomness(seed, "test")
+        found = release_sum(study, adding(study, host, data), len(data.units), noise, event, host.meter)
+    return found / data.declared
 
 
 def test_shares_have_the_noise_of_the_head_start_and_not_of_a_step(bert: Path) -> None:
@@ -127,17 +128,10 @@ def test_shares_have_the_noise_of_the_head_start_and_not_of_a_step(bert: Path) -
     shares, steps = shared_noise(study, 5, head=True), shared_noise(study, 5)
     assert 2 * shares.own_multiplier < steps.own_multiplier
     with host.lock:
-        found = share_head(
-            host,
-            study,
-            initial_adapter(study, host),
-            data,
-            SeededRandomness(1, "test"),
-            shares=shares,
-            physical_batch=64,
-        )
-    noise = found * shares.level - sums(study, host, data) * 2.0**-40
-    assert noise.std() == pytest.approx(shares.deviation, rel=0.2)
+        noise = SeededRandomness(1, "test")
+        found = share_sum(adding(study, host, data), len(data.units), noise, shares, host.meter)
+    added = found * shares.level - sums(study, host, data) * 2.0**-40
+    assert added.std() == pytest.approx(shares.deviation, rel=0.2)
 
 
 def test_without_privacy_the_sums_are_released_as_they_are(bert: Path) -> None:

@@ -18,9 +18,10 @@ from scipy import stats
 from privet.client.budget.releases import open_ledger
 from privet.client.rounds.logbook import Logbook, LoggedRound
 from privet.client.rounds.site import RealSite
-from privet.client.rounds.validation import EXACT, finite_loss, validation_points
+from privet.client.rounds.validation import EXACT, validation_points
 from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import load_site, rounded_count
+from privet.client.training.counts import finite_loss
 from privet.client.training.model import initial_adapter
 from privet.client.training.passes import score
 from privet.client.training.tasks import collate, forward

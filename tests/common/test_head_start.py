@@ -55,6 +55,7 @@ def test_a_study_without_one_is_the_study_that_it_was() -> None:
     # Recorded before head starts were known.
     assert study_of().digest == "sha256:912415d2a4e808d5952383231ce86dadf271671d85fc881b47ff5136dbf45bda"
     assert study_of(training={"head_start": "none"}).digest == study_of().digest
+    assert study_of(training={"train_head": True}).digest == study_of().digest
     assert "head" not in (promise_of(study_of(privacy=LOCAL)) or study_of()).model_dump()
 
 
@@ -65,6 +66,13 @@ def test_a_study_without_one_is_the_study_that_it_was() -> None:
         ({"training": {"head_start_share": 0.3}}, "needs a head start"),
         ({"training": {"rounds": 0, **HEAD, "head_start_share": 0.3}}, "1 or more rounds to share with"),
         ({"training": {**HEAD, "head_start_share": 1.0}}, "less than 1"),
+        ({"training": {"train_head": False}}, "false needs a head start"),
+        ({"training": {**HEAD, "rounds": 0, "train_head": False}}, "1 or more rounds"),
+        ({"training": {**HEAD, "train_head": False}, "aggregation": {"head_learning_rate": 0.1}}, "no head is trained"),
+        (
+            {"training": {**HEAD, "train_head": False}, "privacy": {**LOCAL, "head_clip_share": 0.5}},
+            "no head beside the adapter",
+        ),
         ({"training": HEAD, "aggregation": {"weighting": "equal"}}, 'aggregation.weighting = "declared"'),
         (
             {

@@ -281,6 +281,13 @@ def test_clipping_is_described_as_the_study_does_it(clipping: str, words: str) -
     assert document["mechanism"]["clipping"]["kind"] == clipping
 
 
+def test_a_head_that_is_clipped_apart_is_named() -> None:
+    document = privacy_document(of(privacy={**PRIVATE, "clip_norm": 0.5, "head_clip_share": 0.3}), [])
+    assert document["mechanism"]["clipping"] == {"kind": "flat", "norm": 0.5, "head_share": 0.3}
+    text = one_line(privacy_markdown(document))
+    assert "clipped to L2 norm 0.5, of whose square the head, clipped apart, has 0.3" in text
+
+
 def test_the_trust_model_is_local_and_says_what_secure_aggregation_adds() -> None:
     plain = said(of(privacy=PRIVATE), [])
     masked_study = of(privacy=PRIVATE, secure_aggregation={"mode": "masked", "corrupt": 2}, cohort={"min_sites": 4})

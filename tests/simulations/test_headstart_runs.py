@@ -75,6 +75,23 @@ def test_training_goes_on_from_it(tmp_path: Path, bert: Path, kind: str) -> None
     assert "computes the head" in page([gather(tmp_path / "run")])
 
 
+def test_a_head_that_stays_is_what_its_start_made_it_and_is_not_released_again(tmp_path: Path, bert: Path) -> None:
+    fixed = {**HEAD, **KINDS["shared"], "training.rounds": 2, "training.train_head": False}
+    simulated = prepare(study_file(tmp_path, bert, fixed), tmp_path / "run")
+    heads = []
+
+    def note(report: RoundReport) -> None:
+        adapter = RunDirectory.open(tmp_path / "run").load().adapter
+        heads.append([adapter.values[tensor.name].tobytes() for tensor in adapter.spec.head()])
+
+    assert run_simulation(simulated, note)["log_verified"]
+    state = RunDirectory.open(tmp_path / "run").load()
+    assert len(heads) == 3
+    assert heads[0] == heads[1] == heads[2]
+    assert all(value.any() for value in state.adapter.values.values())  # B was trained
+    assert not any(".classifier." in name for name in state.optimizer[1])  # type: ignore[index]
+
+
 def test_correlated_noise_follows_it_and_an_auditor_agrees(tmp_path: Path, bert: Path) -> None:
     file = study_file(tmp_path, bert, {**HEAD, **BANDED, "training.rounds": 4})
     simulated = prepare(file, tmp_path / "run")

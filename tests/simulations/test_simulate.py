@@ -42,9 +42,14 @@ def study_file(
         test = write_rows(folder / f"{name}-test.jsonl", class_rows(20, seed=100 + number))
         sites[name] = {"train": [train.name], "test": [test.name]}
     document = tiny_document(base, {"training.rounds": 3, **MASKED, **(overrides or {})})
+    simulated = {"data": "files", "sites": sites, **(simulation or {})}
+    return write_study(folder / "study.toml", {**document, "simulation": simulated})
+
+
+def write_study(path: Path, document: dict[str, Any]) -> Path:
+    """Write a study file and return its path."""
     lines: list[str] = []
-    _toml({**document, "simulation": {"data": "files", "sites": sites, **(simulation or {})}}, "", lines)
-    path = folder / "study.toml"
+    _toml(document, "", lines)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

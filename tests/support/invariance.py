@@ -19,7 +19,7 @@ from privet.client.training.features import IGNORED, Feature, Pair
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
 from privet.client.training.preference import score_pairs
-from privet.client.training.train import Steps, TrainingSet, clipping_of, prepare, term_sum
+from privet.client.training.train import Steps, TrainingSet, clipping_of, head_columns, prepare, term_sum
 from privet.common.privacy.noise import LATTICE
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import GENERATING
@@ -50,12 +50,13 @@ class Bench:
     @property
     def clipping(self) -> Clipping:
         """How the study clips."""
-        return clipping_of(self.study.privacy, self.study.privacy.promise.clip_norm, NOISE_MULTIPLIER)
+        head = head_columns(self.study, self.host.spec)
+        return clipping_of(self.study.privacy, self.study.privacy.promise.clip_norm, NOISE_MULTIPLIER, head)
 
     def terms(self, *draws: Units) -> list[TermSum]:
         """Return the sum of the terms of each draw, all under the same adapter."""
         self.host.mount(self.adapter)
-        trained = self.host.train_only(self.host.spec.trained(self.study.aggregation.method))
+        trained = self.host.train_only(self.study.trained(self.host.spec))
         parameters = [parameter for _, parameter in trained]
         data = TrainingSet(self.features, [[row] for row in range(len(self.features))], len(self.features))
         self.host.references.clear()  # what another engine found

@@ -220,6 +220,15 @@ def tiny_study(base: Path, **overrides: Any) -> Study:
     return Study.parse(tiny_document(base, overrides))
 
 
+def counting_document(base: Path, kind: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study of `base` that trains nothing, as `tiny_document` does; `kind` is statistics or evaluate."""
+    document = tiny_document(base, overrides)
+    del document["training"]
+    if kind == "statistics":
+        del document["lora"]
+    return {**document, "kind": kind}
+
+
 def private(epsilon: float = 8.0, delta: float = 1e-3, clip_norm: float = 1.0, **more: Any) -> dict[str, Any]:
     """Return a `privacy` table that promises (epsilon, delta) locally."""
     return {"mode": "local", "epsilon": epsilon, "delta": delta, "clip_norm": clip_norm, **more}

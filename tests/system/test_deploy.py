@@ -21,10 +21,10 @@ from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.deploy import Deployment, Interpreters, SitePlan, Starter, deployment
 from tests.conftest import BASES
-from tests.simulations.test_simulate import study_file
+from tests.simulations.test_simulate import MASKED, study_file, write_study
 from tests.support.forks import Forks
 from tests.support.pages import commands, inline
-from tests.support.tiny import private
+from tests.support.tiny import counting_document, private
 
 SITES = ("alpha", "beta", "gamma")
 # Set where the tests run without a network.
@@ -292,3 +292,32 @@ def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, 
         assert [receipt["round"] for receipt in receipts] == [1]
         made.privet("report", run, "--out", tmp_path / "report.html")
         assert "computes the head" in (tmp_path / "report.html").read_text()
+
+        # The same sites count their records, which each of them admits and approves; then they measure the adapter.
+        released = statement["adapter_published"]
+        asked: dict[str, dict[str, object]] = {
+            "statistics": {"privacy": private(epsilon=1.0, mode="distributed")},
+            "evaluate": {"privacy": private(epsilon=2.0, mode="distributed"), "evaluation": {"adapter": released}},
+        }
+        for kind, more in asked.items():
+            document = counting_document(bert, kind, {**MASKED, **more, "aggregation.largest_count": 100, "name": kind})
+            file = write_study(tmp_path / f"{kind}.toml", document)
+            for name in SITES:
+                policy = made.site(name).parent / "policy.toml"
+                rules = policy.read_text().replace("allow = []", 'allow = ["statistics", "evaluate"]')
+                policy.write_text(rules.replace("max_studies_per_day = 2", "max_studies_per_day = 3"))
+                said = made.privet("site", "approve", made.site(name), file)
+                assert "NOTHING is trained" in said
+            source = () if kind == "statistics" else ("--continue", "means")
+            output = made.privet("coordinator", "run", file, *source, "-C", made.coordinator, "--gather", 300)
+            run = made.coordinator / "runs" / kind
+            assert "ended after round 1" in output
+            verdict, _ = audit(made, run, tmp_path)
+            assert verdict["ok"], verdict
+            units = json.loads((run / "release" / "counts.json").read_bytes())["cells"][0]
+            assert abs(units["value"] - 180) < 3.1 * (units["high"] - units["value"])  # within 6 deviations
+            made.privet("report", run, "--out", tmp_path / f"{kind}.html")
+            assert "All sites together" in (tmp_path / f"{kind}.html").read_text()
+        # One account composes what was trained, counted and measured.
+        spent = json.loads(made.privet("site", "budget", made.site("alpha"), "--json"))
+        assert 8.0 < spent["epsilon"] < 11.0
