@@ -7,6 +7,7 @@
     |   `-- DataError                2   a site's data does not fit the study's data contract
     |-- RefusedError                 3   a site or a rule refused a request
     |   |-- PolicyError              3   the site's policy does not admit the study
+    |   |-- ScanError                3   the site's policy requires a scan of its files, which is missing or not clean
     |   |-- SpentRoundError          3   the site charged the round, and its update was lost
     |   `-- BudgetExhaustedError     3   the privacy budget does not cover the cost
     |-- ProtocolError                4   the protocol does not allow this message
@@ -149,6 +150,14 @@ class BudgetExhaustedError(RefusedError):
     private = True
     code = "E_BUDGET"
     rule = "limit.epsilon"
+
+
+class ScanError(RefusedError):
+    """The site's policy requires a scan of its data files, and the kept scan does not admit training."""
+
+    private = True
+    code = "E_SCAN"
+    rule = "scan"
 
 
 class SpentRoundError(RefusedError):

@@ -177,6 +177,9 @@ class SimulatedSite:
     def check_agreed(self, study: Study) -> None:
         """Agree to every study."""
 
+    def check_files(self, study: Study) -> None:
+        """Do nothing: a simulated site has no policy."""
+
     def has_begun(self, study: Study) -> bool:
         """Return True: a run directory may be one of an earlier version."""
         return True

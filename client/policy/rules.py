@@ -4,6 +4,9 @@ The policy judges the effective study, with every default filled in: before any 
 anything is released. It fails closed. A missing file, an unknown key, a missing key, or a file that other users may
 write refuses every study. Clock and counts are arguments, so the verdict is a pure function.
 
+`[scan]` is about the data files, so it is judged apart (`privet.client.policy.scanned`), and what it finds stays at the
+site.
+
 Three rules are elsewhere, in the site file. `[limit]` is what a dataset may spend in its lifetime, and the ledger keeps
 it. `[floor]` is the least strength of the masks of one round. `patient_column` says who a patient is. A verdict goes to
 the coordinator and into the round log. So it holds what the study asks and what the site allows, and nothing that
@@ -22,6 +25,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from privet.client.scan.kinds import COUNTED
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError
 from privet.common.log.encoding import one_line
@@ -136,6 +140,19 @@ class AdapterRules(Section):
     """Whether it receives only adapters that its own records are in."""
 
 
+class ScanRules(Section):
+    """What a scan of the training files must find. Without the table, a site needs no scan."""
+
+    max_rate: dict[str, Annotated[float, Field(ge=0, le=1)]]
+    """Largest share of records, by kind of identifier or fault of texts (`privet.client.scan.kinds`)."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if unknown := sorted(self.max_rate.keys() - set(COUNTED)):
+            raise ValueError(f"max_rate: expected names among {', '.join(COUNTED)}; found {', '.join(unknown)}")
+        return self
+
+
 class SitePolicy(Section):
     """A site's policy. Every key is mandatory, so that a rule which is left out never allows anything."""
 
@@ -149,6 +166,7 @@ class SitePolicy(Section):
     metrics: MetricRules
     limits: LimitRules
     adapters: Annotated[AdapterRules | None, Field(exclude_if=lambda value: value is None)] = None
+    scan: Annotated[ScanRules | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _rules_decide(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from privet.client.editing import changed
-from privet.client.policy.rules import MOST_LOST, AdapterRules, SitePolicy
+from privet.client.policy.rules import MOST_LOST, AdapterRules, ScanRules, SitePolicy
 from privet.client.site import SiteConfig
 
 EXAMPLE = """\
@@ -53,6 +53,9 @@ max_lost_rounds = 5              # rounds in a row without a result that this si
 # purposes = "any"               # or a list of purposes, as studies state them
 # private = true                 # only adapters of private studies
 # own = false                    # only adapters with this site's records
+
+# [scan]                         # a scan of the training files must be on record; without the table, none
+# max_rate = { email = 0.0 }     # largest share of records with each kind, as `privet site scan` names them
 """
 
 _MOST_EPSILON = 8.0
@@ -110,6 +113,7 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         f"It pays for at most {limits.max_lost_rounds or MOST_LOST} rounds in a row that lead to no result.",
         f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
         *_adapters(policy.adapters),
+        *_scan(policy.scan),
     ]
 
 
@@ -120,6 +124,16 @@ def _adapters(rules: AdapterRules | None) -> list[str]:
     own = " that its own records are in" if rules.own else ""
     purposes = "any purpose" if rules.purposes == "any" else f"these purposes: {_listed(rules.purposes)}"
     return [f"It receives adapters{private}{own}, for {purposes}."]
+
+
+def _scan(rules: ScanRules | None) -> list[str]:
+    if rules is None:
+        return []
+    limits = ", ".join(f"{name} in {rate:.2%}" for name, rate in sorted(rules.max_rate.items()))
+    return [
+        "It trains only on files that `privet site scan` has scanned as they are"
+        + (f", and only if at most this share of records has: {limits}." if limits else ".")
+    ]
 
 
 def explain_patients(site: SiteConfig) -> str:

@@ -16,6 +16,7 @@ from privet.common.errors import (
     PrivetError,
     ProtocolError,
     RefusedError,
+    ScanError,
     SpentRoundError,
 )
 from privet.common.refusals import Refusals
@@ -45,6 +46,8 @@ _FIXED = {
     BudgetExhaustedError: Failure(
         "BudgetExhaustedError", "the study would exceed the privacy limit of the site's dataset", _OWN_LOG
     ),
+    # One text for a scan that is missing, old or not clean: which of them would say something of the records.
+    ScanError: Failure("ScanError", "the site's policy requires another scan of its data files", _OWN_LOG),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from privet.client.budget.noise_memory import NoiseMemory, open_memory
 from privet.client.budget.releases import Bookkeeping, Releases
 from privet.client.policy.consent import check_lost, check_policy
+from privet.client.policy.scanned import check_scan
 from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
@@ -52,6 +53,9 @@ class Site(Protocol):
 
     def check_agreed(self, study: Study) -> None:
         """Check that the site agrees to a study, before any of its files is opened."""
+
+    def check_files(self, study: Study) -> None:
+        """Check that the site trains on its files as they are now, before it loads them."""
 
     def has_begun(self, study: Study) -> bool:
         """Return whether this site has trained for a study, perhaps with an earlier version."""
@@ -145,6 +149,11 @@ class RealSite:
         if self.config.declared_count is not None:
             check_delta(study, self.config.declared_count)
         self.releases.check(study)
+        check_scan(self.config, study, files=False)
+
+    def check_files(self, study: Study) -> None:
+        """Check that the kept scan, where the policy asks for one, is of these very files. Raises as `check_scan`."""
+        check_scan(self.config, study, files=True)
 
     def has_begun(self, study: Study) -> bool:
         """Return whether the site's ledger holds a round of a study. Raises as `Releases`."""

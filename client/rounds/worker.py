@@ -115,6 +115,7 @@ class Worker:
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         site = self.site
+        site.check_files(study)
         return load_data(site.config, study, host, site.split_key(), distinct=site.distinct_files)
 
     def _masking(self, study: Study) -> MaskedRounds:
