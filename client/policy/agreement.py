@@ -85,6 +85,11 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             lines.append(f"name the column of patients: `privet site setup {file} --patient-column COLUMN`")
         elif each.code == "E_UNITS" and site.declared_count is None:
             lines.append(f"declare a count: `privet site setup {file} --declared-count NUMBER`")
+        elif each.code == "E_LARGEST_COUNT":
+            lines.append(
+                f"this site declares {site.declared_count} units, the study has room for {each.asked}: ask the "
+                f"coordinator for a study with largest_count = {site.declared_count} or more under [aggregation]"
+            )
         elif each.code == "E_SIMULATION":
             lines.append("no site can admit this: ask the coordinator for a study without settings of a simulation")
         elif each.code == "E_RANK":

@@ -232,8 +232,8 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
         policy: The site's policy.
         study: The study.
         facts: What else the verdict depends on.
-        thorough: Whether to judge the noise also of a study that another rule refuses or nobody approved, for an
-            operator who looks at it. Whoever else asks gets an answer that costs nothing.
+        thorough: Whether to judge the noise and the room for units also of a study that another rule refuses or
+            nobody approved, for an operator who looks at it. Whoever else asks gets an answer that costs nothing.
 
     Raises:
         StudyError: No noise gives the study's epsilon and delta, or the study has too many steps.
@@ -251,7 +251,11 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
         *_limits(policy.limits, study, facts),
     ]
     unapproved = policy.approval == "person" and not facts.approved
-    if study.private and (thorough or not (found or unapproved)):
+    told = thorough or not (found or unapproved)
+    if told:
+        # To a coordinator only where the consent would declare the count: whoever sends studies could bisect it.
+        found = [*_room(study, facts), *found]
+    if study.private and told:
         found += _noise(policy.privacy, study)
     if unapproved:
         found.append(_finding("E_NOT_APPROVED", "approval", study.digest, "a study that a person has approved"))
@@ -327,6 +331,14 @@ def _column(study: Study, facts: Facts) -> Iterator[Finding]:
     allowed = "no column: the site file names no patient_column" if named is None else f"column {named}"
     asked = "no column" if study.data.unit is None else f"column {study.data.unit}"
     yield _finding("E_UNIT_COLUMN", "patient_column", asked, allowed)
+
+
+def _room(study: Study, facts: Facts) -> Iterator[Finding]:
+    """Judge whether the study has room for the units that the site declares."""
+    most = study.aggregation.largest_count
+    if facts.declared is not None and facts.declared > most:
+        asked = f"at most {most} units of a site (aggregation.largest_count)"
+        yield _finding("E_LARGEST_COUNT", "declared_count", asked, "a study with room for what this site declares")
 
 
 def _real(study: Study) -> Iterator[Finding]:

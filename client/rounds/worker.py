@@ -36,7 +36,7 @@ from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError
 from privet.common.log.statements import Charge
 from privet.common.masking.noise_shares import shared_noise
-from privet.common.masking.parameters import suite_of
+from privet.common.masking.parameters import check_count, suite_of
 from privet.common.masking.vector import VALIDATION_SUMS, released
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
@@ -87,6 +87,7 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             self._masking(study)
         data, host = self.open(study)
+        check_count(study, data.training.declared)  # also where the site file declares none
         # The round log names its members by identity key, so the consent carries it also where nothing is masked.
         key = self.site.config.identity_key()
         public = "" if key is None else public_key(key)

@@ -125,12 +125,11 @@ def check_step(study: Study, spec: AdapterSpec, opened: RoundOpen, begun: Parame
     return expected
 
 
-def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed: Parameters, declared: int) -> None:
-    """Check that the coordinator's proposal follows from the study, at a site that declared `declared` units.
+def check_count(study: Study, declared: int) -> None:
+    """Check that a study has room for the units that a site declares.
 
     Raises:
-        RefusedError: The site's count is above the study's largest, or the study does not allow the cohort.
-        ProtocolError: The proposal does not follow from the study.
+        RefusedError: The site's count is above the study's largest.
     """
     if declared > study.aggregation.largest_count:
         raise RefusedError(
@@ -138,6 +137,16 @@ def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed:
             "(aggregation.largest_count)",
             "use fewer units, or agree with the coordinator on a study with a larger aggregation.largest_count",
         )
+
+
+def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed: Parameters, declared: int) -> None:
+    """Check that the coordinator's proposal follows from the study, at a site that declared `declared` units.
+
+    Raises:
+        RefusedError: The site's count is above the study's largest, or the study does not allow the cohort.
+        ProtocolError: The proposal does not follow from the study.
+    """
+    check_count(study, declared)
     if len(opened.cohort) < study.cohort.min_sites or list(opened.cohort) != sorted(set(opened.cohort)):
         raise RefusedError(
             f"round {opened.round}: expected a cohort of at least {study.cohort.min_sites} different sites in name "

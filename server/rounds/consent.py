@@ -116,9 +116,15 @@ def _wait(
     expected = study.cohort.sites or log.members
     waiting = {*online} - {participant.node for participant in participants.values()}
     missing = dict.fromkeys(expected, _AWAY) | {names[node]: "" for node in waiting if node in names}
-    missing |= {names[node]: str(refusal) for node, refusal in refusals.items()}
+    missing |= {names[node]: _why(refusal) for node, refusal in refusals.items()}
     missing = {name: why for name, why in sorted(missing.items()) if name not in participants}
     return Wait(CONSENT, 0, study.cohort.min_sites, tuple(sorted(participants)), missing)
+
+
+def _why(refusal: Failure) -> str:
+    """Return why a node is no participant; of what this coordinator refuses itself, also what to do about it."""
+    own = refusal.error == ProtocolError.__name__ and refusal.hint
+    return f"{refusal} ({refusal.hint})" if own else str(refusal)
 
 
 def _too_few_consented(study: Study, wait: Wait, refusals: Mapping[int, Failure]) -> TooFewSitesError:

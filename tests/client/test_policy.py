@@ -189,6 +189,23 @@ def test_facts_refuse_as_well(change: dict[str, Any], code: str) -> None:
     assert codes(policy_of(), study_of(), **change) == [code]
 
 
+def test_a_study_without_room_for_the_declared_count_is_refused_and_tells_nobody_else_the_count() -> None:
+    study = study_of(aggregation={"largest_count": 499})
+    first, *_ = judge(policy_of(), study, facts())
+    assert (first.code, first.rule) == ("E_LARGEST_COUNT", "declared_count")
+    assert "at most 499 units" in first.asked
+    assert "500" not in str(first)
+    site = SiteConfig(name="north", train=(Path("x"),), declared_count=500)
+    (line,) = advice(site, [first], "site.toml", "study.toml")
+    assert "declares 500 units" in line
+    assert "largest_count = 500 or more" in line
+    assert codes(policy_of(), study_of(aggregation={"largest_count": 500})) == []
+    # Attack: whoever sends studies bisects the count of a site that has approved none of them.
+    waits = policy_of(approval="person")
+    assert [each.code for each in judge(waits, study, facts(), thorough=False)] == ["E_NOT_APPROVED"]
+    assert "E_LARGEST_COUNT" in [each.code for each in judge(waits, study, facts(approved=True), thorough=False)]
+
+
 @settings(deadline=None)
 @given(minute=st.integers(0, 24 * 60 - 1), offset=st.integers(-12, 12))
 def test_hours_are_utc_and_windows_may_pass_midnight(minute: int, offset: int) -> None:

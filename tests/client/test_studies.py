@@ -24,6 +24,7 @@ from privet.common.study.study import Study, load_study
 from privet.server.consortium.proposals import proposed
 from privet.server.log.journal import open_journal
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.simulations.runs.toml import to_toml
 from tests.support.consortium_world import World, run, running
 from tests.support.synthetic import start_adapter
 
@@ -190,6 +191,19 @@ def test_what_the_policy_refuses_is_not_approved_and_says_what_to_change(home: P
     assert "E_EPSILON          privacy.max_epsilon: asked 20, allowed at most 8" in result.output
     assert f"to admit it  privacy.max_epsilon in {home / 'policy.toml'}" in result.output
     assert "does not fit: the least limit that admits it is 20" in " ".join(result.output.split())
+    assert approved(load_site(home / "site.toml")) == frozenset()
+
+
+def test_a_study_without_room_for_the_units_of_this_site_is_not_approved(home: Path, tmp_path: Path) -> None:
+    document = EXAMPLE.document()
+    small = Study.parse({**document, "aggregation": {**document["aggregation"], "largest_count": 100}})
+    (tmp_path / "small.toml").write_text(to_toml(small.document(), {}))
+    for command in (commands.approve, commands.check):
+        result = run(command, home, tmp_path / "small.toml")
+        assert result.exit_code == 3
+        assert "E_LARGEST_COUNT" in result.output
+        assert "this site declares 300 units" in result.output
+        assert "with largest_count = 300 or more under [aggregation]" in result.output
     assert approved(load_site(home / "site.toml")) == frozenset()
 
 

@@ -1009,7 +1009,7 @@ def test_an_identity_key_makes_one_member() -> None:
 def test_a_count_that_the_vector_has_no_room_for_makes_no_member(weight: int) -> None:
     found, said = offered(lambda asked, honest: replace(honest, weight=weight))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
-    assert "site-0004: the site declared more units than the study's aggregation.largest_count allows" in said
+    assert "site-0004: the site declared more units than the study's aggregation.largest_count allows (raise " in said
     most = offered(lambda asked, honest: signed_consent(replace(honest, weight=60), asked, 4))  # type: ignore[type-var]
     assert most[0] == names(0, 1, 2, 3, 4)
     assert offered(lambda asked, honest: replace(honest, weight=60))[0] == names(0, 1, 2, 3)  # type: ignore[type-var]
