@@ -1,4 +1,4 @@
-"""How a site's files are written: separator, encoding, decimal mark, blanks in column names, spellings of labels.
+"""How a site's files are written: separator, encoding, decimal mark, names of columns, spellings of labels.
 
 These settings are the site's own. They stand in the site file, never in the study, so they do not change its digest.
 Nothing is guessed while training: a file that does not match its settings is refused (`privet.client.training.files`),
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from privet.client.editing import quoted, toml_value
 from privet.common.errors import StudyError
@@ -39,8 +39,17 @@ class FileFormat(Section):
     """Decimal mark of numbers in the columns of labels and of patients. Texts are never changed."""
     strip_header: bool = False
     """Remove white space around the names of columns."""
+    columns: dict[str, str] = Field(default={})
+    """The study's name for each column of the file that has another name."""
     labels: dict[str, str] = Field(default={})
     """The study's label for each label of the file that is spelt differently. Several may become one label."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_differ(cls, columns: dict[str, str]) -> dict[str, str]:
+        if len(set(columns.values())) < len(columns):
+            raise ValueError("expected each column of the study once, found one twice")
+        return columns
 
     def separator(self, default: Delimiter) -> str:
         """Return the character that separates values, in a file whose own delimiter is `default`."""
@@ -48,7 +57,8 @@ class FileFormat(Section):
 
     def names(self, header: Sequence[str]) -> list[str]:
         """Return the names of columns as studies give them."""
-        return [name.strip() for name in header] if self.strip_header else list(header)
+        own = [name.strip() for name in header] if self.strip_header else list(header)
+        return [self.columns.get(name, name) for name in own]
 
     def number(self, value: Any) -> Any:
         """Return a value; a text that is a number with the file's decimal mark, with a decimal point."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from privet.client.commands.guide import Guide
 from privet.client.commands.policy import named_study, proposed_studies
-from privet.client.site import SiteConfig
 from privet.client.training.examination import foreign_labels, label_command, labels_of
 from privet.common.errors import PrivetError, StudyError
 from privet.common.study.study import Study
@@ -31,8 +30,7 @@ def ask_labels(guide: Guide, given: Mapping[str, str], study: str | None) -> Non
         StudyError: A given label means none of the labels of these studies.
         PrivetError: As `named_study`.
     """
-    site = guide.site
-    studies = _studies(guide, site, study)
+    studies = asked_studies(guide, study)
     known = dict.fromkeys(label for each in studies for label in labels_of(each))
     for label, meant in given.items():
         if known and meant not in known:
@@ -88,7 +86,9 @@ def settle(guide: Guide, study: Study, known: Mapping[str, object]) -> bool:
     return wrote
 
 
-def _studies(guide: Guide, site: SiteConfig, study: str | None) -> list[Study]:
+def asked_studies(guide: Guide, study: str | None) -> list[Study]:
+    """Return the study that is named, as `named_study` takes it; without one, those that are proposed now."""
+    site = guide.site
     if study is not None:
         return [named_study(guide.file, site, study, read=not guide.yes)[0]]
     try:
@@ -96,7 +96,8 @@ def _studies(guide: Guide, site: SiteConfig, study: str | None) -> list[Study]:
     except PrivetError:
         return []  # the checks at the end say what is wrong; `privet site approve` asks again
     # Studies that read the same labels from the same columns are one question.
-    return list({(labels_of(each), tuple(sorted(each.data.columns.items()))): each for each in found}.values())
+    questions = {(labels_of(each), tuple(sorted(each.data.columns.items())), each.data.unit): each for each in found}
+    return list(questions.values())
 
 
 def _one_of(file: Path, label: str, labels: Sequence[str], answer: str) -> str:

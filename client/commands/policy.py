@@ -143,22 +143,29 @@ def approve(
     The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply, and
     the site's data files must fit the study: otherwise the command says what to change, records nothing, and ends with
     exit code 3.
-    On a terminal it asks before it records; --yes leaves the question out. There it also asks what the labels of the
-    files mean that the study does not have, and writes the answers to the site file.
+    On a terminal it asks before it records; --yes leaves the question out. There it also asks which columns and labels
+    of the files are those of the study, where they differ, and writes the answers to the site file.
     """
+    from privet.client.commands.columns import settle_columns
+    from privet.client.commands.guide import Guide
     from privet.client.network.serve import is_served
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.site import load_site
+    from privet.client.training.glance import lacking_columns
 
     config = load_site(site)
     asked, who = named_study(site, config, study, read=not yes)
-    for name, text in agreement(config, asked, who, _price(config, asked)):
+    lacking, _ = lacking_columns(config, asked)
+    for name, text in agreement(config, asked, who, _price(config, asked), lacking):
         typer.echo(_paragraph(name, text))
+    terminal, mapped = sys.stdin.isatty(), False
+    if lacking and terminal and not yes:
+        mapped = settle_columns(Guide(site, yes=False), asked)
+        config = load_site(site)
     _, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else _unfit(config, asked)
-    terminal, mapped = sys.stdin.isatty(), False
     if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
         config, mapped = load_site(site), True
         unfit = _unfit(config, asked)
@@ -450,12 +457,21 @@ def _ways(
     asked: Study,
 ) -> list[str]:
     """Return what the site's people would change to admit a study, each in one sentence."""
+    from privet.client.commands.columns import column_command, columns_said
     from privet.client.policy.agreement import advice
     from privet.client.training.examination import foreign_labels, label_command
+    from privet.client.training.glance import lacking_columns
 
+    needed, found = lacking_columns(config, asked)
+    first, data = [], any(isinstance(each, DataError) for each in errors)
+    if needed:
+        # One of them may be the column of patients, and no data file fits before they are named.
+        findings = [each for each in findings if each.code != "E_UNIT_COLUMN"]
+        errors = [each for each in errors if not isinstance(each, DataError)]
+        first = [f"{columns_said(asked, needed, found)} Say which column is which: {column_command(site, needed)}"]
     hints = [each.hint.replace("SITE", str(site)) for each in errors if each is not None and each.hint]
-    if any(isinstance(each, DataError) for each in errors):
-        if found := foreign_labels(asked, config):
-            hints.append(f"say what the labels {', '.join(found)} mean: {label_command(site, found, asked)}")
+    if data and not needed and (labels := foreign_labels(asked, config)):
+        hints.append(f"say what the labels {', '.join(labels)} mean: {label_command(site, labels, asked)}")
+    if data:
         hints.append(f"see every fault, and the lines that mend it: `privet data {study} --site {site}`")
-    return advice(config, findings, str(site), study) + hints
+    return first + advice(config, findings, str(site), study) + hints

@@ -27,6 +27,13 @@ def setup(
     ] = None,
     train: Annotated[list[Path] | None, typer.Option(help="A file of training data. May be repeated.")] = None,
     test: Annotated[list[Path] | None, typer.Option(help="A file of test data. May be repeated.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column of the files, and the study's column that it is, such as Befund=note. May be repeated.",
+            metavar="FILE=STUDY",
+        ),
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,8 +44,8 @@ def setup(
     study: Annotated[
         str | None,
         typer.Option(
-            help="A study file or a proposed study, with whose labels those of the files are compared. Without it: the "
-            "studies that the coordinator proposes now."
+            help="A study file or a proposed study, with which columns and labels of the files are compared. Without it: "
+            "the studies that the coordinator proposes now."
         ),
     ] = None,
     unit: Annotated[
@@ -71,12 +78,12 @@ def setup(
     """Guide a site that has joined to where it can serve. Run it as often as you like: it goes on where it is.
 
     It asks for the words of the consortium and of each member, the data files, who a patient is, the limit, a place for
-    the ledger's anchor, and what labels mean that a study spells otherwise; it creates ledger and witness, and a first
-    policy. Each answer is written to the site file
-    at once; comments and all other lines stay. An option answers a question in advance, and changes an earlier answer.
+    the ledger's anchor, and which columns and labels of the files a study names otherwise; it creates ledger and
+    witness, and a first policy. Each answer is written to the site file at once; comments and all other lines stay. An option answers a question in advance, and changes an earlier answer.
     It ends with the checks of `privet site doctor`.
     """
     from privet.client.commands import guide as steps
+    from privet.client.commands.columns import ask_columns, take_columns
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
     from privet.client.commands.labels import ask_labels
@@ -95,12 +102,15 @@ def setup(
     steps.ask_machine(guide, device, base or [])
     steps.ask_trust(guide, charter, steps.pairs_of("--member", member or []))
     steps.ask_data(guide, train, test)
-    steps.ask_patients(guide, unit, patient_column, patient_ids)
+    columns = steps.pairs_of("--column", column or [])
+    take_columns(guide, columns)
+    steps.ask_patients(guide, unit, columns.get(patient_column or "", patient_column), patient_ids)
     steps.ask_count(guide, declared_count)
     steps.ask_limit(guide, unit, epsilon, delta)
     steps.ask_anchor(guide, anchor, anchor_same_disk)
     steps.ask_books(guide)
     steps.ask_policy(guide, shared_noise)
+    apart = ask_columns(guide, study)
     ask_labels(guide, steps.pairs_of("--label", label or []), study)
     typer.echo()
     checks = examine(site, now)
@@ -111,6 +121,8 @@ def setup(
         typer.echo(f"next: privet site setup {site}")
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
+    if apart:
+        typer.echo(f"Its files lack columns of {', '.join(apart)}: say first which they are, as said above.")
     served = is_served(guide.site)
     if served and before != site.read_bytes():
         typer.echo("A process serves this site with the former site file. Stop it, then run")

@@ -41,7 +41,9 @@ class Price:
     needed: float | None
 
 
-def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> list[tuple[str, str]]:
+def agreement(
+    site: SiteConfig, study: Study, who: str, price: Price | None, lacking: Sequence[str] = ()
+) -> list[tuple[str, str]]:
     """Return what a site agrees to with a study, as pairs of a heading and a sentence or more.
 
     Args:
@@ -49,11 +51,12 @@ def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> 
         study: The study.
         who: Who proposes it.
         price: What it costs the site's dataset; None where it costs no privacy, or no limit is set.
+        lacking: Columns of the study that the site's files do not have.
     """
     return [
         ("who asks", who),
         ("study", f"{study.name}, {study.digest}"),
-        ("task", _task(study)),
+        ("task", _task(study, lacking)),
         ("base", _base(site, study)),
         ("training", _training(site, study)),
         ("protects", _protection(study)),
@@ -82,7 +85,10 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
         elif each.code == "E_BASE":
             lines.append(f"admit this base: `privet site policy {file} --admit-base {study}`")
         elif each.code == "E_UNIT_COLUMN":
-            lines.append(f"name the column of patients: `privet site setup {file} --patient-column COLUMN`")
+            lines.append(
+                f"name the column of patients, if it is that of the study: `privet site setup {file} --patient-column "
+                "COLUMN`; otherwise ask the coordinator for a study that names yours"
+            )
         elif each.code == "E_UNITS" and site.declared_count is None:
             lines.append(f"declare a count: `privet site setup {file} --declared-count NUMBER`")
         elif each.code == "E_LARGEST_COUNT":
@@ -105,11 +111,12 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
     return lines
 
 
-def _task(study: Study) -> str:
+def _task(study: Study, lacking: Sequence[str]) -> str:
     labels = f" with {len(study.task.labels)} labels" if study.task.labels else ""
     columns = ", ".join(f"{column} ({role})" for role, column in sorted(study.data.columns.items()))
     unit = f"; units are the values of the column {study.data.unit}" if study.data.unit is not None else ""
-    return f"{study.task.kind}{labels}, from the columns {columns} of your data{unit}."
+    absent = f" Your files LACK the columns {', '.join(lacking)}." if lacking else ""
+    return f"{study.task.kind}{labels}, from the columns {columns} of your data{unit}.{absent}"
 
 
 def _base(site: SiteConfig, study: Study) -> str:

@@ -142,8 +142,8 @@ def _csv_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Table:
         raise DataError(
             f"{path}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
             f"values separated by {body.separated}" + _other_form(header),
-            hint_for(path, needed, form) + "write the column names into the first line, or correct data.columns in "
-            "the study",
+            hint_for(path, needed, form) + "write the column names into the first line, or say in the site file "
+            'which they are, as in `columns = { Befund = "text" }` under [format]',
         )
     _check_columns(path, header, needed, form)
     columns: Columns = {name: [] for name in needed}
@@ -300,7 +300,8 @@ def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form
             + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),
             hint_for(path, needed, form)
-            + "rename the columns of the file to the names in data.columns and data.unit of the study, or change those",
+            + "rename the columns of the file to the names in data.columns and data.unit of the study, or say in the site "
+            'file which they are, as in `columns = { Befund = "text" }` under [format]',
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:

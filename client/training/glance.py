@@ -5,6 +5,7 @@ For the set-up of a site, whose operator is asked for what follows from it. `pri
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from privet.client.site import IdRule, SiteConfig
 from privet.client.training.files import read_rows
 from privet.client.training.ids import unit_names, units_by_rule
 from privet.common.errors import DataError
+from privet.common.study.study import Study
 
 
 def columns_of(site: SiteConfig, path: Path) -> list[str]:
@@ -21,6 +23,23 @@ def columns_of(site: SiteConfig, path: Path) -> list[str]:
         DataError: As `read_rows`.
     """
     return list(next(read_rows(path, site.form_of(path)), {}))
+
+
+def lacking_columns(site: SiteConfig, study: Study) -> tuple[list[str], list[str]]:
+    """Return the columns of a study that a site's files lack, and the others of the first file that lacks one.
+
+    Nothing of a file that cannot be read.
+    """
+    needed = [*study.data.columns.values(), *([study.data.unit] if study.data.unit else [])]
+    lacking: dict[str, None] = {}
+    others: list[str] = []
+    for path in (*site.train, *site.test):
+        with suppress(DataError):
+            found = columns_of(site, path)
+            if missing := [name for name in needed if name not in found]:
+                others = others or [name for name in found if name not in needed]
+                lacking |= dict.fromkeys(missing)
+    return list(lacking), others
 
 
 def units_under(site: SiteConfig, column: str) -> dict[IdRule, int | None]:

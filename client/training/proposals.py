@@ -68,7 +68,7 @@ def _layout(path: Path, text: str, needed: Sequence[str], form: FileFormat, defa
             continue
         header = next(_rows(path, text, separator), [])
         for strip in (False, True):
-            names = [each.strip() for each in header] if strip else header
+            names = merged(form, {"strip_header": strip}).names(header)
             # Of equally good ones: the site's own delimiter, and no stripping.
             rank = (len(set(needed) & set(names)), name == own, not strip, name)
             best = rank if best is None or rank > best else best

@@ -210,6 +210,26 @@ def test_a_row_may_lack_columns_that_the_study_does_not_need(tmp_path: Path) -> 
     assert len(load_records(tmp_path / "a.csv", STUDY)[0]) == 2
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_are_read_under_the_names_of_the_study(tmp_path: Path, kind: str) -> None:
+    rows = [{" Befund": "a", "label": "no", "Patient": "1"}, {" Befund": "b", "label": "yes", "Patient": "2"}]
+    form = FileFormat(strip_header=True, columns={"Befund": "text", "Patient": "patient"})
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_text(" Befund;label;Patient\na;no;1\nb;yes;2\n")
+        assert proposed(path, ["text", "patient"], form) == {"delimiter": "semicolon"}
+        form = FileFormat(**vars(form) | {"delimiter": "semicolon"})
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    records, _ = load_records(path, STUDY, form=form)
+    assert list(records.units) == ["1", "2"]
+    # A column that the file has under this name already is not another one in silence.
+    with pytest.raises(DataError):
+        load_records(path, STUDY, form=FileFormat(**vars(form) | {"columns": {"Befund": "label"}}))
+
+
 # --- labels and numbers ----------------------------------------------------------------------------------
 
 

@@ -297,6 +297,71 @@ def test_a_site_without_a_study_file_names_a_study_by_run_or_digits(home: Path) 
         assert f"`privet site studies {home / 'site.toml'}`" in caught.value.hint
 
 
+# --- columns that the site names otherwise ---------------------------------------------------------------
+
+COLUMNS = {"Befund": "note", "Fach": "specialty", "Patient": "patient"}
+
+
+@pytest.fixture
+def german(home: Path) -> Iterator[Path]:
+    """The site with another file, whose columns have other names, and with patients as units."""
+    file = home / "site.toml"
+    before = file.read_bytes()
+    rows = "".join(f"text;{EXAMPLE.task.labels[0]};{number}\n" for number in range(60))
+    (home / "befunde.csv").write_text("Befund;Fach;Patient\n" + rows)
+    yield home
+    file.write_bytes(before)
+
+
+def protecting_patients(folder: Path) -> Path:
+    """Write the study with patients as its unit, and return its file."""
+    document = EXAMPLE.document()
+    parts = {"data": {**document["data"], "unit": "patient"}, "privacy": {**document["privacy"], "unit": "patient"}}
+    (folder / "patients.toml").write_text(to_toml({**document, **parts}, {}))
+    return folder / "patients.toml"
+
+
+def columns_in(home: Path) -> dict[str, str]:
+    form = load_site(home / "site.toml").format
+    return {} if form is None else form.columns
+
+
+def test_columns_of_other_names_are_said_at_once_and_mapped_by_options(german: Path, tmp_path: Path) -> None:
+    study = protecting_patients(tmp_path)
+    own = ("--train", german / "befunde.csv", "--patient-column=Patient", "--patient-ids=number")
+    shown = run(setup, german, "--yes", *own, "--study", study)
+    text = " ".join(shown.output.split())
+    assert "needs the columns note, specialty, patient, which your files lack; they have Befund, Fach, Patient." in text
+    assert f"Its files lack columns of {EXAMPLE.name}" in text
+    refused = run(commands.approve, german, study)
+    text = " ".join(refused.output.split())
+    assert refused.exit_code == 3
+    assert "Your files LACK the columns note, specialty, patient." in text
+    assert (
+        f"setup {german / 'site.toml'} --column COLUMN=note --column COLUMN=specialty --column COLUMN=patient`" in text
+    )
+    assert "--patient-column" not in text
+    with pytest.raises(StudyError, match="expected a column of the files, found Befund, Fach, Patient"):
+        run(setup, german, "--yes", "--column=Text=note")
+    mapping = [f"--column={column}={name}" for column, name in COLUMNS.items()]
+    done = run(setup, german, "--yes", *mapping, "--study", study).output
+    assert "lack" not in done
+    assert columns_in(german) == COLUMNS
+    assert load_site(german / "site.toml").patient_column == "patient"
+    assert "LACK" not in run(commands.check, german, study).output
+    with pytest.raises(StudyError, match="expected each column of the study once"):
+        run(setup, german, "--yes", "--column=Fach=note")
+
+
+def test_approve_asks_which_columns_a_study_reads(german: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(setup, german, "--yes", "--train", german / "befunde.csv")
+    at_a_terminal(monkeypatch)
+    assert run(commands.approve, german, "triage", answers="Fach\n\n\n").exit_code == 3
+    assert columns_in(german) == {"Fach": "specialty"}
+    done = run(commands.approve, german, "triage", answers="nothing\nBefund\nPatient\ny\n")
+    assert done.exit_code == 0, done.output
+
+
 # --- labels that the site spells otherwise ---------------------------------------------------------------
 
 CODES = {"A": EXAMPLE.task.labels[0], "B": EXAMPLE.task.labels[1]}
