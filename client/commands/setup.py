@@ -44,8 +44,8 @@ def setup(
     study: Annotated[
         str | None,
         typer.Option(
-            help="A study file or a proposed study, with which columns and labels of the files are compared. Without it: "
-            "the studies that the coordinator proposes now."
+            help="A study file or a proposed study, with whose columns and labels those of the files are compared. "
+            "Without it: the studies that the coordinator proposes now."
         ),
     ] = None,
     unit: Annotated[
@@ -79,7 +79,8 @@ def setup(
 
     It asks for the words of the consortium and of each member, the data files, who a patient is, the limit, a place for
     the ledger's anchor, and which columns and labels of the files a study names otherwise; it creates ledger and
-    witness, and a first policy. Each answer is written to the site file at once; comments and all other lines stay. An option answers a question in advance, and changes an earlier answer.
+    witness, and a first policy. Each answer is written to the site file at once; comments and all other lines stay. An
+    option answers a question in advance, and changes an earlier answer.
     It ends with the checks of `privet site doctor`.
     """
     from privet.client.commands import guide as steps

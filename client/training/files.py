@@ -300,8 +300,8 @@ def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form
             + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),
             hint_for(path, needed, form)
-            + "rename the columns of the file to the names in data.columns and data.unit of the study, or say in the site "
-            'file which they are, as in `columns = { Befund = "text" }` under [format]',
+            + "rename the columns of the file to the names in data.columns and data.unit of the study, or say in the "
+            'site file which they are, as in `columns = { Befund = "text" }` under [format]',
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import click
 import typer
 
 from privet.common.errors import StateError, StudyError
@@ -46,6 +48,7 @@ def _reading(data: str | None, schema: bool, **_: object) -> str:
 
 @doing(_reading)
 def new(
+    context: typer.Context,
     data: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -90,6 +93,20 @@ def new(
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Epsilon of the whole study. Default: 8.")] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of the whole study. Default: from the counts.")] = None,
+    sites: Annotated[
+        int | None, typer.Option(help="Number of sites of the consortium, where files of all are not here.", min=2)
+    ] = None,
+    largest: Annotated[
+        int | None, typer.Option(help="Units (patients or rows) of the largest of these sites.", min=1)
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A label of some files, and the study's label that it means, such as J=yes. May be given several "
+            "times.",
+            metavar="FILE=STUDY",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Take every proposal, and ask nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the study file if it exists.")] = False,
     schema: Annotated[
@@ -125,7 +142,7 @@ def new(
     wishes = Wishes(
         name,
         task,
-        dict(map(_role, column or [])),
+        dict(_pair("--column", text, "ROLE=COLUMN", "text=note") for text in column or []),
         patient,
         patient_ids,
         site_column,
@@ -133,6 +150,9 @@ def new(
         privacy,
         epsilon,
         delta,
+        sites,
+        largest,
+        dict(_pair("--label", text, "FILE=STUDY", "J=yes") for text in label or []),
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent
@@ -140,12 +160,29 @@ def new(
     directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
     write_whole(out, (directive + draft.text()).encode())
     typer.echo(f"wrote     {out}")
+    if draft.alone:
+        again = f"{_command(context)} --force --sites NUMBER --largest UNITS"
+        said = f"a consortium of three or more sites needs their number, and the units of the largest: {again}"
+        typer.echo(folded(f"not yet   {said}", 10))
     check = f"privet check {out}"
     typer.echo(f"next: {draft.before}\nthen: {check}" if draft.before else f"next: {check}")
 
 
-def _role(text: str) -> tuple[str, str]:
-    role, equals, name = text.partition("=")
-    if not (role and equals and name):
-        raise StudyError(f"--column: expected ROLE=COLUMN, got {text!r}", "write it as in `--column text=note`")
-    return role, name
+def _command(context: typer.Context) -> str:
+    """Return the command as it was given, without --force."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if not value or value == parameter.default or parameter.name == "force":
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            option = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
+            words += option if each is True else [*option, str(each)]
+    return f"privet new {shlex.join(words)}"
+
+
+def _pair(option: str, text: str, form: str, example: str) -> tuple[str, str]:
+    first, equals, second = text.partition("=")
+    if not (first and equals and second):
+        raise StudyError(f"{option}: expected {form}, got {text!r}", f"write it as in `{option} {example}`")
+    return first, second

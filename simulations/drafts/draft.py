@@ -37,6 +37,7 @@ from privet.simulations.drafts.look import (
     labels_in,
     lacking,
     misspelt,
+    other_spellings,
     patient_column,
     place_column,
     readings,
@@ -63,6 +64,7 @@ _LONGEST = 512  # tokens
 _UNMEASURED = 256  # tokens
 _SHOWN = 30  # labels
 _FEW = 16  # units in a step
+_CONSORTIUM = 3  # sites, whose sum hides each of them
 _MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
 _SPELLINGS = (
     "write each patient's id in one way in all files; or say how the ids are written: `privet new FILES --patient-ids "
@@ -116,6 +118,9 @@ class Wishes:
         mode: `privacy.mode`.
         epsilon: Of the whole study.
         delta: Of the whole study.
+        sites: Number of sites of the consortium.
+        largest: Units of the largest of them.
+        labels: The study's label for a label of the files.
     """
 
     name: str | None = None
@@ -128,14 +133,38 @@ class Wishes:
     mode: str | None = None
     epsilon: float | None = None
     delta: float | None = None
+    sites: int | None = None
+    largest: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before anything is read or said. Raises `StudyError`."""
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise StudyError(
+                f"--name: expected small letters, digits and hyphens (at most 63), got {self.name!r}",
+                f"write for example `privet new FILES --name {plain_name(self.name) or 'study'}`",
+            )
+        if (self.sites is None) is not (self.largest is None):
+            raise StudyError(
+                "--sites, --largest: expected both or none of them",
+                "name both, as in `privet new FILES --sites 3 --largest 400`",
+            )
+        _check_privacy(self.epsilon, self.delta)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A study as plain values, with the command that has to be run before it can be checked (or nothing)."""
+    """A study as plain values.
+
+    Attributes:
+        document: The values.
+        before: The command that has to be run before the study can be checked; nothing if there is none.
+        alone: Whether the files tell fewer than three sites, and nobody said how many there will be.
+    """
 
     document: Mapping[str, Any]
     before: str = ""
+    alone: bool = False
 
     def text(self) -> str:
         """Return the study file: each line with what it changes."""
@@ -165,12 +194,7 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
         DataError: A file cannot be read, or its rows do not fit.
         RefusedError: The base holds what is refused.
     """
-    if wishes.name is not None and not _NAME.fullmatch(wishes.name):
-        raise StudyError(
-            f"--name: expected small letters, digits and hyphens (at most 63), got {wishes.name!r}",
-            f"write for example `privet new FILES --name {plain_name(wishes.name) or 'study'}`",
-        )
-    _check_privacy(wishes.epsilon, wishes.delta)
+    wishes.check()
     files = data_files(given)
     for file in workbooks(given):
         say("ignored", f"{file}: a workbook; to use it, {SAVE_SHEETS}")
@@ -253,7 +277,7 @@ class _Drafting:
 
     table: Table
     sites: Sequence[SiteData]
-    forms: Mapping[Path, FileFormat]
+    forms: dict[Path, FileFormat]
     wishes: Wishes
     root: Path
     ask: Asker
@@ -262,6 +286,7 @@ class _Drafting:
 
     def draft(self, files: Sequence[Path]) -> Draft:
         reading = self.reading()
+        self.map_labels(reading)
         patient = self.patient(list(reading.columns.values()))
         self.say("reading", f"{len(files)} data file{'s' if len(files) > 1 else ''} and the base model")
         base = choose_base(reading.kind, self.wishes.base, self.root, lambda line: self.say("base", line))
@@ -272,10 +297,16 @@ class _Drafting:
         self.say_records(found)
         simulation = self.simulation([*reading.columns.values(), *filter(None, [patient])])
         units, sizes = self.sizes(found, simulation, patients=patient is not None)
+        told = len(sizes)
+        alone = len(self.sites) < _CONSORTIUM and "column" not in simulation.get("partition", ())
+        sizes, known = self.consortium(sizes, ask=alone)
+        units = sum(sizes) if known else units
         mode = self.mode(reading.kind, len(sizes))
         document["data"]["max_length"] = self.length(document, found, base)
         document |= _values(document, mode, sizes, base)
         document["privacy"] = self.privacy(mode, units, len(sizes), patients=patient is not None)
+        if told < document["cohort"]["min_sites"] or (known and "sites" in simulation.get("partition", ())):
+            self.deal(simulation, len(sizes))
         if base.mapped is not None:
             simulation["resources"] = {"bases": {base.section.base: str(base.mapped)}}
         if document["training"]["rounds"] > 10:
@@ -283,7 +314,7 @@ class _Drafting:
         document["simulation"] = simulation
         self.say_values(document, int(statistics.median(sizes)))
         Study.parse(document)
-        return Draft({name: document[name] for name in _ORDER if name in document}, base.get)
+        return Draft({name: document[name] for name in _ORDER if name in document}, base.get, alone and not known)
 
     # --- what the files hold ---
 
@@ -361,6 +392,29 @@ class _Drafting:
             f"`privet new FILES {' '.join(option.values())}`",
         )
 
+    def map_labels(self, reading: Reading) -> None:
+        """Take the labels that mean another one for it, in the files that have them.
+
+        Raises:
+            StudyError: The study reads no column of labels, or no file has such a label.
+        """
+        meant, column = self.wishes.labels, reading.columns.get("label")
+        if not meant:
+            return
+        found = {file: {str(value) for value in table.get(column or "", ())} for file, table in self.tables.items()}
+        unknown = [label for label in meant if not any(label in labels for labels in found.values())]
+        if column is None or unknown:
+            where = f"in the column {column}" if column else "and a task with a column of labels"
+            raise StudyError(
+                f"--label: expected labels of the files {where}, got {', '.join(unknown or meant)}",
+                "write a label as the files do, as in `privet new FILES --label J=yes`",
+            )
+        for file, labels in found.items():
+            if own := {label: name for label, name in meant.items() if label in labels}:
+                self.forms[file] = merged(self.forms[file], {"labels": own})
+        values = [value if value is None else meant.get(str(value), value) for value in self.table[column]]
+        self.table = {**self.table, column: values}
+
     def patient(self, taken: Sequence[str]) -> str | None:
         """Return the column that identifies patients; None if a record is the unit.
 
@@ -423,6 +477,43 @@ class _Drafting:
         section = simulation["partition"]
         count = section.get("sites") or len({str(v) for v in self.table[section["column"]] if v is not None})
         return units, [max(1, units // count)] * count
+
+    def consortium(self, sizes: list[int], *, ask: bool) -> tuple[list[int], bool]:
+        """Return the number of units of each site, and whether somebody said how many sites there will be.
+
+        Where the files are those of one or two sites, they do not tell of the consortium.
+
+        Args:
+            sizes: As the files tell it.
+            ask: Whether to ask where it is not known.
+
+        Raises:
+            StudyError: The largest site is smaller than one of the files.
+        """
+        sites, largest = self.wishes.sites, self.wishes.largest
+        if sites is None and ask:
+            sites = _whole(self.ask.enter("number of sites in the consortium", f"{len(sizes)}"), "--sites", 2)
+            if sites != len(sizes) or self.ask.answers:
+                answer = self.ask.enter(
+                    "units of the largest site (patients; without a patient column rows)", f"{max(sizes)}"
+                )
+                largest = _whole(answer, "--largest", 1)
+        if sites is None or largest is None or (sites, largest) == (len(sizes), max(sizes)):
+            return sizes, False
+        if largest < max(sizes):
+            raise StudyError(
+                f"--largest: expected at least {max(sizes)}, the units of a site here; got {largest}",
+                f"write `privet new FILES --sites {sites} --largest {max(sizes)}`, or more",
+            )
+        self.say("sites", f"{sites} in the consortium, of at most {largest} units; values fit sites of this size")
+        return [largest] * sites, True
+
+    def deal(self, simulation: dict[str, Any], sites: int) -> None:
+        """Let all rows be dealt out to as many simulated sites as the study needs."""
+        pool = SiteData("", [f for s in self.sites for f in s.train], [f for s in self.sites for f in s.test])
+        simulation.pop("sites", None)
+        simulation["partition"] = {"split": "iid", "sites": sites, **self.files(pool)}
+        self.say("", f"In the simulation, the rows of the files are dealt out to {sites} sites at random.")
 
     # --- the study's tables ---
 
@@ -563,10 +654,19 @@ class _Drafting:
         more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
         self.say("labels", ", ".join(listed[:_SHOWN]) + more)
         self.say("", "Their names become part of the study, which all sites and the coordinator see. Counts do not.")
+        of = {file: report.labels for file, (_, report) in found.of.items()}
+        for file, own, others in other_spellings(of):
+            mine = ", ".join(f"{label} {of[file][label]}" for label in own[:_SHOWN])
+            options = " ".join(f"--label {quote(f'{label}=LABEL')}" for label in own[:_SHOWN])
+            self.say(
+                "",
+                f"WARNING: {file} has {mine}; it never has {', '.join(others[:_SHOWN])}, the labels of other files. "
+                f"Are these spellings of them? If so, repeat the command with --force {options}.",
+            )
         for group in alike(list(counts)):
             self.say(
                 "",
-                f"Are these one label? {' / '.join(map(repr, group))}. If so, `labels` in a site's format maps them.",
+                f"Are these one label? {' / '.join(map(repr, group))}. If so, --label FILE=STUDY maps them.",
             )
         seen = [{label for label, count in report.labels.items() if count} for _, report in found.of.values()]
         for label, other in misspelt(seen):
@@ -606,6 +706,15 @@ def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: 
     if sites == 2:
         tables["secure_aggregation"] = {"corrupt": 0}
     return tables
+
+
+def _whole(answer: str, option: str, least: int) -> int:
+    if answer.isascii() and answer.isdigit() and int(answer) >= least:
+        return int(answer)
+    raise StudyError(
+        f"{option}: expected a whole number of at least {least}, got {answer!r}",
+        f"answer again, or run `privet new FILES {option} NUMBER`",
+    )
 
 
 def _named_after(root: Path) -> str:

@@ -349,6 +349,25 @@ def misspelt(labels: Sequence[Collection[str]]) -> list[tuple[str, str]]:
     return sorted(pair for pair in pairs if pair[::-1] not in pairs or pair < pair[::-1])
 
 
+def other_spellings(labels: Mapping[Path, Mapping[str, int]]) -> list[tuple[Path, list[str], list[str]]]:
+    """Return the files that have no label in common with most others, each with its labels and with those of others.
+
+    Such files may spell the same labels in another way.
+
+    Args:
+        labels: The labels of each file with their counts.
+    """
+    seen = {file: {label for label, count in counts.items() if count} for file, counts in labels.items()}
+    groups: list[tuple[list[Path], set[str]]] = []
+    for file, own in seen.items():
+        joined = [group for group in groups if group[1] & own]
+        groups = [group for group in groups if group not in joined]
+        groups.append(([*(f for files, _ in joined for f in files), file], own.union(*(known for _, known in joined))))
+    groups = [group for group in groups if group[1]]
+    most = max(groups, key=lambda group: (len(group[0]), -list(seen).index(group[0][0])), default=([], set()))
+    return [(file, sorted(seen[file]), sorted(most[1])) for files, _ in groups if files != most[0] for file in files]
+
+
 def hold_texts(column: str, tables: Mapping[Path, Table]) -> list[Path]:
     """Return the files whose column of labels holds texts, which must not become names of labels."""
     looked = {file: _Column.of(column, table[column]) for file, table in tables.items()}

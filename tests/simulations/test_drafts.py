@@ -25,6 +25,7 @@ from privet.simulations.drafts.look import (
     hold_texts,
     labels_in,
     misspelt,
+    other_spellings,
     patient_column,
     place_column,
     readings,
@@ -381,6 +382,50 @@ def test_two_sites_get_a_study_that_runs_and_a_warning(tmp_path: Path, bert: Pat
         made(tmp_path, files, base=str(bert), mode="distributed")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_consortium_that_the_files_do_not_tell_is_said(tmp_path: Path, bert: Path, count: int) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", class_rows(40, 1)) for name in SITES[:count]]
+    document, said = made(tmp_path, files, base=str(bert), patient="none", sites=6, largest=1200)
+    assert document["aggregation"]["largest_count"] == largest_count(1200)
+    assert document["training"]["sampling_rate"] == sampling_rate(1200, 0.1)
+    assert document["cohort"]["min_sites"] == 3
+    assert "secure_aggregation" not in document
+    partition = document["simulation"]["partition"]
+    assert (partition["sites"], len(partition["train"])) == (6, count)
+    assert any("6 in the consortium, of at most 1200 units" in line for line in said)
+    assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")) == 6
+    for wrong, why in (({"sites": 6}, "both or none"), ({"sites": 6, "largest": 5}, "expected at least")):
+        with pytest.raises(StudyError, match=why):
+            made(tmp_path, files, base=str(bert), patient="none", **wrong)
+
+
+def test_files_of_one_site_need_the_size_of_the_consortium(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "north.jsonl", class_rows(40))
+    given = ("north.jsonl", "--patient", "none", "--base", str(bert), "--yes")
+    code, out, err = privet("new", *given)
+    assert code == 0, err
+    said = " ".join(out.split())
+    again = f"privet new north.jsonl --patient none --base {bert} --yes --force --sites NUMBER --largest UNITS"
+    assert again in said
+    code, out, err = privet("new", *given, "--force", "--sites", "3", "--largest", "400")
+    assert (code, "not yet" in out) == (0, False), err
+    asked: list[str] = []
+
+    def prompt(text: str, default: str) -> str:
+        asked.append(text)
+        return "5" if "number of sites" in text else "300" if "largest" in text else default
+
+    monkeypatch.setattr("typer.prompt", prompt)
+    wishes = Wishes(base=str(bert), patient="none", site="none")
+    found = draft_study([tmp_path / "north.jsonl"], wishes, tmp_path, commands._Terminal(), lambda what, text: None)
+    assert found.document["aggregation"]["largest_count"] == largest_count(300)
+    assert (found.document["simulation"]["partition"]["sites"], found.alone) == (5, False)
+    assert len(asked) == 4  # sites, the largest, the mode, epsilon
+
+
 def test_a_language_model_that_is_not_here_is_pinned_as_in_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -652,6 +697,34 @@ def test_a_label_that_one_file_misspells_is_asked_about(tmp_path: Path, bert: Pa
         file.write_text(file.read_text(encoding="utf-8").replace(f",{LABELS[0]}", f",{wrong}"), encoding="utf-8")
     said = "\n".join(made(tmp_path, files, base=str(bert))[1])
     assert "Is 'cardiolgy', which some files lack, a misspelling of 'cardiology'?" in said
+
+
+def test_a_file_that_spells_all_labels_otherwise_is_asked_about_and_mapped(tmp_path: Path, bert: Path) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in SITES]
+    for seed, file in enumerate(files):
+        labels = ("J", "N") if seed == 2 else ("yes", "no")
+        write_rows(file, [{**row, "label": labels[at % 2]} for at, row in enumerate(class_rows(40, seed))])
+    document, said = made(tmp_path, files, base=str(bert))
+    assert len(document["task"]["labels"]) == 4
+    (warning,) = [line for line in said if "WARNING" in line]
+    assert f"{files[2]} has J " in warning
+    assert "it never has no, yes, the labels of other files" in warning
+    assert "--label J=LABEL --label N=LABEL" in warning
+    document, said = made(tmp_path, files, base=str(bert), labels={"J": "yes", "N": "no"})
+    assert document["task"]["labels"] == ["no", "yes"]
+    assert not any("WARNING" in line for line in said)
+    sites = document["simulation"]["sites"]
+    assert [site.get("format") for site in sites.values()] == [None, None, {"labels": {"J": "yes", "N": "no"}}]
+    assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")) == 3
+    with pytest.raises(StudyError, match=r"expected labels of the files in the column .*, got ja"):
+        made(tmp_path, files, base=str(bert), labels={"ja": "yes"})
+
+
+def test_files_that_share_labels_are_not_taken_for_other_spellings() -> None:
+    a, b, c = Path("a"), Path("b"), Path("c")
+    assert other_spellings({a: {"x": 1}, b: {"x": 2, "y": 1}, c: {"y": 3}}) == []
+    assert other_spellings({a: {}, b: {"x": 1}}) == []
+    assert other_spellings({a: {"J": 1}, b: {"yes": 2}, c: {"yes": 2, "J": 0}}) == [(a, ["J"], ["yes"])]
 
 
 def test_a_path_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:
