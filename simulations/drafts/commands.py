@@ -162,8 +162,8 @@ def new(
     typer.echo(f"wrote     {out}")
     if draft.alone:
         again = f"{_command(context)} --force --sites NUMBER --largest UNITS"
-        said = f"a consortium of three or more sites needs their number, and the units of the largest: {again}"
-        typer.echo(folded(f"not yet   {said}", 10))
+        said = f"A consortium of three or more sites needs their number, and the units of the largest: {again}"
+        typer.echo(folded(f"sites     {said}", 10))
     check = f"privet check {out}"
     typer.echo(f"next: {draft.before}\nthen: {check}" if draft.before else f"next: {check}")
 

@@ -305,7 +305,9 @@ class _Drafting:
         document["data"]["max_length"] = self.length(document, found, base)
         document |= _values(document, mode, sizes, base)
         document["privacy"] = self.privacy(mode, units, len(sizes), patients=patient is not None)
-        if told < document["cohort"]["min_sites"] or (known and "sites" in simulation.get("partition", ())):
+        if told < document["cohort"]["min_sites"] or (
+            known and simulation.get("partition", {}).get("sites", len(sizes)) != len(sizes)
+        ):
             self.deal(simulation, len(sizes))
         if base.mapped is not None:
             simulation["resources"] = {"bases": {base.section.base: str(base.mapped)}}
@@ -615,11 +617,10 @@ class _Drafting:
             question = f"column that says which site a row belongs to (none: rows are dealt out to {_DEALT} sites)"
             column = self.ask.choose(question, [*rest, NONE], place_column(self.table, taken) or NONE)
         if column == NONE:
-            self.say(
-                "sites", f"{_DEALT} simulated ones, to which rows are dealt out at random: the files tell no sites"
-            )
+            count = self.wishes.sites or _DEALT
+            self.say("sites", f"{count} simulated ones, to which rows are dealt out at random: the files tell no sites")
             self.say("", "For your own: one file for each, as in north.csv south.csv west.csv; or --site-column COLUMN")
-            return {"split": "iid", "sites": _DEALT}
+            return {"split": "iid", "sites": count}
         if column not in self.table:
             raise StudyError(
                 f"--site-column: expected a column of the files or {NONE}, got {column!r}",

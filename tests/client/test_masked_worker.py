@@ -589,6 +589,17 @@ def test_a_site_refuses_a_weaker_key_agreement_before_it_opens_a_file(
     assert worker._open is None
 
 
+def test_a_site_consents_to_no_study_without_room_for_its_units(bert: Path, tmp_path: Path) -> None:
+    study = masked_study(bert, **{"aggregation.largest_count": 29})
+    worker = worker_of(real(tmp_path / "real", study)[0])
+    with pytest.raises(RefusedError, match="E_LARGEST_COUNT: declared_count: asked at most 29 units of a site"):
+        worker.offer(study)
+    assert worker._open is None  # what is declared is judged before a file is opened
+    plain = tiny_study(bert, **{"aggregation.largest_count": 3})
+    with pytest.raises(RefusedError, match=r"the study allows at most 3 \(aggregation\.largest_count\)"):
+        worker_of(site_file(tmp_path / "simulated", "ash", {})).offer(plain)
+
+
 # --- once, and again -------------------------------------------------------------------------------------
 
 
