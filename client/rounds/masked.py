@@ -10,7 +10,7 @@ message in its place. The secrets are in memory only: a site that restarts has d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from privet.common.errors import ProtocolError, RefusedError
@@ -148,7 +148,7 @@ class MaskedRounds:
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
-        check_columns(study, [member.name for member in parameters.cohort], parameters.corrupt, opened.round)
+        self._check_columns(study, opened, parameters, [member.name for member in parameters.cohort])
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
         state, advert = protocol.advertise(
             self.identity, parameters, inputs, self.pins, self.floor, random_bytes, kem=self.kem
@@ -156,6 +156,26 @@ class MaskedRounds:
         live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
+
+    def _check_columns(self, study: Study, opened: RoundOpen, parameters: Parameters, sites: Collection[str]) -> None:
+        """Check that each column of B is a sum over enough sites: by the study, and of this site's by its floor too.
+
+        Raises:
+            TooFewSitesError: Fewer than the study needs train the last column.
+            RefusedError: Fewer than this site's floor train the last column that this site trains.
+        """
+        check_columns(study, sites, parameters.corrupt, opened.round)
+        if study.sums_units(opened.round):
+            return
+        own = study.rank_at(self.identity.name)
+        training = sum(study.rank_at(site) >= own for site in sites)
+        if training < self.floor.survivors:
+            raise RefusedError(
+                f"round {opened.round}: column {own} of B would be the sum of {training} of {len(sites)} sites; the "
+                f"floor of this site demands {self.floor.survivors}",
+                f"give this site at most the rank that {self.floor.survivors} sites have, in lora.site_ranks of a new "
+                "study; or lower survivors under [floor] in the site file",
+            )
 
     def _later(
         self,
@@ -254,7 +274,7 @@ class MaskedRounds:
                 # Before the site goes on to a state that could reveal. Every site checks, not those of the last column
                 # alone: the others may be enough for a quorum.
                 names = [live.parameters.cohort[site].name for site in survivors.survivors]
-                check_columns(live.study, names, live.parameters.corrupt, live.opened.round)
+                self._check_columns(live.study, live.opened, live.parameters, names)
                 live.state = confirmed
             case protocol.Confirmed():
                 message = protocol.reveal(live.state, decode(Proof, asked.body), self.record)

@@ -164,6 +164,7 @@ def test_names_are_found_by_lists_where_they_are_capitalised() -> None:
         "ﷺ",
         "٣",
         "RSSMRA85T10A562S ",
+        "\u0315\u0300\u05ae",
     ],
 )
 def test_time_is_linear_in_adversarial_texts(part: str) -> None:

@@ -69,6 +69,9 @@ def test_a_study_that_counts_has_one_round_and_says_the_same_again(kind: str) ->
         ("statistics", {"lora": BASE["lora"]}, "lora: a study of kind statistics trains nothing"),
         ("evaluate", {"data": {"validation_fraction": 0.1}}, "data.validation_fraction: a study of kind evaluate"),
         ("statistics", {"aggregation": {"weighting": "equal"}}, "aggregation.weighting"),
+        ("statistics", {"aggregation": {"weight_power": 0.5}}, "aggregation.weight_power"),
+        ("evaluate", {"privacy": {**LOCAL, "head_clip_share": 0.5}}, "privacy.head_clip_share"),
+        ("evaluate", {"lora": {"site_ranks": {"a": 1}}, "aggregation": {"method": "ffa"}}, "lora.site_ranks"),
         ("statistics", {"statistics": {"lengths": [32, 16]}}, "ascending order"),
         ("evaluate", {"evaluation": {"adapter": "base"}}, "the base alone has no head"),
         ("evaluate", {"evaluation": {"adapter": "latest"}}, "evaluation.adapter"),
@@ -221,15 +224,16 @@ def test_drift_is_told_beside_what_noise_alone_gives() -> None:
         ({"adapter_after": "sha256:b"}, "the adapter has changed"),
         ({"metrics": None}, "expected the 14 counts"),
         ({"metrics": {"units": 1.0}}, "expected the 14 counts"),
-        ("a made-up count", "no sum of whole levels"),
+        (1.001, "no sum of whole levels"),
+        (1e308, "no sum of whole levels"),
     ],
 )
 def test_a_false_statement_of_counts_is_found(changes: Any, says: str) -> None:
     study = counting(**SHARED)
     honest = statement(study)
     check_counts(study, honest)
-    if isinstance(changes, str):
-        changes = {"metrics": {**honest["metrics"], "label.1": honest["metrics"]["label.1"] * 1.001}}
+    if isinstance(changes, float):
+        changes = {"metrics": {**honest["metrics"], "label.1": honest["metrics"]["label.1"] * changes}}
     with pytest.raises(VerificationError, match=says):
         check_counts(study, {**honest, **changes})
 

@@ -17,6 +17,7 @@ from privet.common.errors import StudyError, TooFewSitesError
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.privacy.shared_noise import contribute
+from privet.common.secagg.terms import Floor
 from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values, weights_by_value
 from privet.common.study.messages import RoundOpen
@@ -127,10 +128,22 @@ def test_sites_refuse_what_a_coordinator_does_not_check(broken: bool, monkeypatc
     monkeypatch.setattr("privet.server.rounds.masked.check_columns", lambda *_: None)
     exchange.sites[3].asleep = ("mask",)
     if broken:  # then shares are revealed, so it is the sites' check that this test sees
-        monkeypatch.setattr("privet.client.rounds.masked.check_columns", lambda *_: None)
+        monkeypatch.setattr("privet.client.rounds.masked.MaskedRounds._check_columns", lambda *_: None)
     state = one_round(study, exchange)
     assert (REVEAL in exchange.kinds()) == broken
     assert (state.statements[-1]["type"] == "round-close") == broken
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["trains both columns", "trains the first alone"])
+def test_a_floor_holds_for_each_column_that_its_site_trains(number: int) -> None:
+    _, study, exchange = masked_ranks({})
+    # The sum is over five sites, but that of the second column over three.
+    exchange.sites[2 + number].rounds.floor = Floor(survivors=4)
+    state = one_round(study, exchange)
+    assert (state.statements[-1]["type"] == "round-close") == (number == 2)
+    refused = "column 2 of B would be the sum of 3 of 5 sites; the floor of this site demands 4"
+    assert (refused in str(state.statements)) == (number == 1)
+    assert (REVEAL in exchange.kinds()) == (number == 2)
 
 
 def test_a_round_that_could_not_hide_a_column_is_not_opened() -> None:
