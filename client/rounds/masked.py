@@ -158,23 +158,23 @@ class MaskedRounds:
         return _answer(live, opened.masking, advert)
 
     def _check_columns(self, study: Study, opened: RoundOpen, parameters: Parameters, sites: Collection[str]) -> None:
-        """Check that each column of B is a sum over enough sites: by the study, and of this site's by its floor too.
+        """Check that enough sites of a sum have each rank: by the study, and of this site's rank by its floor too.
 
         Raises:
-            TooFewSitesError: Fewer than the study needs train the last column.
-            RefusedError: Fewer than this site's floor train the last column that this site trains.
+            TooFewSitesError: Fewer have one of the ranks than the study needs.
+            RefusedError: Fewer have this site's rank than its floor demands.
         """
         check_columns(study, sites, parameters.corrupt, opened.round)
-        if study.sums_units(opened.round):
+        if not study.lora.site_ranks or study.sums_units(opened.round):
             return
         own = study.rank_at(self.identity.name)
-        training = sum(study.rank_at(site) >= own for site in sites)
-        if training < self.floor.survivors:
+        alike = sum(study.rank_at(site) == own for site in sites)
+        if alike < self.floor.survivors:
             raise RefusedError(
-                f"round {opened.round}: column {own} of B would be the sum of {training} of {len(sites)} sites; the "
-                f"floor of this site demands {self.floor.survivors}",
-                f"give this site at most the rank that {self.floor.survivors} sites have, in lora.site_ranks of a new "
-                "study; or lower survivors under [floor] in the site file",
+                f"round {opened.round}: {alike} of {len(sites)} sites train {own} columns of B, as this site does; its "
+                f"floor demands {self.floor.survivors} sites in a sum",
+                f"give this site a rank that {self.floor.survivors} sites have, in lora.site_ranks of a new study; or "
+                "lower survivors under [floor] in the site file",
             )
 
     def _later(
@@ -271,8 +271,8 @@ class MaskedRounds:
             case protocol.MaskedState():
                 survivors = decode(Survivors, asked.body)
                 confirmed, message = protocol.confirm(live.state, survivors)
-                # Before the site goes on to a state that could reveal. Every site checks, not those of the last column
-                # alone: the others may be enough for a quorum.
+                # Before the site goes on to a state that could reveal. Every site checks, not those of the smallest
+                # rank class alone: the others may be enough for a quorum.
                 names = [live.parameters.cohort[site].name for site in survivors.survivors]
                 self._check_columns(live.study, live.opened, live.parameters, names)
                 live.state = confirmed

@@ -141,7 +141,7 @@ def _check_masks(study: Study, evaluator: Evaluator, names: Sequence[str]) -> No
 
     Raises:
         StudyError: No parameters allow so many corrupt sites.
-        TooFewSitesError: Too few sites train the last columns.
+        TooFewSitesError: Too few sites have one of the ranks.
     """
     if study.secure_aggregation.mode != "masked":
         return
