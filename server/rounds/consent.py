@@ -10,6 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privet.common.errors import ProtocolError, TooFewSitesError
+from privet.common.progress import printable
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Failure, Message, Offer
 from privet.common.study.sections import NAME_PATTERN
@@ -124,7 +125,7 @@ def _wait(
 def _why(refusal: Failure) -> str:
     """Return why a node is no participant; of what this coordinator refuses itself, also what to do about it."""
     own = refusal.error == ProtocolError.__name__ and refusal.hint
-    return f"{refusal} ({refusal.hint})" if own else str(refusal)
+    return f"{refusal} ({printable(refusal.hint)})" if own else str(refusal)
 
 
 def _too_few_consented(study: Study, wait: Wait, refusals: Mapping[int, Failure]) -> TooFewSitesError:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from privet.common.errors import TooFewSitesError
+from privet.common.study.messages import Failure
 from privet.server.commands.screen import Screen
+from privet.server.rounds.consent import _why
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch, details, sentence, several
@@ -57,6 +59,13 @@ def test_a_site_that_does_not_consent_is_told_with_its_reason(tmp_path: Path) ->
     assert told[-1].missing == {"site-0001": "not today", "site-0002": "not connected"}
     assert "\n  site-0001: not today\n  site-0002: not connected" in caught.value.message
     assert "node" not in caught.value.message
+
+
+def test_the_hint_of_a_site_does_not_steer_the_terminal() -> None:
+    """Attack: a site answers as if the coordinator itself had refused, with a hint that moves the cursor."""
+    said = _why(Failure("ProtocolError", "no room", "raise it\x1b[2J"))
+    assert said == "no room (raise it?[2J)"
+    assert _why(Failure("PolicyError", "not today", "ask")) == "not today"
 
 
 def test_a_refusal_is_asked_about_again_while_there_are_too_few(
