@@ -13,6 +13,7 @@ from pathlib import Path
 
 from privet.client.commands.guide import Guide
 from privet.client.commands.labels import asked_studies
+from privet.client.scan.patterns import may_be_name
 from privet.client.training.glance import columns_of, lacking_columns
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
@@ -28,10 +29,11 @@ def take_columns(guide: Guide, given: Mapping[str, str]) -> None:
     mapped = {} if site.format is None else site.format.columns
     own = {study: column for column, study in mapped.items()}
     found = dict.fromkeys(own.get(name, name) for path in site.train for name in columns_of(site, path))
+    shown = ", ".join(_shown([*found])) or "others"
     for column in given:
         if column not in found:
             raise StudyError(
-                f"--column {column}={given[column]}: expected a column of the files, found {', '.join(found)}",
+                f"--column {column}={given[column]}: expected a column of the files, found {shown}",
                 f"run `privet site setup {guide.file} --column {shlex.quote(f'COLUMN={given[column]}')}` with one of "
                 "these",
             )
@@ -53,12 +55,13 @@ def settle_columns(guide: Guide, study: Study) -> bool:
     needed, found = lacking_columns(guide.site, study)
     if not needed:
         return True
+    found = _shown(found)
     guide.explain("Columns", f"{columns_said(study, needed, found)} Say which column is which.")
     site = guide.site
     if site.format is not None and any("columns" in own.model_fields_set for own in site.format.files.values()):
         guide.say("[format.files] in the site file names columns of single files. Complete them there by hand.")
         return False
-    for name in needed:
+    for name in needed if found else ():
         answer = guide.ask(
             f"Column of your files that is {name} (Enter: decide later)",
             f"--column {shlex.quote(f'COLUMN={name}')}",
@@ -77,16 +80,19 @@ def settle_columns(guide: Guide, study: Study) -> bool:
 
 def columns_said(study: Study, needed: Sequence[str], found: Sequence[str]) -> str:
     """Return in one sentence which columns of a study the files lack, and which others they have."""
-    return (
-        f"The study {study.name} needs the columns {', '.join(needed)}, which your files lack; they have "
-        f"{', '.join(found) or 'no others'}."
-    )
+    others = f"they have {', '.join(_shown(found)) or 'no others that may be shown (is the first line a record?)'}"
+    return f"The study {study.name} needs the columns {', '.join(needed)}, which your files lack; {others}."
 
 
 def column_command(site: Path, needed: Sequence[str]) -> str:
     """Return in words how a person says which columns of the files a study's are."""
     options = " --column ".join(shlex.quote(f"COLUMN={name}") for name in needed)
     return f"`privet site setup {site} --column {options}`, where each COLUMN is one of your files"
+
+
+def _shown(found: Sequence[str]) -> list[str]:
+    """Return names of columns; none where one of them may be a value of a record."""
+    return list(found) if all(map(may_be_name, found)) else []
 
 
 def _one_of(file: Path, name: str, found: Sequence[str], answer: str) -> str:

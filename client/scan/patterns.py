@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from privet.client.scan import checks
 
+_LONGEST_NAME: Final = 64  # characters of the name of a column
 # Letters that look like ASCII letters, in Cyrillic and Greek. Accents stay: they are spelling, not disguise.
 _ALIKE = str.maketrans(
     "аеорсухіјѕԁһкмтвнАЕОРСУХІЈЅКМТВНοανρυχκΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
@@ -309,6 +310,14 @@ _NOT_NAMES = frozenset(
     "Consultant".split()
 )
 _WORD = re.compile(r"[A-ZÀ-Þ][A-Za-zà-ÿ'-]{1,40}")
+
+
+def may_be_name(column: str) -> bool:
+    """Return whether a name of a column may be printed: it is short, has a letter, and holds no identifier.
+
+    Without a line of names, a file's first record stands in its place.
+    """
+    return len(column) <= _LONGEST_NAME and any(map(str.isalpha, column)) and not kinds_in(column.replace("_", " "))
 
 
 def kinds_in(text: str, names: Collection[str] = ()) -> set[str]:

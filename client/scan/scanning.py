@@ -15,7 +15,7 @@ from pydantic import Field
 from privet.client.formats import FileFormat
 from privet.client.pages.suppression import SMALLEST
 from privet.client.scan.kinds import ANY, KINDS
-from privet.client.scan.patterns import kinds_in
+from privet.client.scan.patterns import kinds_in, may_be_name
 from privet.client.scan.twins import Twins
 from privet.client.training.decoding import kind_of
 from privet.client.training.files import Row, read_rows
@@ -35,7 +35,7 @@ _Count = Annotated[int, Field(ge=0)]
 _SHORT = 48
 _ROWS = 5
 _DEEPEST = 6
-_MOST_COLUMNS, _LONGEST_NAME = 1000, 64
+_MOST_COLUMNS = 1000
 _NO_TEXT = frozenset({"label", "tags", "spans"})
 
 
@@ -232,10 +232,7 @@ def _check_header(path: Path, texts: Mapping[str, str], known: Mapping[str, Coun
         DataError: A name is long, holds an identifier or is also a value of its column; or there are too many names.
     """
     for column, text in texts.items():
-        new = column not in known
-        looks = new and (
-            len(column) > _LONGEST_NAME or not any(map(str.isalpha, column)) or bool(kinds_in(column.replace("_", " ")))
-        )
+        looks = column not in known and not may_be_name(column)
         if looks or text == column or len(known) > _MOST_COLUMNS:
             raise DataError(
                 f"{path}: expected names of columns in the first line, or as the keys of JSON objects; found what may "

@@ -353,6 +353,15 @@ def test_columns_of_other_names_are_said_at_once_and_mapped_by_options(german: P
         run(setup, german, "--yes", "--column=Fach=note")
 
 
+def test_a_first_line_that_may_be_a_record_is_not_shown(german: Path) -> None:
+    rows = "".join(f"Kommt am 12.03.2024 wieder, Nr. {number};x;{number}\n" for number in range(60))
+    (german / "befunde.csv").write_text(rows)
+    shown = run(setup, german, "--yes", "--train", german / "befunde.csv").output
+    shown += run(commands.approve, german, "triage", "--yes").output
+    assert "(is the first line a record?)" in " ".join(shown.split())
+    assert "12.03.2024" not in shown
+
+
 def test_approve_asks_which_columns_a_study_reads(german: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(setup, german, "--yes", "--train", german / "befunde.csv")
     at_a_terminal(monkeypatch)
