@@ -403,8 +403,8 @@ def ask_limit(guide: Guide, unit: str | None, epsilon: float | None, delta: floa
         guide.explain(
             "Limit",
             f"What this dataset may spend in its lifetime, over all studies: an epsilon for each {unit}. Smaller "
-            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use. What is "
-            "spent is never given back.",
+            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use: a limit "
+            "of the same size admits one such study, and then none ever again. What is spent is never given back.",
         )
         epsilon = _number(guide, "Largest epsilon", "--epsilon", before[0])
     if site.limit is None and delta is None:

@@ -139,6 +139,7 @@ def test_by_answers(world: World, home: Path) -> None:
     assert result.output.count("Have them read out again") == len(members)
     for title in ("Trust: the consortium", "Data files", "Who a patient is", "Declared count", "Limit", "Anchor"):
         assert title in result.output
+    assert "a limit of the same size admits one such study, and then none ever again" in " ".join(result.output.split())
     assert "295" not in result.output  # no id of a patient
 
 
@@ -263,7 +264,7 @@ def test_sites_may_name_one_directory_for_their_anchors(world: World, home: Path
     other.write_text('{"head": "of another site"}')
     own = [*words(world, home), "--train", home / "notes.csv", "--unit=record"]
     for taken in (other, f"{other}/", other / "deep"):  # nothing of it is written
-        with pytest.raises(StudyError, match="exists already|is a file") as caught:
+        with pytest.raises(StudyError, match=r"exists already|is a file") as caught:
             run(setup, home, "--yes", *own, "--anchor", taken, "--anchor-same-disk")
         assert "--anchor PATH" in caught.value.hint
         assert load_site(file).anchor is None
