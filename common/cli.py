@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import Interrupted, PrivetError, StateError
-from privet.common.progress import first_line, folded, printable
+from privet.common.progress import first_line, folded, in_directory, printable
 from privet.common.starting import begin
 
 _GROUPS = {
@@ -79,6 +79,10 @@ class _Command(_Listed, TyperCommand):
             if line is not None:
                 typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
+        except PrivetError as error:
+            named = [each.name for each in self.params if "-C" in each.opts]
+            error.hint = in_directory(error.hint, ctx.params[named[0]]) if named and named[0] else error.hint
+            raise
         except KeyboardInterrupt as stopped:  # further up, Typer would turn it into an exit code and print nothing
             said = f"Interrupted. {stopped.standing}" if isinstance(stopped, Interrupted) else _INTERRUPTED
             typer.echo(_printable(said), err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -111,6 +112,21 @@ def folded(text: str, hang: int = 0, *, err: bool = False) -> str:
         for line in whole.split("\n")
     ]
     return "\n".join("\n".join(line) for line in lines).replace("\0", " ")
+
+
+_AT_COORDINATOR = re.compile(r"\bprivet (?:coordinator|registry) (?!init\b)[a-z]+(?![^`\n]* (?:-C|--directory)\b)")
+
+
+def in_directory(text: str, directory: Path) -> str:
+    """Return a text in which each command of a coordinator names its directory, if that is not the present one.
+
+    Args:
+        text: A hint, or lines about what to do next.
+        directory: The coordinator's directory, as it was given.
+    """
+    if directory == Path():
+        return text
+    return _AT_COORDINATOR.sub(lambda found: f"{found.group()} -C {shlex.quote(str(directory))}", text)
 
 
 def duration(seconds: float) -> str:
