@@ -12,6 +12,7 @@ import errno
 import json
 import sqlite3
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points, version
@@ -189,6 +190,8 @@ def _of_the_system(error: OSError | sqlite3.Error) -> StateError:
 def main() -> None:
     """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
     begin()
+    if not sys.warnoptions:  # what libraries tell developers; errors and the log are for people
+        warnings.simplefilter("ignore")
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:

@@ -133,6 +133,11 @@ class StudyRun:
             metrics.closed(statement)
             say(line_of(statement, self.directory.study.rounds))
             if (self.directory.path / _STOP).exists():
+                if self.directory.load().stopped:
+                    raise StoppedError(
+                        f"run {self.name} stopped after its last round, before its release",
+                        f"make the release with `privet coordinator resume {self.name}`",
+                    )
                 raise StoppedError(
                     f"run {self.name} stopped after round {statement['round']}",
                     f"continue it with `privet coordinator resume {self.name}`",

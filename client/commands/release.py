@@ -242,9 +242,9 @@ def serve(
     alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. GET /metrics
     gives counts for Prometheus. Stop it with Ctrl-C.
     """
-    from privet.client.network.repeating import repeating
     from privet.client.release.monitoring import Monitor, saving
     from privet.client.release.opened import caution, open_release
+    from privet.client.repeating import repeating
     from privet.client.site import Resources
 
     try:

@@ -233,6 +233,20 @@ def test_the_name_of_a_run_that_has_ended_is_taken_and_there_is_nothing_to_stop(
         run(service.stop, "flu", "-C", home)
 
 
+@pytest.mark.parametrize(("last", "says"), [(False, "continue it"), (True, "make the release")])
+def test_a_run_that_stops_says_what_is_left_of_it(home: Path, tmp_path: Path, last: bool, says: str) -> None:
+    made = open_coordinator(home)
+    begun = studies.begin(made, study_of(), adapter_in(tmp_path), "flu")
+    statement: Any = {"round": 1, "type": "round-abort", "metrics": None, "seconds": 1, "reason": "", "failures": {},
+                      "privacy": None}  # fmt: skip
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,), stopped=last))
+    (begun.directory.path / "stop").touch()
+    with pytest.raises(studies.StoppedError) as stopped:
+        begun._observer(studies.RunMetrics(), lambda line: None)(statement, start_adapter())
+    assert stopped.value.hint == f"{says} with `privet coordinator resume flu`"
+    assert ("before its release" in stopped.value.message) == last
+
+
 def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:
     made, study, start = open_coordinator(home), study_of(), adapter_in(tmp_path)
     run(enrolment.found, "-C", home)

@@ -250,6 +250,10 @@ def test_a_site_gains_a_second_key_and_stays_a_member(world: World) -> None:
         assert verify_note(Note(note.text, lines), journal.policy.witnesses) == (NoteKey.parse(after.witness),)
     own.members.revoke("oslo", "left", world.clock())
     world.log_members()
+    log = LogReader(load_site(world.folder / "lyon/site.toml")).read(world.service("lyon"))
+    assert log is not None
+    with pytest.raises(VerificationError, match="by the round log, site oslo was revoked"):
+        policy_of(log.history, read_trusted(file.parent / "consortium/trusted.json"), "oslo", log.newest.size)
 
 
 def confirm_at(world: World, site: str, words: str) -> None:
