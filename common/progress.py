@@ -114,7 +114,8 @@ def folded(text: str, hang: int = 0, *, err: bool = False) -> str:
     return "\n".join("\n".join(line) for line in lines).replace("\0", " ")
 
 
-_AT_COORDINATOR = re.compile(r"\bprivet (?:coordinator|registry) (?!init\b)[a-z]+(?![^`\n]* (?:-C|--directory)\b)")
+_AT_COORDINATOR = re.compile(r"\bprivet (?:coordinator|registry) (?!init\b)[a-z]+[^`\n,;]*")
+"""A command of a coordinator that takes its directory, up to the end of the line, of the quotation or of the clause."""
 
 
 def in_directory(text: str, directory: Path) -> str:
@@ -126,7 +127,12 @@ def in_directory(text: str, directory: Path) -> str:
     """
     if directory == Path():
         return text
-    return _AT_COORDINATOR.sub(lambda found: f"{found.group()} -C {shlex.quote(str(directory))}", text)
+
+    def named(found: re.Match[str]) -> str:
+        command = found.group()
+        return command if re.search(r" (-C|--directory)\b", command) else f"{command} -C {shlex.quote(str(directory))}"
+
+    return _AT_COORDINATOR.sub(named, text)
 
 
 def duration(seconds: float) -> str:

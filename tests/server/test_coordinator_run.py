@@ -92,13 +92,15 @@ def test_what_to_do_next_names_the_directory(
     beyond = tmp_path / "my consortium"
     home.rename(beyond)
     code, _, said = privet("coordinator", "stop", "flu", "--directory", beyond)
-    assert (code, f"`privet coordinator run -C '{beyond}' STUDY`" in said) == (6, True)
+    assert (code, f"`privet coordinator run STUDY -C '{beyond}'`" in said) == (6, True)
     assert f"`privet registry list -C '{beyond}'`" in privet("registry", "show", "flu", "-C", beyond)[2]
     assert f"`privet coordinator charter -C '{beyond}'`" in privet("coordinator", "invite", "oslo", "-C", beyond)[2]
     monkeypatch.chdir(beyond)
     assert "`privet coordinator run STUDY`" in privet("coordinator", "stop", "flu")[2]
     said = "`privet coordinator serve -C there`, or `privet coordinator init DIRECTORY`"
     assert in_directory(said, beyond) == said
+    said = "next: privet coordinator approve oslo --words WORDS{}, then run it again"
+    assert in_directory(said.format(""), Path("there")) == said.format(" -C there")
 
 
 def test_a_run_founds_the_consortium_when_somebody_has_agreed(
@@ -203,10 +205,10 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
     with pytest.raises(StateError, match="runs/flu exists already") as late:  # of two commands at once, the second
         studies.begin(made, study, start, "flu")
     assert late.value.hint == caught.value.hint
-    assert f"next: privet coordinator resume -C {home} flu\n" in run(service.stop, "flu", "-C", home).output
-    assert f"`privet coordinator resume -C {home} flu`" in unfinished(begun.directory)
+    assert f"next: privet coordinator resume flu -C {home}\n" in run(service.stop, "flu", "-C", home).output
+    assert f"`privet coordinator resume flu -C {home}`" in unfinished(begun.directory)
     result = run(service.withdraw, "flu", "--reason", "the wrong\nbase", "-C", home)
-    assert f"next: privet coordinator run -C {home} STUDY\n" in result.output
+    assert f"next: privet coordinator run STUDY -C {home}\n" in result.output
     assert "run flu is withdrawn\n" in result.output
     assert studies.free_name(made, "flu") == "flu-2"
     resumed = run(service.resume, "flu", "-C", home)
