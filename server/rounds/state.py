@@ -318,7 +318,9 @@ def unfinished(run: RunDirectory) -> str:
     if run.simulated:
         return f"run `privet simulate --resume {quote(str(run.path))}`"
     path = run.path.resolve()
-    home = path.parent.parent
+    home = (
+        path.parent.parent if (path.parent.parent / "coordinator.toml").is_file() else Path()
+    )  # a copy lies elsewhere
     return in_directory(f"at its coordinator, run `privet coordinator resume {quote(path.name)}`", home)
 
 
