@@ -408,13 +408,13 @@ def _said(finding: Finding) -> str:
 
 
 def _unfit(config: SiteConfig, study: Study) -> PrivetError | None:
-    """Return what is wrong with the site's training files for a study, as the site finds it before it consents."""
+    """Return what is wrong with the files that a study reads, as the site finds it before it consents."""
     from privet.client.policy.scanned import check_scan
-    from privet.client.training.data import site_records
+    from privet.client.training.data import counted_files, site_records
 
     try:
         if config.train:
-            site_records(config, study)
+            site_records(counted_files(config, study), study)
             check_scan(config, study, files=True)
     except PrivetError as error:
         return error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
 from privet.client.training.counts import Countable, countable
-from privet.client.training.data import DataReport, Records, site_records, split_records
+from privet.client.training.data import DataReport, Records, counted_files, site_records, split_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.train import TrainingSet
@@ -75,22 +75,6 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         reports=reports,
         names=_names_of(study, training),
     )
-
-
-def counted_files(site: SiteConfig, study: Study) -> SiteConfig:
-    """Return a site's file with the files that a study reads as its training files.
-
-    Raises:
-        RefusedError: The study measures on test files, and the site file names none.
-    """
-    if study.evaluation is None or study.evaluation.files == "train":
-        return site
-    if not site.test:
-        raise RefusedError(
-            f"site {site.name}: the study measures on test files (evaluation.files), but the site file names none",
-            "add `test = [FILE]` to the site file, or leave this study out",
-        )
-    return site.model_copy(update={"train": site.test})
 
 
 def _units_of(study: Study, records: Records) -> list[list[int]]:

@@ -10,7 +10,7 @@ message in its place. The secrets are in memory only: a site that restarts has d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from privet.common.errors import ProtocolError, RefusedError
@@ -148,7 +148,7 @@ class MaskedRounds:
         parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
-        check_columns(study, [member.name for member in parameters.cohort], parameters.corrupt, opened.round)
+        self._check_columns(study, opened, parameters, [member.name for member in parameters.cohort])
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
         state, advert = protocol.advertise(
             self.identity, parameters, inputs, self.pins, self.floor, random_bytes, kem=self.kem
@@ -156,6 +156,26 @@ class MaskedRounds:
         live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
+
+    def _check_columns(self, study: Study, opened: RoundOpen, parameters: Parameters, sites: Collection[str]) -> None:
+        """Check that enough sites of a sum have each rank: by the study, and of this site's rank by its floor too.
+
+        Raises:
+            TooFewSitesError: Fewer have one of the ranks than the study needs.
+            RefusedError: Fewer have this site's rank than its floor demands.
+        """
+        check_columns(study, sites, parameters.corrupt, opened.round)
+        if not study.lora.site_ranks or study.sums_units(opened.round):
+            return
+        own = study.rank_at(self.identity.name)
+        alike = sum(study.rank_at(site) == own for site in sites)
+        if alike < self.floor.survivors:
+            raise RefusedError(
+                f"round {opened.round}: {alike} of {len(sites)} sites train {own} columns of B, as this site does; its "
+                f"floor demands {self.floor.survivors} sites in a sum",
+                f"give this site a rank that {self.floor.survivors} sites have, in lora.site_ranks of a new study; or "
+                "lower survivors under [floor] in the site file",
+            )
 
     def _later(
         self,
@@ -251,10 +271,10 @@ class MaskedRounds:
             case protocol.MaskedState():
                 survivors = decode(Survivors, asked.body)
                 confirmed, message = protocol.confirm(live.state, survivors)
-                # Before the site goes on to a state that could reveal. Every site checks, not those of the last column
-                # alone: the others may be enough for a quorum.
+                # Before the site goes on to a state that could reveal. Every site checks, not those of the smallest
+                # rank class alone: the others may be enough for a quorum.
                 names = [live.parameters.cohort[site].name for site in survivors.survivors]
-                check_columns(live.study, names, live.parameters.corrupt, live.opened.round)
+                self._check_columns(live.study, live.opened, live.parameters, names)
                 live.state = confirmed
             case protocol.Confirmed():
                 message = protocol.reveal(live.state, decode(Proof, asked.body), self.record)

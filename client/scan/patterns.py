@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from ipaddress import ip_address
 from typing import Final, NamedTuple
@@ -42,6 +42,7 @@ class _Plain(dict[int, int | str | None]):
 
 
 _PLAIN = _Plain()
+_PIECE: Final = 128
 _BREAKS: Final = str.maketrans("\r\n\t\v\f", "     ")
 
 
@@ -49,7 +50,22 @@ def plain(text: str) -> str:
     """Return a text with ASCII digits, hyphens and spaces for all their kinds, and without what looks like ASCII."""
     if text.isascii():
         return text.translate(_BREAKS)
-    return unicodedata.normalize("NFKC", text).translate(_PLAIN)
+    return "".join(unicodedata.normalize("NFKC", piece) for piece in _pieces(text)).translate(_PLAIN)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces: normalising sorts a run of combining marks in a time that is quadratic in its length.
+
+    A piece ends before a sign that begins a new one, but in a run of marks that no language has.
+    """
+    start = 0
+    while start < len(text):
+        end = min(start + _PIECE, len(text))
+        last = min(end + _PIECE, len(text))
+        while end < last and unicodedata.combining(text[end]):
+            end += 1
+        yield text[start:end]
+        start = end
 
 
 # --- words that say what follows ---------------------------------------------------------------------------

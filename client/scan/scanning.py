@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from privet.client.formats import FileFormat
+from privet.client.pages.suppression import SMALLEST
 from privet.client.scan.kinds import ANY, KINDS
 from privet.client.scan.patterns import kinds_in
 from privet.client.scan.twins import Twins
@@ -26,6 +27,9 @@ Recogniser = Callable[[str], Iterable[str]]
 """Returns the kinds of identifiers in a text, of `privet.client.scan.kinds.KINDS`."""
 RECOGNISERS = "privet.recognisers"
 """Group of entry points. Each one is a `Recogniser`."""
+
+RARE = "(keys of few records)"
+"""In place of the names of columns that few records of a JSON file have."""
 
 _Count = Annotated[int, Field(ge=0)]
 _SHORT = 48
@@ -169,10 +173,12 @@ def _file(
 ) -> FileCounts:
     before, number = sha256_of(path), 0
     counts: dict[str, Counter[str]] = {}
+    present = Counter[str]()
     for number, row in enumerate(read_rows(path, source.form_of(path)), start=1):
         texts = _texts(source, path, row)
         if source.study is None:
             _check_header(path, texts, counts)
+            present.update(texts.keys())
         for column, text in texts.items():
             counted = counts.setdefault(column, Counter())
             if not text.strip():
@@ -195,11 +201,28 @@ def _file(
             progress(totals["train"] + totals["test"])
     if sha256_of(path) != before:
         raise StateError(f"{path} changed while it was scanned", "run the scan again when nothing writes to the file")
+    _join_rare(path, [column for column, rows in present.items() if rows < min(SMALLEST, number)], counts, places)
     columns = {
         column: ColumnCounts(records=found.pop("", 0), kinds=dict(sorted(found.items())))
         for column, found in counts.items()
     }
     return FileCounts(path=str(path), role="test" if test else "train", sha256=before, records=number, columns=columns)
+
+
+def _join_rare(path: Path, rare: Sequence[str], counts: dict[str, Counter[str]], places: Places) -> None:
+    """Put keys of JSON objects that few records have under one name: such a key may be a value, such as a name.
+
+    A record with several of them counts once for each.
+    """
+    for column in rare:
+        joined = counts.setdefault(RARE, Counter())
+        found = counts.pop(column)
+        joined.update(found)
+        for kind in found:
+            rows = places.pop((str(path), column, kind), [])
+            there = places.get((str(path), RARE, kind), [])
+            if rows:
+                places[str(path), RARE, kind] = sorted({*there, *rows})[:_ROWS]
 
 
 def _check_header(path: Path, texts: Mapping[str, str], known: Mapping[str, Counter[str]]) -> None:

@@ -29,6 +29,7 @@ from privet.common.study.counts import (
     LABEL,
     LENGTH,
     MISSING,
+    MOST_CLASSES,
     RECORDS,
     UNITS,
     Cells,
@@ -163,10 +164,10 @@ def finite_loss(found: Judged) -> float:
 
 
 def _confusion(study: Study, scores: Sequence[Judged]) -> NDArray[np.float64]:
-    """Return the share of a unit's records in each cell of the confusion matrix; [0] for tasks that have none."""
-    if study.task.kind != "text-classification":
-        return np.zeros(0)
+    """Return the share of a unit's records in each cell of the confusion matrix; [0] for studies that have none."""
     classes = len(study.task.labels)
+    if study.task.kind != "text-classification" or classes > MOST_CLASSES:
+        return np.zeros(0)
     shares = np.zeros(classes**2)
     for score in scores:
         if isinstance(score, Score) and len(score.truth) == 1:

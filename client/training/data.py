@@ -30,7 +30,7 @@ from privet.client.training.forms import (
 )
 from privet.client.training.ids import check_spellings, unit_names
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import DataError, together
+from privet.common.errors import DataError, RefusedError, together
 from privet.common.study.study import Study
 
 MISSING = "missing value"
@@ -220,6 +220,22 @@ def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tupl
     if faults:
         raise together(faults)
     return [records for records, _ in found], [report for _, report in found]
+
+
+def counted_files(site: SiteConfig, study: Study) -> SiteConfig:
+    """Return a site's file with the files that a study reads as its training files.
+
+    Raises:
+        RefusedError: The study measures on test files, and the site file names none.
+    """
+    if study.evaluation is None or study.evaluation.files == "train":
+        return site
+    if not site.test:
+        raise RefusedError(
+            f"site {site.name}: the study measures on test files (evaluation.files), but the site file names none",
+            "add `test = [FILE]` to the site file, or leave this study out",
+        )
+    return site.model_copy(update={"train": site.test})
 
 
 def site_records(site: SiteConfig, study: Study, *, distinct: bool = False) -> tuple[Records, list[DataReport]]:

@@ -151,7 +151,7 @@ def check_counts(study: Study, statement: RoundStatement) -> None:
     unit = shared_noise(study, len(statement["cohort"]), head=True).level / cells_of(study).scale
     for name in names:
         levels = metrics[name] / unit
-        if abs(levels - round(levels)) > _OFF:
+        if not math.isfinite(levels) or abs(levels - round(levels)) > _OFF:
             raise VerificationError(f"{where}: the count {name} is no sum of whole levels of the sites' noise")
 
 

@@ -36,6 +36,8 @@ _UNESCAPED = str.maketrans('"\\', "'/")
 _REST = 2_000
 # Characters of a second signature in an envelope, with its key id.
 _SECOND = 4_600
+# Characters of one count in JSON, besides its name: a number has 24 at most.
+_COUNT = 30
 _PARTS = ("common", "server", "client")
 _USED = (
     "cryptography",
@@ -218,7 +220,12 @@ def _upwards(epsilon: float) -> float:
 
 
 def check_leaf_size(
-    cohort: Collection[str], charged: Collection[str], participants: Collection[str] = (), *, hybrid: bool = False
+    cohort: Collection[str],
+    charged: Collection[str],
+    participants: Collection[str] = (),
+    *,
+    hybrid: bool = False,
+    counts: Collection[str] = (),
 ) -> None:
     """Check, before sites are asked into a round, that a leaf can hold the statement of its end.
 
@@ -227,6 +234,7 @@ def check_leaf_size(
         charged: All sites of the run so far, whose cost that statement names; none if the run is not private.
         participants: The sites from which the cohort was drawn, which the statement of its beginning names.
         hybrid: Whether the statement is signed with ML-DSA-65 as well.
+        counts: Names of the counts that the statement of the round's end holds, of a study that counts.
 
     Raises:
         StudyError: The statement could be too long.
@@ -234,12 +242,14 @@ def check_leaf_size(
     most = 3 * (MAX_LEAF_BYTES - (_SECOND if hybrid else 0)) // 4
     names = sum(len(site) + 6 for site in cohort)
     needed = _FAILURES + _REST + names + sum(len(site) + 13 for site in charged)
+    needed += sum(len(name) + _COUNT for name in counts)
     needed = max(needed, _REST + names + sum(len(site) + 3 for site in participants))
     if needed > most:
         raise StudyError(
             f"the statement about a round of {len(cohort)} sites may need {needed} bytes in the round log, at most "
             f"{most} bytes fit",
-            "lower cohort.fraction in the study, so that a round has fewer sites",
+            "lower cohort.fraction in the study, so that a round has fewer sites"
+            + (f"; or name fewer labels or lengths than make {len(counts)} counts" if counts else ""),
         )
 
 

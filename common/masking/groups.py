@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -84,31 +85,33 @@ def smallest_sum(study: Study) -> int:
 
 
 def check_columns(study: Study, sites: Collection[str], corrupt: int, round_number: int) -> None:
-    """Check that each column of B that one of the sites of a sum trains is trained by enough of them.
+    """Check that each rank that a site of a sum has is the rank of enough of them.
 
-    Where sites have unequal ranks, the last columns are sums over fewer sites: the others are known to send zeros
-    there. So these few have to be as many as a whole sum needs, or a mask would hide what the study shows.
+    Zeros are known to be zeros, so the sum of column j is over the sites of a rank above j, and the difference of two
+    columns is over those of the ranks between, where the gradients of both columns are alike. They are where the
+    layer's inputs have one direction in common, or where the adapter that the coordinator sent has equal rows of A. So
+    the sites of each rank have to be as many as a whole sum needs, or a mask would hide what the study shows.
 
     Args:
         study: The study.
         sites: Those of one sum: of a group, or its survivors.
         corrupt: How many of them may collude with the coordinator.
-        round_number: The round; a head start has no columns.
+        round_number: The round; a sum over units has no columns.
 
     Raises:
-        TooFewSitesError: Fewer train the last column.
+        TooFewSitesError: Fewer have one of the ranks.
     """
-    if not study.lora.site_ranks or study.is_head_start(round_number):
+    if not study.lora.site_ranks or study.sums_units(round_number):
         return
-    ranks = [study.rank_at(site) for site in sites]
-    last, needed = max(ranks), max(smallest_sum(study), corrupt + 2)
-    training = ranks.count(last)  # every other column is trained by these and by more
-    if training < needed:
+    needed = max(smallest_sum(study), corrupt + 2)
+    found = Counter(study.rank_at(site) for site in sites)
+    rank, fewest = min(found.items(), key=lambda each: (each[1], -each[0]))
+    if fewest < needed:
         raise TooFewSitesError(
-            f"round {round_number}: column {last} of B would be the sum of {training} of {len(ranks)} sites; a sum "
-            f"that hides each of them needs {needed}",
-            f"wait for more sites that train {last} columns; or give every site at most the rank that {needed} sites "
-            "have, in lora.site_ranks and lora.rank of a new study",
+            f"round {round_number}: {fewest} of {len(sites)} sites train {rank} columns of B, and a difference of "
+            f"columns can be a sum over these alone; a sum that hides each of them needs {needed}",
+            f"wait for more sites of rank {rank}; or give each rank in lora.site_ranks and lora.rank of a new study to "
+            f"{needed} sites or more",
         )
 
 

@@ -19,6 +19,8 @@ LABEL, LENGTH, CONFUSION = "label", "length", "confusion"
 TENSOR = "counts"
 """Name of the sum in the vector that a site masks."""
 
+MOST_CLASSES = 20
+"""Labels up to which an evaluation counts the confusion matrix: the statement of a round has to fit in the log."""
 _MARGIN = 1 - 2.0**-40
 """Covers what rounding in float64 can add to a unit's norm when it is scaled to the clip norm."""
 
@@ -127,9 +129,9 @@ def _evaluation(study: Study) -> tuple[dict[str, str], float]:
     """
     unit = study.privacy.unit
     titles = {UNITS: f"{unit}s", LOSS: "capped losses, in caps", CORRECT: "shares of correct answers"}
-    if study.task.kind != "text-classification":
-        return titles, 3.0
     labels = study.task.labels
+    if study.task.kind != "text-classification" or len(labels) > MOST_CLASSES:
+        return titles, 3.0
     for i, true in enumerate(labels):
         for j, found in enumerate(labels):
             titles[f"{CONFUSION}.{i * len(labels) + j}"] = f"{unit}s of label {true} predicted {found}"

@@ -107,10 +107,14 @@ class Study(Section):
             for name, differs in (
                 ("training", self.training != TrainingSection(**_UNTRAINED)),
                 ("lora", self.kind == "statistics" and self.lora != LoraSection(**_NO_ADAPTER)),
+                ("lora.site_ranks", self.kind == "evaluate" and self.lora.site_ranks),
                 ("data.validation_fraction", self.data.validation_fraction),
                 ("aggregation.average", self.aggregation.average != "none"),
                 ("aggregation.weighting", self.aggregation.weighting != "declared"),
+                # A sum over units is cut at the site's weight times a bound, and would not fit under a power of it.
+                ("aggregation.weight_power", self.aggregation.weight_power is not None),
                 ("privacy.clipping", self.privacy.clipping != "flat"),
+                ("privacy.head_clip_share", self.privacy.head_clip_share is not None),
                 ("privacy.noise", self.privacy.noise != "independent"),
             )
             if differs

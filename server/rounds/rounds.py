@@ -174,7 +174,7 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
     """Return the message that opens the next round, to a cohort drawn from the participants.
 
     Raises:
-        TooFewSitesError: Without the sites that are left out, there are too few; or too few train the last columns.
+        TooFewSitesError: Without the sites that are left out, there are too few; or too few have one of the ranks.
     """
     isolation = isolation_of(state.statements)
     cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation)

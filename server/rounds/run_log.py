@@ -33,6 +33,7 @@ from privet.common.log.agreement import RoundStatement, check_leaf_size, round_e
 from privet.common.log.replay import LoggedRun
 from privet.common.log.statements import Export
 from privet.common.log.statements import RoundOpened as OpenedStatement
+from privet.common.study.counts import cells_of
 from privet.common.study.messages import Consent, Failure, RoundOpen
 from privet.server.exchange import Exchange
 from privet.server.log.journal import Journal, Listening
@@ -175,7 +176,7 @@ class RunLog:
         Raises:
             TooFewSitesError: Too few sites cosigned within `timeout` seconds. The run can be resumed.
             StateError: The log cannot be written.
-            StudyError: The cohort is too large for a leaf of the log.
+            StudyError: The cohort, or the counts of a study that counts, are too many for a leaf of the log.
         """
         leaf = self.entry.open
         if leaf is None:
@@ -183,7 +184,8 @@ class RunLog:
             # will fit, because a round that is open has to be ended.
             asked = {site for each in self.entry.rounds.values() for site in each.statement.cohort} | {*opened.cohort}
             charged, hybrid = asked if self.run.study.private else (), self.journal.keys.pq is not None
-            check_leaf_size(opened.cohort, charged, participants, hybrid=hybrid)
+            counts = cells_of(self.run.study).names if self.run.study.counts else ()
+            check_leaf_size(opened.cohort, charged, participants, hybrid=hybrid, counts=counts)
             masked = self.run.study.secure_aggregation.mode == "masked"
             keys = {name: self.keys[name] for name in opened.cohort} if masked else None
             leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock(), participants))

@@ -17,6 +17,7 @@ from privet.common.masking.groups import check_columns, corrupt_sites, groups_of
 from privet.common.masking.isolation import cohort_size
 from privet.common.masking.parameters import parameters_of
 from privet.common.privacy.accounting import plan as privacy_plan
+from privet.common.study.counts import cells_of
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan, faults_of, lay_out
@@ -133,7 +134,8 @@ def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
     """
     study = plan.study
     size = cohort_size(study, len(names))
-    check_round(names[:size], names[: size * study.rounds] if study.private else ())
+    counts = cells_of(study).names if study.counts else ()
+    check_round(names[:size], names[: size * study.rounds] if study.private else (), counts=counts)
 
 
 def _check_masks(study: Study, evaluator: Evaluator, names: Sequence[str]) -> None:
@@ -141,7 +143,7 @@ def _check_masks(study: Study, evaluator: Evaluator, names: Sequence[str]) -> No
 
     Raises:
         StudyError: No parameters allow so many corrupt sites.
-        TooFewSitesError: Too few sites train the last columns.
+        TooFewSitesError: Too few sites have one of the ranks.
     """
     if study.secure_aggregation.mode != "masked":
         return

@@ -164,6 +164,7 @@ def test_names_are_found_by_lists_where_they_are_capitalised() -> None:
         "ﷺ",
         "٣",
         "RSSMRA85T10A562S ",
+        "\u0315\u0300\u05ae",
     ],
 )
 def test_time_is_linear_in_adversarial_texts(part: str) -> None:
@@ -279,6 +280,19 @@ def test_a_column_says_what_its_values_are(tmp_path: Path) -> None:
     found = json.loads(run(scan.scan_files, path, "--json", "--exact").output)["files"][0]["columns"]
     assert found["phone"]["kinds"] == {ANY: 1, "phone": 1}
     assert found["turns"]["kinds"]["email"] == 1
+
+
+def test_keys_of_few_records_are_not_printed_as_names_of_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows: list[dict[str, str]] = [{"text": "calm"} for _ in range(12)]
+    rows += [{"text": "calm", name: "mail a@b.org"} for name in ("Amelia Smithson", "Jon Smithson")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = run(scan.scan_files, path, "--json", "--exact").output
+    assert "Smithson" not in answer
+    found = json.loads(answer)["files"][0]["columns"]
+    assert found.keys() == {"text", scanning.RARE}
+    assert found[scanning.RARE]["kinds"] == {ANY: 2, "email": 2}
+    assert found[scanning.RARE]["rows"]["email"] == [13, 14]
 
 
 @pytest.mark.parametrize(

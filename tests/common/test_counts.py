@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -13,11 +14,12 @@ from privet.common.audit.counts import check_counts, count_lines, counts_documen
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.errors import StudyError, VerificationError
+from privet.common.log.agreement import check_leaf_size
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import segments_of, step_segments
 from privet.common.privacy.accounting import plan
 from privet.common.study.adapter import AdapterSpec
-from privet.common.study.counts import cells_of
+from privet.common.study.counts import MOST_CLASSES, cells_of
 from privet.common.study.study import Study
 from tests.support.synthetic import BASE, study_of
 
@@ -69,6 +71,9 @@ def test_a_study_that_counts_has_one_round_and_says_the_same_again(kind: str) ->
         ("statistics", {"lora": BASE["lora"]}, "lora: a study of kind statistics trains nothing"),
         ("evaluate", {"data": {"validation_fraction": 0.1}}, "data.validation_fraction: a study of kind evaluate"),
         ("statistics", {"aggregation": {"weighting": "equal"}}, "aggregation.weighting"),
+        ("statistics", {"aggregation": {"weight_power": 0.5}}, "aggregation.weight_power"),
+        ("evaluate", {"privacy": {**LOCAL, "head_clip_share": 0.5}}, "privacy.head_clip_share"),
+        ("evaluate", {"lora": {"site_ranks": {"a": 1}}, "aggregation": {"method": "ffa"}}, "lora.site_ranks"),
         ("statistics", {"statistics": {"lengths": [32, 16]}}, "ascending order"),
         ("evaluate", {"evaluation": {"adapter": "base"}}, "the base alone has no head"),
         ("evaluate", {"evaluation": {"adapter": "latest"}}, "evaluation.adapter"),
@@ -199,6 +204,20 @@ def test_an_evaluation_also_says_how_few_units_there_are() -> None:
     assert wider["high"] - wider["low"] > accuracy["high"] - accuracy["low"]
 
 
+@pytest.mark.parametrize("classes", [MOST_CLASSES, MOST_CLASSES + 1])
+def test_a_result_fits_in_a_leaf_of_the_log(classes: int) -> None:
+    labels = [f"label {number}" for number in range(classes)]
+    study = counting("evaluate", task={"labels": labels}, privacy=LOCAL)
+    names, sites = cells_of(study).names, [f"site-{number:04d}" for number in range(100)]
+    assert len(names) == 3 + (classes**2 if classes == MOST_CLASSES else 0)
+    assert cells_of(study).bound ** 2 == pytest.approx(4 if classes == MOST_CLASSES else 3)
+    check_leaf_size(sites, sites, sites, hybrid=True, counts=names)
+    assert len(json.dumps(dict.fromkeys(names, -1.2345678901234567e-300))) <= sum(len(name) + 30 for name in names)
+    many = counting(task={"labels": [f"label {number}" for number in range(1000)]})
+    with pytest.raises(StudyError, match="name fewer labels or lengths than make 1011 counts"):
+        check_leaf_size(sites, sites, counts=cells_of(many).names)
+
+
 def test_drift_is_told_beside_what_noise_alone_gives() -> None:
     study = counting()
     names = cells_of(study).names
@@ -221,15 +240,16 @@ def test_drift_is_told_beside_what_noise_alone_gives() -> None:
         ({"adapter_after": "sha256:b"}, "the adapter has changed"),
         ({"metrics": None}, "expected the 14 counts"),
         ({"metrics": {"units": 1.0}}, "expected the 14 counts"),
-        ("a made-up count", "no sum of whole levels"),
+        (1.001, "no sum of whole levels"),
+        (1e308, "no sum of whole levels"),
     ],
 )
 def test_a_false_statement_of_counts_is_found(changes: Any, says: str) -> None:
     study = counting(**SHARED)
     honest = statement(study)
     check_counts(study, honest)
-    if isinstance(changes, str):
-        changes = {"metrics": {**honest["metrics"], "label.1": honest["metrics"]["label.1"] * 1.001}}
+    if isinstance(changes, float):
+        changes = {"metrics": {**honest["metrics"], "label.1": honest["metrics"]["label.1"] * changes}}
     with pytest.raises(VerificationError, match=says):
         check_counts(study, {**honest, **changes})
 

@@ -17,6 +17,7 @@ from privet.common.errors import StudyError, TooFewSitesError
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.privacy.shared_noise import contribute
+from privet.common.secagg.terms import Floor
 from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values, weights_by_value
 from privet.common.study.messages import RoundOpen
@@ -79,12 +80,12 @@ def second_column(flat_values: Array) -> Array:
 
 
 def masked_ranks(form: Mapping[str, Any]) -> tuple[list[str], Study, Relay]:
-    """Return five sites of a masked study, of which three train both columns of B."""
-    names = [identity(number).name for number in range(5)]
-    ranks = {names[0]: 1, names[2]: 1}
+    """Return six sites of a masked study, of which those of odd numbers train both columns of B."""
+    names = [identity(number).name for number in range(6)]
+    ranks = {names[0]: 1, names[2]: 1, names[4]: 1}
     study = masked_study(lora={"site_ranks": ranks}, aggregation={**FFA, **form}, training={"rounds": 2})
-    learners = [of_rank(study, name, towards(x)) for name, x in zip(names, optima(study, 5), strict=True)]
-    return names, study, federation(study, 5, learners=learners)
+    learners = [of_rank(study, name, towards(x)) for name, x in zip(names, optima(study, 6), strict=True)]
+    return names, study, federation(study, 6, learners=learners)
 
 
 # --- the mean ----------------------------------------------------------------------------------------------
@@ -94,29 +95,28 @@ def masked_ranks(form: Mapping[str, Any]) -> tuple[list[str], Study, Relay]:
 def test_a_masked_mean_of_each_column_is_that_of_the_sites_that_train_it(form: dict[str, Any]) -> None:
     names, study, exchange = masked_ranks(form)
     state = one_round(study, exchange)
-    weights = {"weighting": [1.0] * 5, "weight_power": [(10 * n) ** 0.5 for n in range(1, 6)]}
-    weight = np.array(weights[next(iter(form))] if form else [10.0, 20.0, 30.0, 40.0, 50.0])
+    weights = {"weighting": [1.0] * 6, "weight_power": [(10 * n) ** 0.5 for n in range(1, 7)]}
+    weight = np.array(weights[next(iter(form))] if form else [10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
     sent = np.array([site.contributions[1].update for site in exchange.sites.values()], np.float64)
     count = np.zeros(sent.shape[1])
     for name, each in zip(names, weight, strict=True):
         own = own_values(study, SPEC, name)
         count += each if own is None else each * own
-    # A level of the sum is 60 x 8 / 2^17; five sites, each less than one off.
-    level = 5 * study.aggregation.weight(60) * 8 / 2**17
+    # A level of the sum is 60 x 8 / 2^17; six sites, each less than one off.
+    level = 6 * study.aggregation.weight(60) * 8 / 2**17
     moved = flat(study, state.adapter) - flat(study, start_adapter())
     assert np.abs(moved - sent.sum(0) / count).max() < level / count.min()
     assert state.statements[-1]["survivors"] == names
 
 
 @pytest.mark.parametrize("stage", ["advertise", "mask"])
-def test_no_column_is_unmasked_that_too_few_sites_train(stage: str) -> None:
+@pytest.mark.parametrize(("node", "rank"), [(3, 2), (2, 1)], ids=["a column", "a difference of columns"])
+def test_no_column_is_unmasked_that_too_few_sites_train(stage: str, node: int, rank: int) -> None:
     _, study, exchange = masked_ranks({})
-    exchange.sites[3].asleep = (stage,)  # one of the three that train the second column
+    exchange.sites[node].asleep = (stage,)  # one of the three that have its rank
     state = one_round(study, exchange)
     assert state.statements[-1]["type"] == "round-abort"
-    assert "column 2 of B would be the sum of 2 of 4 sites; a sum that hides each of them needs 3" in str(
-        state.statements
-    )
+    assert f"2 of 5 sites train {rank} columns of B" in str(state.statements)
     assert REVEAL not in exchange.kinds()
     assert state.adapter.digest == start_adapter().digest
 
@@ -127,16 +127,25 @@ def test_sites_refuse_what_a_coordinator_does_not_check(broken: bool, monkeypatc
     monkeypatch.setattr("privet.server.rounds.masked.check_columns", lambda *_: None)
     exchange.sites[3].asleep = ("mask",)
     if broken:  # then shares are revealed, so it is the sites' check that this test sees
-        monkeypatch.setattr("privet.client.rounds.masked.check_columns", lambda *_: None)
+        monkeypatch.setattr("privet.client.rounds.masked.MaskedRounds._check_columns", lambda *_: None)
     state = one_round(study, exchange)
     assert (REVEAL in exchange.kinds()) == broken
     assert (state.statements[-1]["type"] == "round-close") == broken
 
 
+def test_a_floor_holds_for_the_sites_of_its_sites_rank() -> None:
+    _, study, exchange = masked_ranks({})
+    exchange.sites[3].rounds.floor = Floor(survivors=4)  # of the six sites of the sum, three have its rank
+    state = one_round(study, exchange)
+    assert state.statements[-1]["type"] == "round-abort"
+    assert "3 of 6 sites train 2 columns of B, as this site does" in str(exchange.replies)
+    assert REVEAL not in exchange.kinds()
+
+
 def test_a_round_that_could_not_hide_a_column_is_not_opened() -> None:
     _, study, exchange = masked_ranks({})
     exchange = Relay({node: site for node, site in exchange.sites.items() if node != 3})
-    with pytest.raises(TooFewSitesError, match="column 2 of B would be the sum of 2 of 4 sites"):
+    with pytest.raises(TooFewSitesError, match="2 of 5 sites train 2 columns of B"):
         one_round(study, exchange)
 
 
@@ -284,6 +293,32 @@ def test_ranks_2_4_and_8_give_the_exact_mean_of_each_column(three: tuple[Study, 
             assert np.abs(moved[:, column] - mean).max() < 1e-6
             assert all(parts[n][:, column].any() == (n in own) for n in parts)
         place += tensor.size
+
+
+def test_equal_rows_of_a_tell_the_difference_between_ranks(three: tuple[Study, dict[str, Worker]]) -> None:
+    """Why each rank needs as many sites as a sum: the coordinator chooses the adapter that a round starts from."""
+    study, workers = three
+    spec = workers["ash"].open(study)[1].spec
+    adapter = random_adapter(spec, scale=0.1)
+    chosen = {}
+    for tensor in spec.tensors:
+        value = adapter.values[tensor.name].copy()
+        if tensor.role == "lora_A":
+            value[2] = value[0]
+        elif tensor.role == "lora_B":
+            value[:, 2] = value[:, 0]
+        chosen[tensor.name] = value
+    adapter = adapter.replace(chosen)
+    sent = {name: worker.update(opened(study, adapter)).update for name, worker in workers.items()}
+    total: Array = np.sum(list(sent.values()), axis=0, dtype=np.float64)
+    place = 0
+    for tensor in spec.trained("ffa"):
+        part = slice(place, place + tensor.size)
+        place += tensor.size
+        if tensor.role == "lora_B":
+            summed, alone = total[part].reshape(tensor.shape), sent["ash"][part].reshape(tensor.shape)
+            # The sum over all sites less that over the two of higher rank is the update of the third.
+            assert np.abs(summed[:, 0] - summed[:, 2] - alone[:, 0]).max() < 1e-3 * np.abs(alone[:, 0]).max()
 
 
 def test_a_site_trains_its_columns_as_if_the_rest_were_frozen(bert: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_sites_of_unequal_rank_and_labels_end_alike_after_an_interruption(tmp_pa
         "lora.site_ranks": {"alpha": 1, "beta": 2},
         "training.rounds": 2,
     }
-    with pytest.raises(TooFewSitesError, match="column 4 of B would be the sum of 1 of 3 sites"):
+    with pytest.raises(TooFewSitesError, match="1 of 3 sites train 4 columns of B"):
         prepare(study_file(tmp_path, bert, overrides), tmp_path / "masked")
     file = study_file(tmp_path, bert, {**overrides, "secure_aggregation.mode": "plain"})
     write_rows(tmp_path / "beta.jsonl", class_rows(60, seed=1, labels=LABELS[:2]))
