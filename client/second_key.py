@@ -11,13 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import keep_request, keep_terms, own_mldsa
+from privet.client.network.enrolment import Enrolment, keep_request, keep_terms, own_mldsa
 from privet.client.setup import restore
 from privet.client.site import load_site
 from privet.common.errors import StateError, VerificationError
 from privet.common.log.note import NoteKey
 from privet.common.pki.enrolment import JoinRequest, KeysRequest, SiteKeys
 from privet.common.pki.keyfile import public_key
+
+
+def has_second_key(file: Path) -> bool:
+    """Return whether the site file names the ML-DSA-65 key that the site's terms state, so that nothing is to be done.
+
+    Raises as `load_site`, and `StateError` if the site has not joined.
+    """
+    asked = Enrolment(file.parent).asked
+    return NoteKey.parse(asked.keys.witness).pq is not None and load_site(file).mldsa is not None
 
 
 def gain_second_key(file: Path, service: ConsortiumClient) -> tuple[SiteKeys, bool]:

@@ -20,12 +20,13 @@ from privet.client.network.opening import check_migrated
 from privet.client.rounds.logbook import WITNESS, create_witness, open_witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import TRUSTED, Trusted, changing, read_trusted, write_trusted
-from privet.common.errors import StateError, StudyError
+from privet.common.errors import StateError, StudyError, VerificationError
 from privet.common.log.note import NoteKey
 from privet.common.pki.keyfile import MLDSA_KEY, public_key, read_key
 from privet.common.study.reading import read_toml, validate
 
 _LEDGER_KEY = "keys/ledger.key"
+_OTHER_PLACE = "name another file or directory: `privet site setup SITE --anchor PATH`"
 _UNUSED = 1
 """Rows of a ledger that has recorded nothing yet."""
 
@@ -134,6 +135,37 @@ def relative_to(file: Path, path: Path) -> str:
     """Return a path as a site file names it: relative to its directory where it lies there, otherwise absolute."""
     path, root = path.absolute(), file.parent.absolute()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def anchor_file(config: SiteConfig, given: str) -> Path:
+    """Return the file that an answer about the anchor means, which this site may use. Nothing is made.
+
+    A directory, also one that does not exist yet, gets a file of the site's name, so that sites may share it. A name
+    that ends with a slash, or has no suffix and is no file, is that of a directory.
+
+    Raises:
+        StudyError: The file is the anchor of another ledger, or a directory above it is a file or cannot be written.
+    """
+    path, ledger = Path(given).expanduser(), _ledger_of(config)
+    if given.endswith("/") or path.is_dir() or not (path.suffix or path.is_file()):
+        path = path / f"{config.name}-ledger-head.json"
+    above = _existing(path.absolute().parent)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        fault = "cannot be written" if above.is_dir() else "is a file, not a directory"
+        raise StudyError(f"{above} {fault}", _OTHER_PLACE)
+    if path.exists() and not _is_anchor_of(config, ledger, path):
+        raise StudyError(f"the file {path} exists already, and is not the anchor of this site's ledger", _OTHER_PLACE)
+    return path
+
+
+def _is_anchor_of(config: SiteConfig, ledger: Path, path: Path) -> bool:
+    if not ledger.exists():
+        return False
+    try:
+        Ledger.open(ledger, path, config.ledger_key).close()
+    except (StateError, VerificationError):
+        return path == config.anchor  # what is wrong with it is said where it is used
+    return True
 
 
 def check_anchor(config: SiteConfig, anchor: Path) -> bool:

@@ -12,6 +12,7 @@ import errno
 import json
 import sqlite3
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points, version
@@ -23,7 +24,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import Interrupted, PrivetError, StateError
-from privet.common.progress import first_line, folded, printable
+from privet.common.progress import first_line, folded, in_directory, printable
 from privet.common.starting import begin
 
 _GROUPS = {
@@ -79,6 +80,10 @@ class _Command(_Listed, TyperCommand):
             if line is not None:
                 typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
+        except PrivetError as error:
+            named = [each.name for each in self.params if "-C" in each.opts]
+            error.hint = in_directory(error.hint, ctx.params[named[0]]) if named and named[0] else error.hint
+            raise
         except KeyboardInterrupt as stopped:  # further up, Typer would turn it into an exit code and print nothing
             said = f"Interrupted. {stopped.standing}" if isinstance(stopped, Interrupted) else _INTERRUPTED
             typer.echo(_printable(said), err=True)
@@ -185,6 +190,8 @@ def _of_the_system(error: OSError | sqlite3.Error) -> StateError:
 def main() -> None:
     """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
     begin()
+    if not sys.warnoptions:  # what libraries tell developers; errors and the log are for people
+        warnings.simplefilter("ignore")
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:

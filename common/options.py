@@ -27,6 +27,20 @@ def site_file(path: Path) -> Path:
     return path / "site.toml" if path.is_dir() else path
 
 
+def _format_file(path: Path | None) -> Path | None:
+    return None if path is None else site_file(path)
+
+
+FormatFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--format",
+        help="Site file, or the site's directory: its [format] says how the data files are written.",
+        metavar="SITE",
+        show_default=False,
+        callback=_format_file,
+    ),
+]
 SiteFile = Annotated[
     Path,
     typer.Argument(help="The site file (TOML), or the site's directory.", metavar="SITE", callback=site_file),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -111,6 +112,27 @@ def folded(text: str, hang: int = 0, *, err: bool = False) -> str:
         for line in whole.split("\n")
     ]
     return "\n".join("\n".join(line) for line in lines).replace("\0", " ")
+
+
+_AT_COORDINATOR = re.compile(r"\bprivet (?:coordinator|registry) (?!init\b)[a-z]+[^`\n,;]*")
+"""A command of a coordinator that takes its directory, up to the end of the line, of the quotation or of the clause."""
+
+
+def in_directory(text: str, directory: Path) -> str:
+    """Return a text in which each command of a coordinator names its directory, if that is not the present one.
+
+    Args:
+        text: A hint, or lines about what to do next.
+        directory: The coordinator's directory, as it was given.
+    """
+    if directory == Path():
+        return text
+
+    def named(found: re.Match[str]) -> str:
+        command = found.group()
+        return command if re.search(r" (-C|--directory)\b", command) else f"{command} -C {shlex.quote(str(directory))}"
+
+    return _AT_COORDINATOR.sub(named, text)
 
 
 def duration(seconds: float) -> str:

@@ -133,6 +133,11 @@ class StudyRun:
             metrics.closed(statement)
             say(line_of(statement, self.directory.study.rounds))
             if (self.directory.path / _STOP).exists():
+                if self.directory.load().stopped:
+                    raise StoppedError(
+                        f"run {self.name} stopped after its last round, before its release",
+                        f"make the release with `privet coordinator resume {self.name}`",
+                    )
                 raise StoppedError(
                     f"run {self.name} stopped after round {statement['round']}",
                     f"continue it with `privet coordinator resume {self.name}`",
@@ -182,12 +187,18 @@ def free_name(made: Coordinator, name: str) -> str:
         if found.withdrawn is None:
             raise StateError(
                 f"run {chosen} exists already",
-                f"choose another --name, continue it with `privet coordinator resume {chosen}`, or give it up with "
-                f"`privet coordinator withdraw {chosen} --reason TEXT`",
+                _taken(chosen),
             )
         number += 1
         chosen = f"{name}-{number}"
     return chosen
+
+
+def _taken(name: str) -> str:
+    return (
+        f"choose another --name, continue it with `privet coordinator resume {name}`, or give it up with "
+        f"`privet coordinator withdraw {name} --reason TEXT`"
+    )
 
 
 def check_new(made: Coordinator, study: Study) -> None:
@@ -233,7 +244,8 @@ def begin(
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
     check_in_use(made, start.digest, say)
-    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
+    # Another command may have taken the name since it was found to be free.
+    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config, _taken(name)))
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:

@@ -325,7 +325,10 @@ def _check_new_anchor(path: Path | None, anchor: Path) -> None:
     if not anchor.parent.is_dir():
         raise StateError(f"the directory of the anchor {anchor} does not exist", f"run `mkdir -p {anchor.parent}`")
     if anchor.exists():
-        raise StateError(f"the anchor {anchor} exists already, so there was a ledger before", _RESTORE)
+        raise StateError(
+            f"the anchor {anchor} exists already, so there was a ledger before, or it is another site's",
+            f"{_RESTORE}. If the file is another site's, name another: `privet site setup SITE --anchor PATH`",
+        )
 
 
 def _make(path: Path, tables: str) -> None:

@@ -178,6 +178,6 @@ def personalise(site: SiteFile, run: RunName, as_json: Json = False) -> None:
     typer.echo(
         closing(
             f"This site's own adapter lies in {path}. It must not leave the site.",
-            f"compare it with its base on held-out records: `privet evaluate {path} --data FILE`",
+            f"compare it with its base on held-out records: `privet evaluate {path} --data FILE --format {site}`",
         )
     )

@@ -151,9 +151,12 @@ def renew(
 
 
 def _gain_second_key(site: Path, service: ConsortiumClient) -> None:
-    from privet.client.second_key import gain_second_key
+    from privet.client.second_key import gain_second_key, has_second_key
     from privet.common.log.note import NoteKey
 
+    if has_second_key(site):
+        typer.echo("This site has an ML-DSA-65 key already, and signs with it. There is nothing to do.")
+        return
     own, used = gain_second_key(site, service)
     typer.echo(folded(f"words        {own.words}", 13))
     if not used:

@@ -10,7 +10,7 @@ import typer
 
 from privet.common.errors import DataError, StudyError
 from privet.common.files import write_durably
-from privet.common.options import Json, RunPath
+from privet.common.options import FormatFile, Json, RunPath
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def evaluate(
     ] = 10,
     seed: Annotated[int, typer.Option(help="Decides resampling, and which records are drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Most records of a forward pass. Fewer take less memory.")] = 32,
-    form: Annotated[
-        Path | None,
-        typer.Option("--format", help="Site file whose [format] says how these files are written.", show_default=False),
-    ] = None,
+    form: FormatFile = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for evaluation.json and evaluation.html. It is created.")
     ] = None,

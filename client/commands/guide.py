@@ -24,7 +24,7 @@ from privet.client.network.enrolment import Enrolment, confirm
 from privet.client.network.rotation import confirm_charter
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import first_policy
-from privet.client.setup import change, check_anchor, create_books, move_anchor, relative_to, safe_delta
+from privet.client.setup import anchor_file, change, check_anchor, create_books, move_anchor, relative_to, safe_delta
 from privet.client.site import IdRule, SiteConfig, load_site
 from privet.client.trust import read_trusted
 from privet.common.clock import now
@@ -115,16 +115,21 @@ class Guide:
 
     def confirm(self, question: str, option: str, *, default: bool = False) -> bool:
         """Return whether a person agrees; the default under --yes."""
-        try:
-            return default if self.yes else typer.confirm(f"  {question}", default=default)
-        except click.Abort:
-            raise self._stopped(question, option) from None
+        if self.yes:
+            return default
+        return self.ask(f"{question} (y/n)", option, _agreed, "y" if default else "n")
 
     def _stopped(self, question: str, option: str) -> StateError:
         return StateError(
             f"the set-up stopped at: {question}. All answers before it are in {self.file}",
             f"run `privet site setup {self.file}` again to go on, or answer with the option {option}",
         )
+
+
+def _agreed(answer: str) -> bool:
+    if answer.lower() not in ("y", "yes", "n", "no"):
+        raise StudyError(f"expected y or n, found {answer!r}", "type y or n")
+    return answer.lower().startswith("y")
 
 
 def ask_machine(guide: Guide, device: str | None, bases: Sequence[str]) -> None:
@@ -398,8 +403,8 @@ def ask_limit(guide: Guide, unit: str | None, epsilon: float | None, delta: floa
         guide.explain(
             "Limit",
             f"What this dataset may spend in its lifetime, over all studies: an epsilon for each {unit}. Smaller "
-            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use. What is "
-            "spent is never given back.",
+            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use: a limit "
+            "of the same size admits one such study, and then none ever again. What is spent is never given back.",
         )
         epsilon = _number(guide, "Largest epsilon", "--epsilon", before[0])
     if site.limit is None and delta is None:
@@ -427,14 +432,14 @@ def _number(guide: Guide, question: str, option: str, default: float) -> float:
     return guide.ask(question, f"{option} NUMBER", read, f"{default:g}")
 
 
-def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
-    """Find a place for the ledger's anchor."""
+def ask_anchor(guide: Guide, given: str | None, same_disk: bool) -> None:
+    """Find a place for the ledger's anchor: a file, or a directory for it."""
     site = guide.site
-    if anchor is None and site.anchor is not None and not same_disk:
+    if given is None and site.anchor is not None and not same_disk:
         return
-    if anchor is None:
-        anchor = site.anchor
-    if anchor is None:
+    if given is None and site.anchor is not None:
+        anchor, same_disk = _accepted(guide, site.anchor, same_disk)
+    elif given is None:
         guide.explain(
             "Anchor",
             "A small file that keeps the last head of the privacy ledger. It lies on another disk than the ledger, so "
@@ -444,19 +449,17 @@ def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
         anchor, same_disk = guide.ask(
             "File or directory on another disk",
             "--anchor PATH",
-            lambda answer: _place(guide, Path(answer).expanduser(), same_disk),
+            lambda answer: _accepted(guide, anchor_file(site, answer), same_disk),
             default,
         )
     else:
-        anchor, same_disk = _place(guide, anchor, same_disk)
+        anchor, same_disk = _accepted(guide, anchor_file(site, given), same_disk)
     move_anchor(guide.file, anchor, same_disk=same_disk)
     typer.echo(f"  anchor = {anchor}")
 
 
-def _place(guide: Guide, anchor: Path, same_disk: bool) -> tuple[Path, bool]:
+def _accepted(guide: Guide, anchor: Path, same_disk: bool) -> tuple[Path, bool]:
     """Return the anchor's file, and whether it may lie on the ledger's disk. Raises `StudyError` if it must not."""
-    if anchor.is_dir():
-        anchor = anchor / _ANCHOR
     site = guide.site
     if check_anchor(site, anchor) and not (same_disk or site.anchor_same_disk):
         fault = f"{anchor} is on the ledger's disk"

@@ -13,7 +13,7 @@ import typer
 
 from privet.client.pages.html import visible
 from privet.common.errors import DataError, StudyError
-from privet.common.options import Json, RunPath
+from privet.common.options import FormatFile, Json, RunPath
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -46,14 +46,7 @@ def predict(
         str | None,
         typer.Option("--id", help="With --data: keep this column of each row. Default: keep all columns."),
     ] = None,
-    form: Annotated[
-        Path | None,
-        typer.Option(
-            "--format",
-            help="With --data: site file whose [format] says how the file is written.",
-            show_default=False,
-        ),
-    ] = None,
+    form: FormatFile = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="Temperature of generated answers. 0: always the most probable token.")
     ] = 0.0,
@@ -89,9 +82,11 @@ def predict(
             f"expected either --text or --data, got {'both' if text else 'neither'}",
             'give a text with `privet predict RUN --text "…"`, or a file with `privet predict RUN --data FILE`',
         )
-    if text and any(option is not None for option in (out, column, id_column, form, counts)):
+    belonging = {"--out": out, "--column": column, "--id": id_column, "--format": form, "--counts": counts}
+    given = [name for name, value in belonging.items() if value is not None]
+    if text and given:
         raise StudyError(
-            "--out, --column, --id, --format and --counts belong to --data",
+            f"{' and '.join(given)}: expected --data beside it, got --text",
             "give a file with `privet predict RUN --data FILE`",
         )
     if reference and counts is None:
@@ -247,9 +242,9 @@ def serve(
     alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. GET /metrics
     gives counts for Prometheus. Stop it with Ctrl-C.
     """
-    from privet.client.network.repeating import repeating
     from privet.client.release.monitoring import Monitor, saving
     from privet.client.release.opened import caution, open_release
+    from privet.client.repeating import repeating
     from privet.client.site import Resources
 
     try:

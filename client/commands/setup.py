@@ -61,7 +61,12 @@ def setup(
     epsilon: Annotated[float | None, typer.Option(help="Largest epsilon of all studies together.")] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of the limit.")] = None,
     anchor: Annotated[
-        Path | None, typer.Option(help="File on another disk that keeps the ledger's last head, or a directory for it.")
+        str | None,
+        typer.Option(
+            help="File on another disk that keeps the ledger's last head, or a directory for it. A name that ends with "
+            "a slash, or has no suffix, is that of a directory.",
+            metavar="PATH",
+        ),
     ] = None,
     anchor_same_disk: Annotated[
         bool, typer.Option("--anchor-same-disk", help="Accept an anchor on the ledger's disk.")

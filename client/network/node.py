@@ -135,9 +135,9 @@ class Connection:
             except NotAdmittedError as error:
                 self.meter.connected(False)
                 _log.warning(
-                    "the coordinator does not accept this node (%s): it is not registered or was removed, its clock "
-                    "differs by minutes, or an earlier connection still counts, for at most 60 s; check with "
-                    "`privet site doctor SITE`",
+                    "the coordinator does not accept this node (%s): its site was revoked or is not a member, its "
+                    "clock differs by minutes, or an earlier connection still counts, for at most 60 s; `privet site "
+                    "doctor SITE` says which",
                     error,
                 )
                 wait = _LONGEST_WAIT / 3

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from cryptography.x509 import Certificate
 
-from privet.client.network.repeating import repeating
+from privet.client.repeating import repeating
 from privet.common.errors import PrivetError, RefusedError
 from privet.common.pki.certificates import life_of, renewal_of
 

@@ -59,7 +59,7 @@ PRIMARY = {
     "preference": "accuracy",
 }
 NOT_PRIVATE = (
-    "These figures follow from real records without noise. They are not differentially private: they stay at the site, "
+    "These figures follow from the records without noise. They are not differentially private: they stay at the site, "
     "or leave it under the site's own rules for releasing figures."
 )
 _RESOURCES = Resources()

@@ -182,6 +182,13 @@ def policy_of(history: Replay, trusted: Trusted, site: str, size: int) -> Policy
         raise VerificationError("the round log's first leaf has another name of the consortium than the charter", _STOP)
     _check_epochs(history, trusted, charter)
     own = history.members.get(site)
+    mine = trusted.stated.get(site)
+    if own is None and mine is not None and history.revoked.intersection(mine.publics()):
+        raise VerificationError(
+            f"by the round log, site {site} was revoked",
+            "ask the coordinator's operator; to take part again, join anew with new keys: `privet site join @TOKEN "
+            "NEW-DIRECTORY`",
+        )
     if own is None:
         raise VerificationError(
             f"the round log names no member {site}",

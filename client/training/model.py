@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from privet.client.bases.names import as_begun
 from privet.client.bases.opened import open_base
+from privet.client.repeating import repeating
 from privet.client.site import Resources
 from privet.client.training.architecture import first_position, most_positions
 from privet.client.training.base import HeadModel, build_base
@@ -34,6 +36,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import duration
 from privet.common.starting import settle
 from privet.common.study.adapter import NO_CONFIG, Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
 from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
@@ -115,6 +118,8 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
 _SMALL = 50_000_000
 
 
+_SAID = 10.0
+"""Seconds between two lines about a probe that takes long."""
 _log = logging.getLogger("privet.site")
 
 
@@ -210,7 +215,15 @@ def _probe(host: ModelHost, name: str, tokens: int, classes: int) -> None:
     known = recall(name)
     if known is None:
         _log.info("checking that this device computes each record's gradient by itself; a large base takes minutes")
-        host.shape, host.verdict = choose_shape(host, tokens, classes)
+        began = time.monotonic()
+
+        def said() -> float:
+            if (passed := time.monotonic() - began) > _SAID / 2:
+                _log.info("still checking this device, for %s so far", duration(passed))
+            return _SAID
+
+        with repeating("probe", said):
+            host.shape, host.verdict = choose_shape(host, tokens, classes)
         keep(name, Verdict(host.shape.packed, host.verdict, host.threads, host.vocabulary is not None))
         return
     host.round_frozen()

@@ -141,7 +141,10 @@ def _stated(cost: AccountCost) -> str:
     stated = f"{cost.stated:.4g}"
     if cost.stated <= cost.computed or stated == f"{cost.computed:.4g}":
         return f"the site states {stated} for the account, which agrees"
-    return f"the site states {stated}, which is more, as the account also holds rounds outside this log"
+    return (
+        f"the site states {stated}, which is more: the account also holds rounds "
+        "that were begun and never stated, as in an aborted round, or rounds outside this log"
+    )
 
 
 @dataclass

@@ -17,7 +17,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
-from privet.common.progress import folded
+from privet.common.progress import folded, in_directory
 from privet.server.consortium.reasons import Reason
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def invite(
         f"Send each token in private to {whose}: it is valid once, for 24 hours. Then call, and read out the words "
         "that `privet coordinator charter` prints."
     )
-    typer.echo(folded(text, err=True), err=True)
+    typer.echo(folded(in_directory(text, directory), err=True), err=True)
 
 
 def _make_directory(path: Path) -> None:
@@ -287,10 +287,9 @@ def sign(
     answer = made.answer(asked, now())
     typer.echo(f"site     {asked.keys.site}\nstate    {answer.state}")
     if answer.state == "pending":
-        typer.echo(
-            f"Ask the site's operator to read out the words of its keys.\n"
-            f"next: privet coordinator approve {asked.keys.site} --words WORDS, then run this command again"
-        )
+        typer.echo("Ask the site's operator to read out the words of its keys.")
+        following = f"next: privet coordinator approve {asked.keys.site} --words WORDS, then run this command again"
+        typer.echo(in_directory(following, directory))
         return
     write_new(reply, answer.encode(), 0o644)
     typer.echo(f"written  {reply}")

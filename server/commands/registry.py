@@ -12,7 +12,7 @@ import typer
 from privet.common.clock import now
 from privet.common.errors import StateError
 from privet.common.options import HERE, Directory, Json
-from privet.common.progress import doing, folded, printable
+from privet.common.progress import doing, folded, in_directory, printable
 
 if TYPE_CHECKING:
     from privet.server.consortium.coordinator import Coordinator
@@ -106,7 +106,8 @@ def revoke(run: RunArgument, reason: Reason, directory: Directory = HERE) -> Non
             continue
         said = "is going on or has ended without a release" if state is None else f"stays {state}, and sites use it"
         further = f"privet coordinator withdraw {child}" if state is None else f"privet registry revoke {child}"
-        typer.echo(folded(f"note       run {child} began from it and {said}; next: {further} --reason TEXT", 11))
+        note = f"note       run {child} began from it and {said}; next: {further} --reason TEXT"
+        typer.echo(folded(in_directory(note, directory), 11))
 
 
 def _decide(directory: Path, run: str, state: Decision, reason: str, by: str | None = None) -> None:

@@ -34,7 +34,7 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.progress import doing, folded
+from privet.common.progress import doing, folded, in_directory
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
 from privet.server.rounds.timing import Timing
 
@@ -241,7 +241,7 @@ def resume(
         found = studies.reopen_study(_open(directory, passphrase_file), run)
         _play(found, Timing(gather, round_time, step_time), metrics_port)
     except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
-        typer.echo(f"{error.message}; {error.hint}")
+        typer.echo(in_directory(f"{error.message}; {error.hint}", directory))
 
 
 @doing("Asking run {run} to stop")
@@ -254,7 +254,8 @@ def stop(
     from privet.server import studies
 
     studies.reopen_study(_open(directory, passphrase_file), run).stop()
-    typer.echo(f"run {run} stops after its current round\nnext: privet coordinator resume {run}")
+    following = in_directory(f"next: privet coordinator resume {run}", directory)
+    typer.echo(f"run {run} stops after its current round\n{following}")
 
 
 @doing("Opening run {run}")
@@ -279,7 +280,7 @@ def withdraw(
             "What sites have charged for its rounds stays charged; a site that dropped out before it trained charged "
             "nothing. To start over, change the study, for example its seed."
         )
-    typer.echo("next: privet coordinator run STUDY")
+    typer.echo(in_directory("next: privet coordinator run STUDY", directory))
 
 
 @doing("Reading the runs in {directory}")
@@ -352,7 +353,7 @@ def _rotate_keys(made: Coordinator) -> None:
         "The running service names the new keys within a second. The old keys are gone from keys/: destroy their "
         "backups, and back up keys/ anew."
     )
-    typer.echo("next: privet coordinator resume RUN, for each run that you stopped")
+    typer.echo(in_directory("next: privet coordinator resume RUN, for each run that you stopped", made.directory))
 
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
@@ -367,7 +368,7 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         with screen.ticking():
             state = replace(begun, tell=screen.tell).play(timing, screen.say, metrics_port)
     except StoppedError as stopped:
-        typer.echo(f"{stopped.message}; {stopped.hint}")
+        typer.echo(in_directory(f"{stopped.message}; {stopped.hint}", begun.made.directory))
         return
     except TooFewSitesError as error:
         reached = begun.directory.load()
@@ -379,7 +380,8 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
             error.hint = f"{error.hint}: `privet coordinator resume {begun.name}`"
         raise
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}", err=True)
+        said = f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}"
+        typer.echo(in_directory(said, begun.made.directory), err=True)
         raise typer.Exit(_INTERRUPTED) from None
     run = begun.directory.path
     typer.echo(f"ended after round {state.round}: {run / 'release'}")

@@ -247,6 +247,7 @@ class Coordinator:
         """
         keys = {member.site: member.identity for member in self.members.members()}
         if asked.site not in keys or not asked.proves(keys[asked.site]):
+            self.members.check_not_revoked(asked.site, lambda revoked: asked.proves(revoked.identity))
             raise RefusedError(
                 f"site {asked.site} is not a member, or the request for a new certificate was not signed with its "
                 "identity key",

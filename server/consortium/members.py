@@ -338,6 +338,27 @@ class Members:
         """Return the members, ascending by name."""
         return tuple(row.keys for row in self.rows() if row.state == "member")
 
+    def check_not_revoked(self, site: str, proves: Callable[[SiteKeys], bool] = lambda keys: True) -> None:
+        """Say so if a site was revoked and has not joined again.
+
+        Args:
+            site: The site.
+            proves: Whether who asks has proved to own the keys that were revoked. Nobody else is told.
+
+        Raises:
+            RefusedError: It was revoked.
+        """
+        rows = [row for row in self.rows() if row.keys.site == site]
+        if any(row.state == "member" for row in rows):
+            return
+        for row in rows:
+            if row.state == "revoked" and proves(row.keys):
+                raise RefusedError(
+                    f"site {site} was revoked ({row.reason}) and is not a member any more; it may join anew, with new "
+                    "keys in a new directory",
+                    "join with another token: `privet site join @TOKEN NEW-DIRECTORY`",
+                )
+
     def admits(self, site: str, certificate: Certificate) -> bool:
         """Whether a certificate was issued to a current member and has not been replaced.
 

@@ -208,6 +208,7 @@ class Service:
             )
         # TLS checks the root certificate only, which also signed that of a revoked site: ask the members' file.
         if not self.coordinator.members.admits(site, certificate):
+            self.coordinator.members.check_not_revoked(site)
             raise RefusedError(
                 f"site {site} is not a member, or the certificate that it uses was replaced or withdrawn",
                 "if the site did not renew its certificate itself, its key was copied: tell the coordinator",

@@ -36,6 +36,7 @@ from privet.common.audit.bundle import SOFTWARE
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, inside, no_directory, staged, why_not, write_durably, write_whole
+from privet.common.progress import in_directory
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.average import AVERAGED, Mean, averaged_name
 from privet.common.study.counts import check_measured
@@ -46,7 +47,7 @@ _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "ad
 _WAITING, _WITHDRAWN = "waiting.json", "withdrawn.json"
 _RESTORE = "restore the newest backup of the run directory"
 TAKEN = "choose another directory with --out, or continue the run with --resume"
-"""What to do where the directory of a new run exists already."""
+"""What to do where the directory of a new run exists already, for a command with these options."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,21 @@ class RunDirectory:
     peft_config: str = field(repr=False)
 
     @classmethod
-    def create(cls, path: Path, study: Study, adapter: Adapter, peft_config: str) -> RunDirectory:
+    def create(cls, path: Path, study: Study, adapter: Adapter, peft_config: str, taken: str = TAKEN) -> RunDirectory:
         """Create the directory of a new run: complete, or not at all.
+
+        Args:
+            path: The directory.
+            study: The study.
+            adapter: The adapter that it starts from.
+            peft_config: Text of its `adapter_config.json`.
+            taken: What to do where `path` exists already.
 
         Raises:
             StateError: `path` exists already.
             StudyError: The study measures another adapter.
         """
-        with staged(path, TAKEN) as staging:
+        with staged(path, taken) as staging:
             cls.fill(staging, study, adapter, peft_config)
         return cls(path, study, peft_config)
 
@@ -309,7 +317,11 @@ def unfinished(run: RunDirectory) -> str:
     """Return what to do where a run is not finished: only a simulation goes on without its coordinator."""
     if run.simulated:
         return f"run `privet simulate --resume {quote(str(run.path))}`"
-    return f"at its coordinator, run `privet coordinator resume {quote(run.path.name)}`"
+    path = run.path.resolve()
+    home = (
+        path.parent.parent if (path.parent.parent / "coordinator.toml").is_file() else Path()
+    )  # a copy lies elsewhere
+    return in_directory(f"at its coordinator, run `privet coordinator resume {quote(path.name)}`", home)
 
 
 def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from privet.common.study.study import Study
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.consortium.registry import entry_of
 from privet.server.rounds.run_log import RELEASE
-from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.state import RunDirectory, unfinished
 
 _PRIVATE = {
     "personal.json": "an adapter that a site trained for itself",
@@ -95,8 +95,7 @@ def tracked(path: Path) -> Tracked:
         raise RefusedError(
             f"the run {path} has released nothing, so its figures are not published: it has closed {state.round} of "
             f"{run.study.rounds} rounds",
-            f"finish it first: `privet coordinator resume {path.resolve().name}`, or for a simulation `privet simulate "
-            f"--resume {path}`",
+            f"finish it first: {unfinished(run)}",
         )
     _check_in_use(path.resolve())
     files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}

@@ -18,7 +18,7 @@ from privet.simulations.reporting.gather import RunFacts
 ELSEWHERE = (
     "Not in this report: a test on each site's records, the same training at one site alone or on pooled data, and "
     "attacks. They need records, and the coordinator has none. Each site can test the release on its own records with "
-    "`privet evaluate`."
+    "`privet site evaluate SITE RUN`."
 )
 
 

@@ -448,7 +448,7 @@ def _privacy(run: RunFacts) -> Html:
                 f"{costs['delta']:g}."
             ),
             bar_chart(
-                "Epsilon spent by each site",
+                "Epsilon spent by each site, at most",
                 spent,
                 name="spent",
                 limit=Level("limit of the study", costs["target"]),
@@ -456,7 +456,7 @@ def _privacy(run: RunFacts) -> Html:
             ),
             table(
                 f"Epsilon per {unit}, by site",
-                ["site", "rounds invited", "epsilon spent", "epsilon left in this study"],
+                ["site", "rounds invited", "epsilon spent, at most", "epsilon left in this study, at least"],
                 rows,
                 numbers=(1, 2, 3),
             ),
@@ -502,7 +502,7 @@ def _rounds(run: RunFacts) -> Html:
             paragraph(f"{len(closed)} of {len(run.statements)} rounds closed with a new adapter."),
             table(
                 "Rounds" if len(run.statements) <= _ROUNDS_SHOWN else f"The last {_ROUNDS_SHOWN} rounds",
-                ["round", "sites invited", "sites lost", "outcome"],
+                ["round", "sites invited", "sites in the sum", "outcome"],
                 rows,
                 numbers=(1, 2),
             ),
@@ -511,9 +511,10 @@ def _rounds(run: RunFacts) -> Html:
 
 
 def _course(statement: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the number of sites that a round invited and lost, and its outcome."""
-    outcome = "closed" if statement["type"] == "round-close" else f"aborted: {statement['reason']}"
-    return str(len(statement["cohort"])), str(len(statement["failures"])), outcome
+    """Return the number of sites that a round invited and summed, and its outcome."""
+    if statement["type"] == "round-close":
+        return str(len(statement["cohort"])), str(len(statement["survivors"])), "closed"
+    return str(len(statement["cohort"])), "0", f"aborted: {statement['reason']}"
 
 
 def _holds(document: Mapping[str, Any]) -> str:

@@ -194,4 +194,8 @@ def test_without_files_the_simulated_sites_are_examined(tmp_path: Path, study: P
 def test_a_file_is_predicted_on_as_a_site_file_says(tmp_path: Path, privet: Run) -> None:
     code, _, err = privet("predict", tmp_path, "--text", "a", "--format", tmp_path / "site.toml")
     assert code == 2
-    assert "--format and --counts belong to --data" in err
+    assert "--format: expected --data beside it" in err
+    assert "--counts" not in err  # which was not given
+    # A site's directory means its file, as with every other SITE.
+    err = privet("evaluate", tmp_path, "--data", tmp_path / "rows.csv", "--format", tmp_path)[2]
+    assert f"{tmp_path / 'site.toml'}" in err

@@ -1219,8 +1219,9 @@ def test_a_wiped_ledger_is_not_begun_again(anchored: Ledger, path: Path, anchor:
     path.parent.mkdir()
     with pytest.raises(StateError, match="no ledger"):
         Ledger.open(path, anchor)
-    with pytest.raises(StateError, match="there was a ledger before"):
+    with pytest.raises(StateError, match="there was a ledger before, or it is another site's") as caught:
         Ledger.create(path, anchor)
+    assert "`privet site setup SITE --anchor PATH`" in caught.value.hint
     assert not list(path.parent.iterdir())
     Ledger.create(path).close()
     with pytest.raises(VerificationError, match="ends at row 1"):

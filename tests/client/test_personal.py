@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from privet.client.commands import adapters
 from privet.client.release.opened import caution, open_release
 from privet.client.release.personal import keep_personal, personalise_release
 from privet.client.release.received import RECEIVED, Received, keep_received
@@ -29,6 +30,7 @@ from privet.common.study.study import Study
 from privet.simulations.runs.personal import spread
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.simulations.test_simulate import study_file
+from tests.support.consortium_world import run
 from tests.support.tiny import class_rows, private, random_adapter, records_of, site_toml, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -115,15 +117,15 @@ def test_a_personal_adapter_lies_beside_the_received_one_and_is_revoked_with_it(
     # A real site's split and draws are secret; here they are the same each time.
     monkeypatch.setattr("privet.client.release.personal.secrets.token_bytes", lambda count: bytes(count))
     monkeypatch.setattr("privet.client.release.personal.SecretRandomness", lambda: SeededRandomness(0, "site"))
-    received, shared = tmp_path / "adapters/flu", initial_adapter(study, host)
+    received, shared = tmp_path / "site/adapters/flu", initial_adapter(study, host)
     received.mkdir(parents=True)
     (received / ADAPTER).write_bytes(shared.data)
     (received / STUDY).write_bytes(canonical_json(study.document()))
     (received / "adapter_config.json").write_text(peft_config_text(host, study))
     known = Received(consortium="north", run="flu", round=1, adapter=shared.digest, leaf=9, time=1)
     keep_received(received, known)
-    config = load_site(site_toml(tmp_path / "site", "berlin", class_rows(90, seed=1), seed=None))
-    release = open_release(received)
+    file = site_toml(tmp_path / "site", "berlin", class_rows(90, seed=1), seed=None)
+    config, release = load_site(file), open_release(received)
     found = personalise_release(release, config.model_copy(update={"resources": CPU}), lambda *_: None)
     assert found.chosen.share > 0
     path = keep_personal(release, config.name, found)
@@ -131,7 +133,10 @@ def test_a_personal_adapter_lies_beside_the_received_one_and_is_revoked_with_it(
     assert opened.adapter.digest == found.adapter.digest
     assert "trained on records of site berlin without privacy; it must not leave" in caution(opened)
     assert json.loads((path / "personal.json").read_text())["shared"] == shared.digest
-    assert RECEIVED not in {file.name for file in path.iterdir()}
+    assert RECEIVED not in {each.name for each in path.iterdir()}
+    monkeypatch.setattr("privet.client.release.personal.personalise_release", lambda *_: found)
+    said = run(adapters.personalise, file, "flu").output
+    assert f"`privet evaluate {path} --data FILE --format {file}`" in said
     keep_received(received, known.model_copy(update={"state": "revoked", "reason": "a canary was found"}))
     with pytest.raises(RefusedError, match="a canary was found"):
         open_release(path)

@@ -139,6 +139,7 @@ def test_by_answers(world: World, home: Path) -> None:
     assert result.output.count("Have them read out again") == len(members)
     for title in ("Trust: the consortium", "Data files", "Who a patient is", "Declared count", "Limit", "Anchor"):
         assert title in result.output
+    assert "a limit of the same size admits one such study, and then none ever again" in " ".join(result.output.split())
     assert "295" not in result.output  # no id of a patient
 
 
@@ -251,11 +252,34 @@ def test_an_anchor_named_after_the_ledger_is_no_dead_end(world: World, home: Pat
     assert run(setup, home, "--yes").exit_code == 0
     (home / "third").mkdir()
     assert run(setup, home, "--yes", "--anchor", home / "third").exit_code == 0
-    assert load_site(file).anchor == home / "third/ledger-head.json"
+    assert load_site(file).anchor == home / f"third/{home.name}-ledger-head.json"
     file.write_text(changed(file.read_text(), {"anchor": None}, "site.toml"))
     assert run(setup, home, "--yes", "--anchor", home / "fourth/head.json").exit_code == 0
     with pytest.raises(StateError, match="exist already"):
         run(init, file)
+
+
+def test_sites_may_name_one_directory_for_their_anchors(world: World, home: Path) -> None:
+    file, other, shared = home / "site.toml", home / "other.json", home / "shared"
+    other.write_text('{"head": "of another site"}')
+    own = [*words(world, home), "--train", home / "notes.csv", "--unit=record"]
+    for taken in (other, f"{other}/", other / "deep"):  # nothing of it is written
+        with pytest.raises(StudyError, match=r"exists already|is a file") as caught:
+            run(setup, home, "--yes", *own, "--anchor", taken, "--anchor-same-disk")
+        assert "--anchor PATH" in caught.value.hint
+        assert load_site(file).anchor is None
+    answers = [str(other), f"{shared}/", "maybe", "y", "n"]
+    result = run(setup, home, *own, answers="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "is not the anchor of this site's ledger. Answer again." in said
+    assert "expected y or n, found 'maybe'. Answer again." in said
+    anchor = load_site(file).anchor
+    assert anchor == shared / f"{home.name}-ledger-head.json"
+    assert anchor.is_file()
+    # A directory that does not exist yet needs no slash.
+    assert run(setup, home, "--yes", "--anchor", home / "fresh").exit_code == 0
+    assert load_site(file).anchor == home / f"fresh/{home.name}-ledger-head.json"
 
 
 def test_what_was_in_use_is_not_made_again(world: World, home: Path) -> None:

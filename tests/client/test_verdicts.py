@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from privet.client.training import verdicts
+from privet.client.training import model, verdicts
+from privet.client.training.packing import Shape
 from privet.client.training.verdicts import Verdict, anew, keep, name_of, recall
 
 FOUND = Verdict(packed=False, objection="a record changes others", threads=2, in_parts=True)
@@ -35,6 +39,22 @@ def test_a_verdict_is_found_again_by_a_later_process(cache: Path, monkeypatch: p
         assert recall(name_of(["a"])) is None
     (file,) = cache.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_long_probe_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def choose(*_: object) -> tuple[Shape, str]:
+        time.sleep(0.1)
+        return Shape(), ""
+
+    monkeypatch.setattr(model, "choose_shape", choose)
+    monkeypatch.setattr(model, "_SAID", 0.02)
+    host: Any = SimpleNamespace(threads=1, vocabulary=None, shape=Shape(), verdict="")
+    with caplog.at_level("INFO", logger="privet.site"):
+        model._probe(host, name_of(["slow"]), 8, 2)
+    first, *others = caplog.messages
+    assert "checking that this device computes" in first
+    assert len(others) > 1
+    assert set(others) == {"still checking this device, for 1 s so far"}
 
 
 def test_other_threads_variables_or_software_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,6 +226,19 @@ def test_an_interrupted_command_says_how_to_continue(
             code, out, err = privet("check", study_file(tmp_path, bert))
         assert (code, out) == (130, "")
         assert err.splitlines()[-1] == "Interrupted. To continue, run the same command again."
+
+
+def test_a_librarys_warnings_do_not_reach_a_person(privet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(arguments: object) -> Callable[[], None]:
+        warnings.warn("`use_return_dict` is deprecated", FutureWarning, stacklevel=2)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("privet.common.cli.build_command", build)
+    monkeypatch.setattr("sys.warnoptions", [])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert privet("serve")[0] == 0
+    assert not told
 
 
 def test_an_interrupted_simulation_says_what_is_kept(

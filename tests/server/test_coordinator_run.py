@@ -15,13 +15,15 @@ from privet.common.audit.bundle import check_bundle, read_archive
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
 from privet.common.log.statements import RoundAbort
 from privet.common.pki.token import Token
+from privet.common.progress import in_directory
 from privet.server import studies
 from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
 from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
-from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.state import RunDirectory, RunState, unfinished
 from privet.server.rounds.watch import TRAIN, Wait, Watch
+from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
 from tests.support.log_world import digest, private
@@ -82,6 +84,23 @@ def test_several_sites_are_invited_at_once_all_or_none(home: Path, tmp_path: Pat
     with open_coordinator(home).members._transaction() as database:
         stored = {row["site"] for row in database.execute("SELECT site FROM invitations").fetchall()}
     assert stored == {"berlin", "lyon", "oslo", "bern"}
+
+
+def test_what_to_do_next_names_the_directory(
+    privet: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beyond = tmp_path / "my consortium"
+    home.rename(beyond)
+    code, _, said = privet("coordinator", "stop", "flu", "--directory", beyond)
+    assert (code, f"`privet coordinator run STUDY -C '{beyond}'`" in said) == (6, True)
+    assert f"`privet registry list -C '{beyond}'`" in privet("registry", "show", "flu", "-C", beyond)[2]
+    assert f"`privet coordinator charter -C '{beyond}'`" in privet("coordinator", "invite", "oslo", "-C", beyond)[2]
+    monkeypatch.chdir(beyond)
+    assert "`privet coordinator run STUDY`" in privet("coordinator", "stop", "flu")[2]
+    said = "`privet coordinator serve -C there`, or `privet coordinator init DIRECTORY`"
+    assert in_directory(said, beyond) == said
+    said = "next: privet coordinator approve oslo --words WORDS{}, then run it again"
+    assert in_directory(said.format(""), Path("there")) == said.format(" -C there")
 
 
 def test_a_run_founds_the_consortium_when_somebody_has_agreed(
@@ -179,11 +198,17 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
     run(enrolment.found, "-C", home)
     study, start = study_of(), adapter_in(tmp_path)
     assert studies.free_name(made, "flu") == "flu"
-    studies.begin(made, study, start, "flu")
+    begun = studies.begin(made, study, start, "flu")
     with pytest.raises(StateError, match="run flu exists already") as caught:
         studies.free_name(made, "flu")
     assert "privet coordinator withdraw flu" in caught.value.hint
+    with pytest.raises(StateError, match="runs/flu exists already") as late:  # of two commands at once, the second
+        studies.begin(made, study, start, "flu")
+    assert late.value.hint == caught.value.hint
+    assert f"next: privet coordinator resume flu -C {home}\n" in run(service.stop, "flu", "-C", home).output
+    assert f"`privet coordinator resume flu -C {home}`" in unfinished(begun.directory)
     result = run(service.withdraw, "flu", "--reason", "the wrong\nbase", "-C", home)
+    assert f"next: privet coordinator run STUDY -C {home}\n" in result.output
     assert "run flu is withdrawn\n" in result.output
     assert studies.free_name(made, "flu") == "flu-2"
     resumed = run(service.resume, "flu", "-C", home)
@@ -208,6 +233,20 @@ def test_the_name_of_a_run_that_has_ended_is_taken_and_there_is_nothing_to_stop(
     assert "resume" not in caught.value.hint
     with pytest.raises(StateError, match="run flu has ended"):
         run(service.stop, "flu", "-C", home)
+
+
+@pytest.mark.parametrize(("last", "says"), [(False, "continue it"), (True, "make the release")])
+def test_a_run_that_stops_says_what_is_left_of_it(home: Path, tmp_path: Path, last: bool, says: str) -> None:
+    made = open_coordinator(home)
+    begun = studies.begin(made, study_of(), adapter_in(tmp_path), "flu")
+    statement: Any = {"round": 1, "type": "round-abort", "metrics": None, "seconds": 1, "reason": "", "failures": {},
+                      "privacy": None}  # fmt: skip
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,), stopped=last))
+    (begun.directory.path / "stop").touch()
+    with pytest.raises(studies.StoppedError) as stopped:
+        begun._observer(studies.RunMetrics(), lambda line: None)(statement, start_adapter())
+    assert stopped.value.hint == f"{says} with `privet coordinator resume flu`"
+    assert ("before its release" in stopped.value.message) == last
 
 
 def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def test_a_site_gains_a_second_key_and_stays_a_member(world: World) -> None:
     confirm_at(world, "lyon", after.words)
     for site in ("lyon", "oslo"):
         assert policy_at(world, site).witnesses[2] == NoteKey.parse(after.witness)
-    assert "in use" in run(renew, file, "--keys").output
+    held = {path: path.read_bytes() for path in file.parent.rglob("*") if path.is_file()}
+    assert "There is nothing to do" in run(renew, file, "--keys").output
+    assert held == {path: path.read_bytes() for path in held}
 
     with open_journal(own.log_directory, own.keys) as journal:
         note = parse_note(journal._log.checkpoint())
@@ -248,6 +250,10 @@ def test_a_site_gains_a_second_key_and_stays_a_member(world: World) -> None:
         assert verify_note(Note(note.text, lines), journal.policy.witnesses) == (NoteKey.parse(after.witness),)
     own.members.revoke("oslo", "left", world.clock())
     world.log_members()
+    log = LogReader(load_site(world.folder / "lyon/site.toml")).read(world.service("lyon"))
+    assert log is not None
+    with pytest.raises(VerificationError, match="by the round log, site oslo was revoked"):
+        policy_of(log.history, read_trusted(file.parent / "consortium/trusted.json"), "oslo", log.newest.size)
 
 
 def confirm_at(world: World, site: str, words: str) -> None:

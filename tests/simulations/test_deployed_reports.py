@@ -68,6 +68,8 @@ def test_a_report_shows_the_validation_of_each_round_and_says_what_it_lacks(path
     assert "validation accuracy 50.0 %" in said
     assert "and validation accuracy 70.0 %" in said
     assert "a test on each site's records" in said
+    assert "privet site evaluate SITE RUN" in said
+    assert "epsilon spent, at most" in said
     assert "site-0000, site-0001, site-0002" in said
     assert "A simulation" not in said
     assert "public seed" not in said

@@ -206,12 +206,12 @@ def test_a_group_of_all_is_none_and_a_curve_on_fewer_records_says_so(bert: Path)
 
 def test_rounds_that_went_alike_are_one_row(bert: Path) -> None:
     def course(number: int, lost: int) -> dict[str, Any]:
-        failures = [{"site": "a"}] * lost
-        return {"type": "round-close", "round": number, "cohort": ["a", "b"], "failures": failures, "reason": ""}
+        return {"type": "round-close", "round": number, "cohort": ["a", "b"], "survivors": ["a", "b"][lost:]}
 
-    statements = tuple(course(number, lost) for number, lost in ((1, 0), (2, 0), (3, 1), (4, 0)))
+    aborted = {"type": "round-abort", "round": 5, "cohort": ["a", "b"], "failures": [], "reason": "0 of 2 delivered"}
+    statements = (*(course(number, lost) for number, lost in ((1, 0), (2, 0), (3, 1), (4, 0))), aborted)
     told = inert(page([replace(facts(tiny_study(bert), {"a": 90}), statements=statements)])).said
-    assert "1 to 2 2 0 closed 3 2 1 closed 4 2 0 closed" in told
+    assert "1 to 2 2 2 closed 3 2 1 closed 4 2 2 closed 5 2 0 aborted: 0 of 2 delivered" in told
 
 
 def test_sites_of_few_records_are_not_shown_and_the_gap_leaves_them_out(bert: Path) -> None:

@@ -534,7 +534,7 @@ def list_of_members_is_lost(at: Desk) -> Story:
     yield from lost(at, "members.db")
 
 
-@coordinators(6, "no run flu; its runs are: none yet", "`privet coordinator run STUDY`")
+@coordinators(6, "no run flu; its runs are: none yet", "`privet coordinator run STUDY")
 def unknown_run(at: Desk) -> Story:
     yield at.words("resume", "flu")
 
@@ -551,41 +551,41 @@ def path_for_the_name_of_a_new_run(at: Desk) -> Story:
     yield at.founded.running("--name", "../flu")
 
 
-@coordinators(6, "run synthetic exists already", "`privet coordinator withdraw synthetic --reason TEXT`")
+@coordinators(6, "run synthetic exists already", "`privet coordinator withdraw synthetic --reason TEXT")
 def name_of_a_run_is_used(at: Desk) -> Story:
     at.founded.begun("synthetic")
     said = yield at.running()
-    yield [*said.command("coordinator withdraw", TEXT="a typo"), "-C", at.home]
+    yield said.command("coordinator withdraw", TEXT="a typo")
 
 
-@coordinators(6, "run flu has ended", "`privet coordinator run STUDY`")
+@coordinators(6, "run flu has ended", "`privet coordinator run STUDY")
 def run_has_ended(at: Desk) -> Story:
     at.founded.begun().directory.commit(RunState(4, start_adapter(), stopped=True))
     yield at.words("withdraw", "flu", "--reason", "late")
 
 
-@coordinators(6, "run flu was withdrawn: a typo", "`privet coordinator run STUDY`")
+@coordinators(6, "run flu was withdrawn: a typo", "`privet coordinator run STUDY")
 def run_was_withdrawn(at: Desk) -> Story:
     studies.withdraw(at.founded.begun(), "a typo")
     yield at.words("stop", "flu")
 
 
 @coordinators(
-    4, "0 sites consented .*\n  berlin: not connected", "`privet coordinator withdraw synthetic --reason TEXT`"
+    4, "0 sites consented .*\n  berlin: not connected", "`privet coordinator withdraw synthetic --reason TEXT"
 )
 def service_is_not_running(at: Desk) -> Story:
     said = yield at.founded.running()
     assert "start the service: `privet coordinator serve" in said.err
-    yield [*said.command("coordinator withdraw", TEXT="later"), "-C", at.home]
+    yield said.command("coordinator withdraw", TEXT="later")
 
 
-@coordinators(6, "no terminal to ask whether to found it", "`privet coordinator found`")
+@coordinators(6, "no terminal to ask whether to found it", "`privet coordinator found")
 def not_founded(at: Desk) -> Story:
     said = yield at.running()
-    yield [*said.command("coordinator found"), "-C", at.home]
+    yield said.command("coordinator found")
 
 
-@coordinators(3, "founded already", "`privet coordinator approve`")
+@coordinators(3, "founded already", "`privet coordinator approve")
 def founded_twice(at: Desk) -> Story:
     yield at.founded.words("found")
 
@@ -634,23 +634,23 @@ def start_adapter_is_missing(at: Desk) -> Story:
     yield at.founded.words("run", at.study, "--adapter", at.home)
 
 
-@coordinators(3, "oslo has not asked to join", "`privet coordinator invite oslo`")
+@coordinators(3, "oslo has not asked to join", "`privet coordinator invite oslo")
 def site_is_unknown(at: Desk) -> Story:
     said = yield at.words("approve", "oslo", "--words", "acorn")
-    yield [*said.command("coordinator invite"), "-C", at.home, "--out", at.home.parent / "tokens"]
+    yield [*said.command("coordinator invite"), "--out", at.home.parent / "tokens"]
 
 
-@coordinators(3, "oslo is not a member", "`privet coordinator members`")
+@coordinators(3, "oslo is not a member", "`privet coordinator members")
 def member_to_revoke_is_unknown(at: Desk) -> Story:
     said = yield at.words("revoke", "oslo", "--reason", "left")
-    yield [*said.command("coordinator members"), "-C", at.home]
+    yield said.command("coordinator members")
 
 
-@coordinators(3, "lyon is a member already", "`privet coordinator revoke SITE --reason left`")
+@coordinators(3, "lyon is a member already", "`privet coordinator revoke SITE --reason left")
 def member_is_invited_again(at: Desk) -> Story:
     words = at.words("invite", "lyon", "--out", at.home.parent / "tokens")
     said = yield words
-    yield [*said.command("coordinator revoke", SITE="lyon"), "-C", at.home]
+    yield said.command("coordinator revoke", SITE="lyon")
     yield words
 
 

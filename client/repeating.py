@@ -1,4 +1,4 @@
-"""Work that a serving site repeats beside its rounds, in a thread of its own."""
+"""Work that is repeated beside other work, in a thread of its own."""
 
 from __future__ import annotations
 
