@@ -137,7 +137,7 @@ def prepare(
         evaluator = inspect(plan, files, pool, say, lambda line: say(f"WARNING: {line}"))
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
-        if start is not None:
+        if start is not None and not _is_peft(start):
             keep_parent(directory, start)
     return Simulated(out, plan, pool, evaluator)
 
@@ -163,7 +163,7 @@ def released(run: Path, evaluator: Evaluator) -> Adapter:
     Raises:
         StateError: `run` is not a run directory, or its adapter has another layout.
     """
-    if (run / ADAPTER).is_file():
+    if _is_peft(run):
         data = (run / ADAPTER).read_bytes()
         adapter = Adapter.read(read_layout(data), data)
     else:
@@ -174,6 +174,11 @@ def released(run: Path, evaluator: Evaluator) -> Adapter:
             "give this study the same base model, labels and [lora] table as that run's study",
         )
     return adapter
+
+
+def _is_peft(path: Path) -> bool:
+    """Whether a directory holds an adapter in PEFT's format, and not a run."""
+    return (path / ADAPTER).is_file()
 
 
 def reopen(path: Path) -> Simulated:
