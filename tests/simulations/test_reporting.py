@@ -260,7 +260,7 @@ def test_the_page_begins_with_its_conclusion_and_ends_with_what_is_technical(ber
     run = replace(
         facts(study, {"a": 50, "b": 50}, summary={"epsilon": 8.0, "accuracy": scores}), data="files of 2 sites"
     )
-    begun = {"type": "round-close", "round": 1, "cohort": [], "failures": [], "reason": "", "started": 1.6e9}
+    begun = {"type": "round-close", "round": 1, "cohort": [], "survivors": [], "failures": [], "started": 1.6e9}
     said = inert(page([replace(run, statements=(begun,))])).said
     told = (
         "2 sites trained one model together: accuracy 80.0 % on the test records of all sites. There, a site alone "
