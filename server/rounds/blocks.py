@@ -58,7 +58,7 @@ class Blocks:
         live, self._live = self._live, None
         if live is not None and _goes_on(live, group):
             group.coordinator = live[0]
-            inputs = inputs_of(study.digest, opened.round, opened.adapter_digest)
+            inputs = inputs_of(group.study_digest, opened.round, opened.adapter_digest)
             step = encode(group.coordinator.begin(opened.round, inputs))
             take(exchange, [group], Masked, lambda group: _opened(group, step), waits.training)
         else:

@@ -82,7 +82,8 @@ class Group(Generic[_A]):
         nodes: Their addresses, in the same order.
         declared: Units that each declared, in the same order.
         opened: How the round was opened.
-        study_digest: Digest of the study.
+        study: The study.
+        study_digest: Its digest, which takes time to compute.
         parameters: The protocol's parameters, with the sites' identity keys.
         coordinator: The coordinator's side of the protocol.
         failures: Why sites dropped out, by name.
@@ -94,6 +95,7 @@ class Group(Generic[_A]):
     nodes: tuple[int, ...]
     declared: tuple[int, ...]
     opened: RoundOpen
+    study: Study
     study_digest: str
     parameters: Parameters
     coordinator: _A
@@ -119,8 +121,7 @@ class Group(Generic[_A]):
     def survivors(self: Group[Aggregator]) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
         found = self.coordinator.survivors()
-        study = Study.parse(dict(self.opened.study))
-        check_columns(study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
+        check_columns(self.study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
         return {site: self.secured(body) for site, body in found.items()}
 
     def proofs(self: Group[Aggregator]) -> dict[int, Message]:
@@ -204,6 +205,7 @@ def group_of(
         nodes=tuple(member.node for member in members.values()),
         declared=tuple(member.consent.weight for member in members.values()),
         opened=opened,
+        study=study,
         study_digest=study.digest,
         parameters=parameters,
         coordinator=coordinator(parameters),
