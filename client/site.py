@@ -23,6 +23,7 @@ from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Column, Name, Section
 
 BaseName = Annotated[str, Field(min_length=1, max_length=200)]
+ApproverKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 IdRule = Literal["number", "text", "case"]
 """How the ids of patients are written (`privet.client.training.ids`)."""
 
@@ -160,6 +161,9 @@ class SiteConfig(Formatted):
     first one. Without a policy file, a site refuses every study."""
     approvals: Path | None = None
     """File of the studies that a person at this site approved. `privet site approve` adds to it."""
+    approvers: Annotated[dict[Name, ApproverKey], Field(exclude_if=lambda value: not value)] = Field(default={})
+    """Public keys of the people who approve studies, in hexadecimal, by name. `privet site approver SITE NAME` adds
+    one. With this table, an approval counts only if it is signed with the key of one of them."""
     dataset: Name | None = None
     """The dataset's lasting name. The ledger records spending under it. A new version of the data keeps the name,
     because it holds the same people."""

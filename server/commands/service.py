@@ -34,8 +34,9 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
+from privet.common.pki.commands import ask_passphrase, new_passphrase, read_passphrase
 from privet.common.progress import doing, folded, in_directory
-from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
+from privet.server.commands.enrolment import write_genesis
 from privet.server.rounds.timing import Timing
 
 _INTERRUPTED = 130

@@ -12,8 +12,8 @@ import pytest
 
 from privet.client.commands import policy as commands
 from privet.client.commands.setup import setup
+from privet.client.network.lock import exclusive
 from privet.client.network.proposals import Proposed, chosen, compared
-from privet.client.network.serve import exclusive
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
@@ -129,7 +129,7 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
 
 def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
-    monkeypatch.setattr(commands, "proposed_studies", lambda file, config: (stopped,))
+    monkeypatch.setattr("privet.client.network.proposals.proposed_studies", lambda file, config: (stopped,))
     assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
 
 

@@ -1,0 +1,321 @@
+"""What the site's console shows, read from the files and databases that the site has anyway.
+
+Nothing of a record is read: neither the data files nor the updates that the ledger keeps. What the console may show of
+data files are the findings of `privet site doctor`, which hold names of columns and counts of files.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from privet.client.budget.accounts import Spending
+from privet.client.budget.ledger import Receipt
+from privet.client.budget.releases import limit_of, open_ledger
+from privet.client.network.proposals import Proposed
+from privet.client.policy.agreement import LATER
+from privet.client.policy.consent import approved
+from privet.client.policy.decisions import Decision, decisions, newest
+from privet.client.policy.opinion import judged
+from privet.client.policy.rules import SitePolicy, load_policy
+from privet.client.rounds.history import kept_leaves
+from privet.client.rounds.logbook import COPY, open_witness
+from privet.client.site import SiteConfig
+from privet.common.audit.verify import Tree
+from privet.common.errors import Finding, PrivetError
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.statements import RunOpen, SiteRound
+from privet.common.study.study import Study
+
+FRESH_SECONDS, PATIENCE_SECONDS = 20.0, 2.0
+"""How long an answer of the coordinator is shown; and how long a page waits for one."""
+_NEVER = datetime.min.replace(tzinfo=UTC)
+_MOST_LEFT = 200
+"""Most rounds that the page of what left lists."""
+
+Ask = Callable[[], Sequence[Proposed]]
+"""Asks the coordinator for its studies."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the coordinator said last.
+
+    Attributes:
+        proposals: Its studies.
+        at: When, in Unix seconds; 0: never.
+        error: Why it cannot be asked now; None if it can.
+    """
+
+    proposals: tuple[Proposed, ...] = ()
+    at: float = 0.0
+    error: PrivetError | None = None
+
+
+class Coordinator:
+    """Asks the coordinator in the background, so that no page waits for the network.
+
+    Args:
+        ask: Asks it once.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask, self._heard, self._lock = ask, Heard(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._asked = -FRESH_SECONDS
+
+    def heard(self) -> Heard:
+        """Return what it said last. If that is old, it is asked again; the first time, this waits a little."""
+        with self._lock:
+            asking = self._thread is not None and self._thread.is_alive()
+            if time.monotonic() - self._asked >= FRESH_SECONDS and not asking:
+                self._asked = time.monotonic()
+                self._thread = threading.Thread(target=self._listen, daemon=True)
+                self._thread.start()
+            thread = self._thread
+        if not self._heard.at and thread is not None:
+            thread.join(PATIENCE_SECONDS)
+        return self._heard
+
+    @property
+    def version(self) -> object:
+        """What changes with what it said."""
+        heard = self._heard
+        return tuple((each.study.digest, each.round, each.ended) for each in heard.proposals), heard.error is None
+
+    def _listen(self) -> None:
+        try:
+            self._heard = Heard(tuple(self._ask()), time.time())
+        except PrivetError as error:
+            self._heard = Heard(self._heard.proposals, self._heard.at, error)
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A proposed study, with what this site would say to it now.
+
+    Attributes:
+        proposed: The study.
+        state: `ended`, `admitted`, `waiting` for people, or `refused`.
+        reasons: Findings that speak against it.
+        decided: The newest decision of each approver about it.
+    """
+
+    proposed: Proposed
+    state: str
+    reasons: tuple[Finding, ...]
+    decided: Mapping[str, Decision]
+
+
+def offered(site: SiteConfig, heard: Heard) -> list[Offered]:
+    """Return the proposed studies; those that wait for people first, then those that run, then the others."""
+    found = [_offer(site, each, decisions(site) if site.approvers else ()) for each in heard.proposals]
+    order = ("waiting", "admitted", "refused", "ended")
+    return sorted(found, key=lambda each: order.index(each.state))
+
+
+def _offer(site: SiteConfig, proposed: Proposed, made: Sequence[Decision]) -> Offered:
+    decided = newest(made, proposed.study.digest)
+    if proposed.ended:
+        return Offered(proposed, "ended", (), decided)
+    findings = judged(site, proposed.study, thorough=False)[1]
+    against = tuple(each for each in findings if each.code not in LATER)
+    refused = any(each.decision == "refuse" for each in decided.values())
+    waits = any(each.code == "E_NOT_APPROVED" for each in findings)
+    state = "refused" if against or refused else "waiting" if waits else "admitted"
+    return Offered(proposed, state, against, decided)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the policy's verdict.
+
+    Attributes:
+        key: The rule, as the policy writes it.
+        allowed: What it allows.
+        finding: How the study breaks it; None if it does not.
+    """
+
+    key: str
+    allowed: str
+    finding: Finding | None
+
+
+def verdict_lines(site: SiteConfig, findings: Sequence[Finding]) -> list[Rule]:
+    """Return the policy rule by rule, broken ones first, with what no rule of the policy file says."""
+    policy = None if site.policy is None else load_policy(site.policy)
+    broken = {each.rule: each for each in findings}
+    rules = [] if policy is None else [Rule(key, text, broken.pop(key, None)) for key, text in _rules(policy)]
+    rules += [Rule(key, each.allowed, each) for key, each in broken.items()]
+    return sorted(rules, key=lambda each: each.finding is None)
+
+
+def _rules(policy: SitePolicy) -> list[tuple[str, str]]:
+    document = policy.model_dump(mode="json", exclude={"version", "adapters", "scan"}, exclude_none=True)
+    return [(key, _text(value)) for key, value in flat(document)]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "\u2013"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flat(document: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Return the values of a document by dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        found += flat(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
+    return found
+
+
+def differences(before: Study, after: Study) -> list[tuple[str, str, str]]:
+    """Return the fields in which two studies differ, each with both values."""
+    old, new = dict(flat(before.document())), dict(flat(after.document()))
+    keys = dict.fromkeys([*new, *old])
+    return [(key, _text(old.get(key, "")), _text(new.get(key, ""))) for key in keys if old.get(key) != new.get(key)]
+
+
+def last_approved(site: SiteConfig, proposals: Sequence[Proposed], study: Study) -> Proposed | None:
+    """Return the newest other study that this site approves or took part in, of those that the coordinator has."""
+    ledger = open_ledger(site)
+    try:
+        began = ledger.began(str(site.dataset))
+    finally:
+        ledger.close()
+    known = approved(site) | began.keys()
+    others = [each for each in proposals if each.study.digest in known and each.study.digest != study.digest]
+    return max(others, key=lambda each: began.get(each.study.digest, _NEVER), default=None)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the round log holds about a round of this site.
+
+    Attributes:
+        index: Number of the leaf that this site signed.
+        run: The run.
+        upload: Digest of the bytes that left.
+        epsilon: Of the account after the round; None without privacy.
+        proven: Whether the leaf lies under a checkpoint that this site cosigned, by the hashes of its own copy.
+    """
+
+    index: int
+    run: str
+    upload: str
+    epsilon: float | None
+    proven: bool
+
+
+@dataclass
+class OwnLog:
+    """This site's statements in its own copy of the round log. The copy is read again when it has grown."""
+
+    site: SiteConfig
+    _known: Any = None
+    _found: dict[tuple[str, int], Stated] = field(default_factory=dict)
+    leaves: int = 0
+    cosigned: int = 0
+
+    def stated(self) -> Mapping[tuple[str, int], Stated]:
+        """Return the statements by study and round; empty while there is no copy."""
+        if self.site.log is None:
+            return {}
+        file = self.site.log.state / COPY
+        try:
+            known = (file.stat().st_size, file.stat().st_mtime_ns)
+        except OSError:
+            return {}
+        if known != self._known:
+            self._read(file)
+            self._known = known
+        return self._found
+
+    def _read(self, file: Path) -> None:
+        tree, found, studies = Tree(), dict[tuple[str, int], Stated](), dict[str, str]()
+        own: list[tuple[int, SiteRound]] = []
+        for index, leaf in enumerate(kept_leaves(file)):
+            tree.append(leaf_hash(leaf))
+            statement = parse_statement(Envelope.decode(leaf).payload)
+            if isinstance(statement, RunOpen):
+                studies[statement.run] = statement.study
+            elif isinstance(statement, SiteRound) and statement.site == self.site.name:
+                own.append((index, statement))
+        self.leaves, self.cosigned = tree.frontier.size, self._cosigned(tree)
+        for index, each in own:
+            epsilon = None if each.charge is None else each.charge.epsilon
+            found[studies.get(each.run, ""), each.round] = Stated(
+                index, each.run, each.upload, epsilon, index < self.cosigned
+            )
+        self._found = found
+
+    def _cosigned(self, tree: Tree) -> int:
+        """Return how many leaves of the copy lie under the last checkpoint that this site cosigned; 0: of none."""
+        if self.site.log is None:
+            return 0
+        seen = open_witness(self.site, self.site.log).last
+        fits = 0 < seen.size <= tree.frontier.size and tree.root_at(seen.size) == seen.root
+        return seen.size if fits else 0
+
+
+@dataclass(frozen=True)
+class Left:
+    """What left in one round.
+
+    Attributes:
+        receipt: From the ledger.
+        stated: From the round log; None if its copy here does not hold it.
+        name: Name of the study, if it is known.
+    """
+
+    receipt: Receipt
+    stated: Stated | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Books:
+    """What the ledger says.
+
+    Attributes:
+        left: Rounds, newest first, at most 200.
+        rounds: Number of all rounds.
+        bytes: Of all rounds, before masking.
+        spending: None if the site file sets no limit.
+    """
+
+    left: tuple[Left, ...]
+    rounds: int
+    bytes: int
+    spending: Spending | None
+
+
+def books(site: SiteConfig, log: OwnLog, names: Mapping[str, str]) -> Books:
+    """Read the ledger.
+
+    Args:
+        site: The site.
+        log: Its statements in the round log.
+        names: Names of studies by digest.
+
+    Raises:
+        PrivetError: As `open_ledger`.
+    """
+    limit = limit_of(site)
+    ledger = open_ledger(site)
+    try:
+        receipts = ledger.receipts(str(site.dataset))
+        spending = None if limit is None else ledger.statement(str(site.dataset), limit)
+    finally:
+        ledger.close()
+    stated = log.stated()
+    newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)[:_MOST_LEFT]
+    left = tuple(Left(each, stated.get((each.study, each.round)), names.get(each.study, "")) for each in newest_first)
+    return Books(left, len(receipts), sum(each.bytes for each in receipts), spending)
