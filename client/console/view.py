@@ -113,7 +113,7 @@ class SiteView:
             "proposed": proposed,
             "study": study,
             "lines": agreement(site, study, f"the coordinator, as run {proposed.run}.", price, lacking),
-            "rules": reading.verdict_lines(site, findings),
+            "rules": reading.verdict_lines(site, [each for each in findings if each.code != "E_NOT_APPROVED"]),
             "against": against,
             "advice": advice(site, against, str(self._file), proposed.run),
             "budget": budget,
@@ -170,8 +170,10 @@ class SiteView:
             findings, budget = judged(site, proposed.study)[1:]
             against = [each.code for each in findings if each.code not in LATER]
             objection = budget or (None if against else unfit_of(site, proposed.study))
-            if against or objection is not None:
-                raise StateError(objection.message if objection else f"the policy refuses it: {', '.join(against)}", "")
+            if against:
+                raise StateError(f"the policy refuses it: {', '.join(against)}", "see what would admit it")
+            if objection is not None:
+                raise StateError(objection.message, objection.hint)
         with self._deciding:
             decide(
                 site,

@@ -224,8 +224,11 @@ def _leaves(site: SiteConfig, study: Study) -> str:
 def _duration(site: SiteConfig, study: Study) -> str:
     rounds = study.rounds
     many = "" if rounds == 1 else "s"
+    back = f"delete its line in {site.approvals or 'the file of approvals'}"
+    if site.approvers:
+        back = "an approver refuses it: `privet site refuse SITE STUDY`"
     return (
-        f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "
-        f"{site.approvals or 'the file of approvals'}. What has left by then stays with the consortium: adapters and "
+        f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, {back}. "
+        "What has left by then stays with the consortium: adapters and "
         "round log are kept."
     )

@@ -96,7 +96,7 @@ def read_locked_key(path: Path, passphrase: bytes, what: str) -> Ed25519PrivateK
             raise StateError(f"{what}: {path} is not encrypted, as a person's key must be", KEPT)
         try:
             return load_pem_private_key(data, passphrase)
-        except ValueError:
+        except (ValueError, TypeError):
             raise StateError(f"the passphrase does not open {what}, or its file is damaged", "try again") from None
 
     key = _read(path, what, KEPT, load)

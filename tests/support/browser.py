@@ -23,6 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 15.0
+_FAULTS = Path(__file__).with_name("faults.js").read_text(encoding="utf-8")
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
@@ -136,6 +137,14 @@ class Browser:
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         file.write_bytes(base64.b64decode(found["data"]))
 
+    def faults(self) -> list[str]:
+        """Return what keeps somebody from using the page, in light and in dark colours (`faults.js`)."""
+        found: list[str] = []
+        for scheme in ("dark", "light"):
+            self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            found += [f"{scheme}: {each}" for each in self.run(_FAULTS)]
+        return found
+
     def width(self, width: int) -> int:
         """Return how wide the page is in a window of this width."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
@@ -181,3 +190,10 @@ def _page(socket: ClientConnection) -> Browser:
     for name in ("Page", "Network", "Log", "Runtime"):
         page.call(f"{name}.enable")
     return page
+
+
+def look_at(browser: Browser, address: str) -> None:
+    """Open a page: nobody is kept from using it, and it fits a phone."""
+    browser.open(address)
+    assert browser.faults() == [], address
+    assert browser.width(390) <= 390, address
