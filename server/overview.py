@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.server.consortium.coordinator import Coordinator
+from privet.server.network.link import Link
 from privet.server.network.service import link_of, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
@@ -23,7 +24,17 @@ _SHORT = 19
 
 def consortium_status(made: Coordinator) -> dict[str, Any]:
     """Return the status as a JSON document: members, connected nodes, statements for the log, runs."""
-    link = link_of(made.directory)
+    runs = [run_status(path) for path in run_paths(made)]
+    return {**people_status(made, link_of(made.directory)), "runs": runs}
+
+
+def run_paths(made: Coordinator) -> list[Path]:
+    """Return the directories of all runs."""
+    return [path for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()]
+
+
+def people_status(made: Coordinator, link: Link) -> dict[str, Any]:
+    """Return the status without the runs."""
     nodes = [node for node in link.nodes() if node.online]
     owners = owners_of(made, link)
     rows = made.members.rows()
@@ -35,11 +46,11 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
         "asking": [row.keys.site for row in rows if row.state == "pending"],
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
-        "runs": [_run(path) for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()],
     }
 
 
-def _run(path: Path) -> dict[str, Any]:
+def run_status(path: Path) -> dict[str, Any]:
+    """Return the status of one run."""
     directory = RunDirectory.open(path)
     state, wait = directory.load(), directory.waiting
     ends = [statement["type"] for statement in state.statements]

@@ -153,7 +153,8 @@ class Console:
             session = self._session(request)
             if session is None:
                 return self._message(request, None, 401, "message.out")
-            return await self._answered(request, answer, Asked(session, self._texts(request), request.path_params))
+            asked = Asked(session, self._texts(request), request.path_params)
+            return await self._answered(answer, asked, live=True)
 
         return respond
 
@@ -168,11 +169,11 @@ class Console:
             if session.role is not Role.APPROVER:
                 return self._message(request, session, 403, "message.viewer")
             asked = Asked(session, self._texts(request), request.path_params, form)
-            return await self._answered(request, answer, asked)
+            return await self._answered(answer, asked, live=False)
 
         return respond
 
-    async def _answered(self, request: Request, answer: Answer, asked: Asked) -> Response:
+    async def _answered(self, answer: Answer, asked: Asked, *, live: bool) -> Response:
         try:
             shown = await run_in_threadpool(answer, asked)
         except PrivetError as error:
@@ -180,7 +181,9 @@ class Console:
             return page(self.view.templates, "message.html", asked.texts, asked.session, values, 409)
         if shown.to:
             return RedirectResponse(shown.to, 303)
-        return page(self.view.templates, shown.template, asked.texts, asked.session, shown.values, shown.status)
+        return page(
+            self.view.templates, shown.template, asked.texts, asked.session, shown.values, shown.status, live=live
+        )
 
     async def _sent(self, request: Request) -> Form | None:
         """Return the fields of a form of this very session; None if it is none."""

@@ -38,7 +38,14 @@ def environment(folder: Path) -> Environment:
 
 
 def page(
-    folder: Path, name: str, texts: Texts, session: Session | None, values: Mapping[str, Any], status: int = 200
+    folder: Path,
+    name: str,
+    texts: Texts,
+    session: Session | None,
+    values: Mapping[str, Any],
+    status: int = 200,
+    *,
+    live: bool = False,
 ) -> HTMLResponse:
     """Return a page.
 
@@ -49,6 +56,8 @@ def page(
         session: Of the reader; None before there is one.
         values: What the template shows.
         status: Of the answer.
+        live: Whether the page is asked for again when something changes. Not the answer to a form: that would send the
+            form again.
     """
     common = {
         "t": texts,
@@ -56,7 +65,7 @@ def page(
         "token": "" if session is None else session.token,
         "entered": session is not None,
         "approver": session is not None and session.role is Role.APPROVER,
-        "events": "",
+        "live": live,
     }
     return HTMLResponse(environment(folder).get_template(name).render({**common, **values}), status)
 

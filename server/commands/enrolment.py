@@ -301,14 +301,10 @@ def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
 
 def _write_log(made: Coordinator) -> None:
     """Write due statements to the log. While another process has the log open, they wait in the members' file."""
-    from privet.server.consortium.coordinator import log_members
-    from privet.server.log.journal import open_journal
+    from privet.server.consortium.coordinator import log_due
 
-    due = len(made.members.statements())
-    if not due:
-        return
-    try:
-        with open_journal(made.log_directory, made.keys) as journal:
-            typer.echo(f"log      statements written: {log_members(made, journal)}")
-    except StateError as error:
-        typer.echo(f"log      statements that are written later: {due}; {error.message}")
+    due, late = log_due(made)
+    if late is not None:
+        typer.echo(f"log      statements that are written later: {due}; {late.message}")
+    elif due:
+        typer.echo(f"log      statements written: {due}")
