@@ -53,7 +53,7 @@ def serve_console(make: Callable[[], Any], port: int, path: Path | None, host: s
         from privet.common.web.serving import PromptProtocol, listen, listen_at, run
         from privet.common.web.sessions import Role
     except ModuleNotFoundError as error:
-        raise StudyError(f"the console needs the package {error.name}", "run pip install 'privet[serve]'") from None
+        raise StudyError(f"the console needs the package {error.name}", "run pip install 'privet[console]'") from None
     if host is not None and host not in _LOCAL:
         raise StudyError(f"--host: expected 127.0.0.1 or localhost, found {host!r}", "leave the option out")
     opened = listen(port) if path is None else listen_at(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from privet.common.progress import duration
@@ -33,7 +34,14 @@ def environment(folder: Path) -> Environment:
         # Whoever writes a study's or a site's name must not steer the page: no control characters, no reversed writing.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    made.filters |= {"epsilon": epsilon, "size": size, "moment": moment, "short": short, "lasted": duration}
+    made.filters |= {
+        "epsilon": epsilon,
+        "size": size,
+        "moment": moment,
+        "short": short,
+        "lasted": duration,
+        "prose": prose,
+    }
     return made
 
 
@@ -73,6 +81,15 @@ def page(
 def visible(text: str) -> str:
     """Return a text for a page: a sign in place of what is invisible, or turns the direction of writing."""
     return "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
+
+
+def prose(text: str) -> Markup:
+    """Return a text in which what stands between backquotes is code. All of it is escaped."""
+    pieces = visible(text).split("`")
+    parts = [
+        Markup("<code>{}</code>").format(each) if number % 2 else escape(each) for number, each in enumerate(pieces)
+    ]
+    return Markup().join(parts)
 
 
 def epsilon(value: float | None) -> str:

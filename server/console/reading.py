@@ -112,7 +112,7 @@ class Runs:
     """The runs of a coordinator. The state of a run is read again when its files have changed."""
 
     made: Coordinator
-    _known: dict[Path, tuple[object, Run]] = field(default_factory=dict)
+    _known: dict[Path, tuple[object, RunDirectory | None, Run]] = field(default_factory=dict)
 
     def all(self) -> list[Run]:
         """Return all runs: those that are played now first, then the newest."""
@@ -125,18 +125,19 @@ class Runs:
         return next((self._read(path) for path in run_paths(self.made) if path.name == name), None)
 
     def _read(self, path: Path) -> Run:
-        seen = stamps([path / name for name in ("state.safetensors", "waiting.json", "withdrawn.json", "release")])
-        known = self._known.get(path)
+        files = ("study.json", "state.safetensors", "waiting.json", "withdrawn.json", "release")
+        seen = stamps(path / name for name in files)
+        known, directory, run = self._known.get(path, (None, None, None))
         # Whether a process plays it can change without a file: one that was killed leaves its note.
-        playing = RunDirectory.open(path).waiting is not None if known else False
-        if known is None or known[0] != (seen, playing):
+        playing = directory is not None and directory.waiting is not None
+        if run is None or known != (seen, playing):
             try:
+                directory = RunDirectory.open(path)
                 run = Run(path.name, run_status(path))
             except PrivetError as error:
                 run = Run(path.name, {}, error)
-            known = (seen, bool(run.status.get("waiting"))), run
-            self._known[path] = known
-        return known[1]
+            self._known[path] = (seen, bool(run.status.get("waiting"))), directory, run
+        return run
 
 
 def rounds(made: Coordinator, name: str) -> list[Mapping[str, Any]]:

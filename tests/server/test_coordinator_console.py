@@ -17,7 +17,6 @@ from privet.client.network.enrolment import prepare_request
 from privet.common.pki.token import Token
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
-from privet.server.console import view as viewing
 from privet.server.console.view import CoordinatorView
 from privet.server.consortium.coordinator import encrypt_root, open_coordinator
 from tests.support.browser import browsing, look_at
@@ -156,7 +155,8 @@ def test_a_root_without_passphrase_approves_nobody_in_the_console(tmp_path: Path
 
 def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[list[str], dict[str, object]]] = []
-    monkeypatch.setattr(viewing.subprocess, "Popen", lambda command, **settings: started.append((command, settings)))
+    begin = lambda command, **settings: started.append((command, settings))  # noqa: E731
+    monkeypatch.setattr("privet.server.console.view.subprocess.Popen", begin)
     waiting(home, os.getpid())
     visitor = visit(home)
     assert "cannot be continued" in visitor.post("/run/second/resume", {}).text
