@@ -15,7 +15,7 @@ import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -56,6 +56,7 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -65,7 +66,9 @@ from flwr.superlink.servicer.fleet import fleet_handlers as handlers
 from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError, StateError
+from privet.common.flower.bundles import GIVE, TAKE, Bundle
 from privet.common.flower.objects import part_names, put_together, take_apart
+from privet.server.network.changes import Changes
 from privet.server.network.store import FileObjectStore, open_state
 
 _log = logging.getLogger("privet.coordinator")
@@ -92,8 +95,10 @@ _CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
         lambda r, s: handlers.confirm_message_received(request=r, state=s, store=s.object_store),
     ),
 }
-USED = frozenset(_CALLS)
+USED = frozenset({*_CALLS, TAKE, GIVE})
 """The paths of all calls."""
+STORING = frozenset({PUSH_OBJECT, GIVE})
+"""The paths of calls that store objects."""
 
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
@@ -155,6 +160,8 @@ class Link:
         self.directory = database.parent
         """Where large objects may be kept for a moment."""
         self._state = open_state(database)
+        self._database = database
+        self._changes = Changes(database)
         self._quota = 0
         self._counting = threading.Lock()
         self._counted: dict[int, tuple[float, int]] = {}
@@ -204,6 +211,10 @@ class Link:
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+
+    def changed(self) -> bool:
+        """Return whether anything in the link state changed since the last call. Much cheaper than a query."""
+        return self._changes.seen()
 
     def has_room(self, node: int, size: int) -> bool:
         """Whether a node may store so many bytes more, beside what it stores now.
@@ -255,8 +266,12 @@ class Link:
         A node acts for itself only: the id or key of another node in the request, or another sender in a message, is
         401.
         """
-        kind, handler = _CALLS[path]
+        kind, handler = _CALLS[{TAKE: PULL, GIVE: PUSH}.get(path, path)]
+        bundle = Bundle()
         try:
+            if path == GIVE:
+                bundle.ParseFromString(body)
+                body = bundle.pieces[0] if bundle.pieces else b""
             request = kind.FromString(body)
         except DecodeError:
             return 400, b""
@@ -267,12 +282,51 @@ class Link:
         try:
             if path == PULL:
                 self._give_again(node)
-            return 200, bytes(handler(request, self._state).SerializeToString())
+            # A bundle is one transaction: stored whole or not at all. Flower's own calls must not be within one, as its
+            # store undoes half of what fails by ending its transaction.
+            with _sql(self._state).session() if path in (TAKE, GIVE) else nullcontext():
+                if path == TAKE:
+                    self._give_again(node)
+                answer = handler(request, self._state)
+                if path == TAKE:
+                    answer = Bundle([answer.SerializeToString(), *self._small_parts(answer)])
+                if path == GIVE:
+                    self._store_parts(request, answer, bundle.pieces[1:])
+            return 200, bytes(answer.SerializeToString())
         except FlowerError as error:
             known = API_ERROR_MAP.get(error.code)
             return (500 if known is None else known.http_status_code), b""
         except (ValueError, IndexError):  # a request without a message, or with a false digest
             return 400, b""
+
+    def _small_parts(self, answer: Any) -> Iterator[bytes]:
+        """Yield the parts of an announced message in the order of `part_names`; empty for a large or missing one."""
+        store = self._state.object_store
+        for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            for name in part_names(tree):
+                large = isinstance(store, FileObjectStore) and store.size(name)
+                yield b"" if large else self._state.get_object(message.metadata.run_id, name) or b""
+
+    def _store_parts(self, push: Any, answer: Any, contents: Sequence[bytes]) -> None:
+        """Store the parts that came with an answer; with the last of them, delete the message that it answers.
+
+        Raises:
+            ValueError: The number of parts is wrong, or a part has not the digest that names it.
+        """
+        names = part_names(push.message_object_trees[0])
+        if len(contents) != len(names):
+            raise ValueError("not one piece for each part")
+        metadata, missing = push.messages_list[0].metadata, list(answer.objects_to_push)
+        for name, content in zip(names, contents, strict=True):
+            if name not in missing or not content:
+                continue
+            if get_object_id(content) != name or not self._state.store_object(
+                metadata.run_id, answer.session_id, name, content
+            ):
+                raise ValueError("a part cannot be stored")
+            answer.objects_to_push.remove(name)
+        if missing and not answer.objects_to_push:
+            self._state.object_store.delete(metadata.reply_to_message_id)
 
     def _give_again(self, node: int) -> None:
         """Deliver messages again that a node was given and did not receive: Flower marks them before they arrive.
@@ -321,7 +375,7 @@ class Link:
         beats = threading.Thread(target=self._beat, args=(task, ended), daemon=True, name="run-heartbeat")
         beats.start()
         try:
-            yield LinkGrid(self._state, run, task, largest)
+            yield LinkGrid(self._state, Changes(self._database), run, task, largest)
             outcome = SubStatus.COMPLETED
         finally:
             ended.set()
@@ -345,10 +399,12 @@ class Link:
 class LinkGrid(Grid):
     """Flower's Grid for one run, directly on the link state: no HTTP, no token, no other process."""
 
-    def __init__(self, state: LinkState, run: int, task: int, largest: int) -> None:
+    def __init__(self, state: LinkState, changes: Changes, run: int, task: int, largest: int) -> None:
         # Flower's messages read these; `push_messages` overrides them, because a process may have two runs.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, run, SUPERLINK_NODE_ID
         self._state, self._run, self._task, self._largest = state, run, task, largest
+        self._changes = changes
+        self._asked: frozenset[str] | None = None
         self._arriving: dict[str, Message] = {}
         self._look_at = 0.0
 
@@ -392,11 +448,15 @@ class LinkGrid(Grid):
         """Yield the answers to these messages that have arrived completely; each is read when it is yielded.
 
         Flower itself answers for a node that is gone and for a message that has expired. These answers are queried once
-        a second only, because that takes many queries, and whether a site has answered takes one.
+        a second only, because that takes many queries, and whether a site has answered takes one. Without any change
+        since the last call, for the same messages, there is nothing new, which takes no query at all.
         """
-        thorough = time.monotonic() >= self._look_at
+        asked, thorough = frozenset(message_ids), time.monotonic() >= self._look_at
+        if not (self._changes.seen() or thorough or asked != self._asked):
+            return
+        self._asked = None  # until all answers that are there have been read: the caller may leave this iteration
         if thorough or self._any_answer():
-            for reply in self._state.get_message_res(message_ids=set(message_ids), run_id=self._run):
+            for reply in self._state.get_message_res(message_ids=set(asked), run_id=self._run):
                 self._arriving[reply.metadata.message_id] = reply
         if thorough:
             self._look_at = time.monotonic() + 1.0
@@ -405,6 +465,7 @@ class LinkGrid(Grid):
             contents = self._contents(identity)
             if contents is not None:
                 yield self._taken(identity, reply, contents)
+        self._asked = asked
 
     def _any_answer(self) -> bool:
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
