@@ -134,7 +134,10 @@ def test_the_calls_of_a_site_come_through_and_no_others() -> None:
         inside = Inside()
         assert through(Gate(inside, SMALL), *request(path.encode(), b"abc")) == 200
         assert inside.bodies == [b"abc"]
-    assert not {path for path in USED if "fab" in path or "register-node" in path or "/fleet/" not in path} - {TAKE, GIVE}
+    assert not {path for path in USED if "fab" in path or "register-node" in path or "/fleet/" not in path} - {
+        TAKE,
+        GIVE,
+    }
 
 
 @pytest.mark.parametrize(
