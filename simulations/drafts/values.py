@@ -128,6 +128,7 @@ COMMENTS: Mapping[str, str] = {
     "privacy.max_records_per_unit": "most rows of one patient in a step",
     "privacy.dropouts": "sites that a step may lose; more of them need more noise",
     "privacy.dropout_fraction": "the same, as a fraction of the sites",
+    "secure_aggregation.block": "rounds with one agreement on keys: a fifth of the messages",
     "secure_aggregation.corrupt": "sites that may collude with the coordinator; of two sites, none",
     "simulation": "For `privet simulate` on one machine. No part of the study: real sites ignore it.",
     "simulation.data": "the files below",
