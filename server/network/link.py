@@ -125,7 +125,8 @@ _STORED = (
 )
 # The objects of a message.
 _PARTS = (
-    "WITH RECURSIVE part(id) AS (SELECT :id UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
+    "WITH RECURSIVE part(id) AS (SELECT :id "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
     "SELECT object_id, is_available FROM objects JOIN part ON object_id = part.id LIMIT :most"
 )
 _OVER = 403  # Flower's status for a run that has ended
