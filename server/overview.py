@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.network.link import Link
 from privet.server.network.service import link_of, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
@@ -24,17 +23,7 @@ _SHORT = 19
 
 def consortium_status(made: Coordinator) -> dict[str, Any]:
     """Return the status as a JSON document: members, connected nodes, statements for the log, runs."""
-    runs = [run_status(path) for path in run_paths(made)]
-    return {**people_status(made, link_of(made.directory)), "runs": runs}
-
-
-def run_paths(made: Coordinator) -> list[Path]:
-    """Return the directories of all runs."""
-    return [path for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()]
-
-
-def people_status(made: Coordinator, link: Link) -> dict[str, Any]:
-    """Return the status without the runs."""
+    link = link_of(made.directory)
     nodes = [node for node in link.nodes() if node.online]
     owners = owners_of(made, link)
     rows = made.members.rows()
@@ -46,7 +35,13 @@ def people_status(made: Coordinator, link: Link) -> dict[str, Any]:
         "asking": [row.keys.site for row in rows if row.state == "pending"],
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
+        "runs": [run_status(path) for path in run_paths(made)],
     }
+
+
+def run_paths(made: Coordinator) -> list[Path]:
+    """Return the directories of all runs."""
+    return [path for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()]
 
 
 def run_status(path: Path) -> dict[str, Any]:

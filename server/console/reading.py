@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from privet.common.errors import PrivetError
+from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import parse_note
 from privet.common.web.events import stamps
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.consortium.membership import Row
 from privet.server.log.logfile import LogFile
+from privet.server.log.roundlog import log_file
 from privet.server.network.link import Link
 from privet.server.network.service import link_of
-from privet.server.overview import people_status, run_paths, run_status
+from privet.server.overview import run_paths, run_status
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.watch import Wait, details
 
@@ -55,15 +56,7 @@ class Site:
         return self.state == "pending" or away or (self.days is not None and self.days < SOON_DAYS)
 
 
-def sites(made: Coordinator, connected: Sequence[str], now: datetime) -> list[Site]:
-    """Return all sites: those that ask first, then those that need looking after, then the others, each by name."""
-    online = set(connected)
-    found = [_site(row, online, now) for row in made.members.rows()]
-    order = {"pending": 0, "member": 1, "revoked": 3}
-    return sorted(found, key=lambda each: (order[each.state] + (each.state == "member" and each.online), each.name))
-
-
-def _site(row: Row, online: set[str], now: datetime) -> Site:
+def _site(row: Row, online: Collection[str], now: datetime) -> Site:
     name, days = row.keys.site, None
     if row.certificate is not None and row.state == "member":
         days = (row.certificate.not_valid_after_utc - now).days
@@ -172,8 +165,12 @@ class Head:
 
 def head(made: Coordinator) -> Head | None:
     """Return the head of the round log; None while it is empty."""
-    log, policy = LogFile(made.log_directory), made.members.policy()
+    log = LogFile(made.log_directory)
     data = log.checkpoint()
+    try:
+        policy = made.members.policy()
+    except ProtocolError:  # more members than a policy of the log can have
+        policy = None
     if not data or policy is None:
         return None
     note = parse_note(data)
@@ -184,18 +181,40 @@ def head(made: Coordinator) -> Head | None:
 
 @dataclass
 class People:
-    """Members and connections, as `privet coordinator status` has them. One thread at a time asks."""
+    """The sites of a coordinator, and which are connected. The members' file and the log are read when they change."""
 
     made: Coordinator
     _link: Link | None = None
+    _known: tuple[object, tuple[Row, ...], Head | None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def status(self) -> dict[str, Any]:
-        """Return them as `people_status`."""
+    def connected(self) -> frozenset[str]:
+        """Return the names of the members that are connected now."""
         with self._lock:
             if self._link is None:  # opening takes a tenth of a second, as it checks the tables
                 self._link = link_of(self.made.directory)
-            return people_status(self.made, self._link)
+            nodes = {row.keys.node.encode("ascii"): row.keys.site for row in self._rows() if row.state == "member"}
+            owners = self._link.owners(nodes)
+            return frozenset(owners[node.id] for node in self._link.nodes() if node.online and node.id in owners)
+
+    def sites(self, now: datetime) -> list[Site]:
+        """Return all sites: those that ask first, then those that are away, then the others, each by name."""
+        connected = self.connected()
+        found = [_site(row, connected, now) for row in self._rows()]
+        order = {"pending": 0, "member": 1, "revoked": 3}
+        return sorted(found, key=lambda each: (order[each.state] + each.online, each.name))
+
+    def head(self) -> Head | None:
+        """Return the head of the round log; None while it is empty."""
+        self._rows()
+        return None if self._known is None else self._known[2]
+
+    def _rows(self) -> tuple[Row, ...]:
+        files = [self.made.directory / "members.db", log_file(self.made.log_directory)]
+        seen = stamps([*files, *(file.with_name(f"{file.name}-wal") for file in files)])
+        if self._known is None or self._known[0] != seen:
+            self._known = seen, self.made.members.rows(), head(self.made)
+        return self._known[1]
 
 
 def since(began: float) -> float:

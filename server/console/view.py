@@ -41,6 +41,7 @@ class CoordinatorView:
         self._made = open_coordinator(directory)
         self._runs, self._people = Runs(self._made), People(self._made)
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
+        self._people.connected()  # a second for a thousand sites, before anybody waits for a page
 
     def view(self) -> View:
         """Return its routes."""
@@ -61,7 +62,7 @@ class CoordinatorView:
         files = [made.directory / "members.db", made.directory / "members.db-wal"]
         for path in run_paths(made):
             files += [path, path / "state.safetensors", path / "waiting.json", path / "stop"]
-        return stamps(files), tuple(self._people.status()["connected"])
+        return stamps(files), self._people.connected()
 
     def _common(self, active: str) -> dict[str, Any]:
         settings = self._made.settings
@@ -74,8 +75,7 @@ class CoordinatorView:
 
     def _overview(self, asked: Asked, wrong: str = "", token: tuple[str, str] | None = None) -> Shown:
         made = self._made
-        people = self._people.status()
-        found = reading.sites(made, people["connected"], now())
+        found = self._people.sites(now())
         values = {
             "runs": self._runs.all(),
             "sites": [each for each in found if each.attention][:_FEW],
@@ -83,8 +83,8 @@ class CoordinatorView:
             "online": sum(each.online for each in found),
             "asking": sum(each.state == "pending" for each in found),
             "founded": made.members.founded(),
-            "head": reading.head(made),
-            "waiting": people["statements_waiting"],
+            "head": self._people.head(),
+            "waiting": len(made.members.statements()),
             "guarded": made.guarded,
             "wrong": wrong,
             "invited": token,
@@ -93,8 +93,7 @@ class CoordinatorView:
         return Shown("overview.html", {**self._common("overview"), **values}, 409 if wrong else 200)
 
     def _sites(self, asked: Asked) -> Shown:
-        people = self._people.status()
-        found = reading.sites(self._made, people["connected"], now())
+        found = self._people.sites(now())
         return Shown(
             "sites.html", {**self._common("sites"), "sites": found, "guarded": self._made.guarded, "wrong": ""}
         )
