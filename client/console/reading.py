@@ -33,11 +33,13 @@ from privet.common.log.envelope import Envelope
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.statements import RunOpen, SiteRound
 from privet.common.study.study import Study
+from privet.common.web.events import stamps
 
 FRESH_SECONDS, PATIENCE_SECONDS = 20.0, 2.0
 """How long an answer of the coordinator is shown; and how long a page waits for one."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _MOST_LEFT = 200
+_LEDGER_SECONDS = 15.0
 """Most rounds that the page of what left lists."""
 
 Ask = Callable[[], Sequence[Proposed]]
@@ -297,25 +299,51 @@ class Books:
     spending: Spending | None
 
 
-def books(site: SiteConfig, log: OwnLog, names: Mapping[str, str]) -> Books:
-    """Read the ledger.
+@dataclass
+class Accounts:
+    """The ledger, read again when its files change: opening verifies it, and composing epsilons takes time."""
 
-    Args:
-        site: The site.
-        log: Its statements in the round log.
-        names: Names of studies by digest.
+    site: SiteConfig
+    log: OwnLog
+    _known: tuple[object, Sequence[Receipt], Spending | None] | None = None
+    _read_at: float = 0.0
 
-    Raises:
-        PrivetError: As `open_ledger`.
-    """
-    limit = limit_of(site)
-    ledger = open_ledger(site)
-    try:
-        receipts = ledger.receipts(str(site.dataset))
-        spending = None if limit is None else ledger.statement(str(site.dataset), limit)
-    finally:
-        ledger.close()
-    stated = log.stated()
-    newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)[:_MOST_LEFT]
-    left = tuple(Left(each, stated.get((each.study, each.round)), names.get(each.study, "")) for each in newest_first)
-    return Books(left, len(receipts), sum(each.bytes for each in receipts), spending)
+    def books(self, names: Mapping[str, str]) -> Books:
+        """Return what the ledger says.
+
+        Args:
+            names: Names of studies by digest.
+
+        Raises:
+            PrivetError: As `open_ledger`.
+        """
+        receipts, spending = self._read()
+        stated = self.log.stated()
+        newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)[:_MOST_LEFT]
+        left = tuple(
+            Left(each, stated.get((each.study, each.round)), names.get(each.study, "")) for each in newest_first
+        )
+        return Books(left, len(receipts), sum(each.bytes for each in receipts), spending)
+
+    def _read(self) -> tuple[Sequence[Receipt], Spending | None]:
+        files = ledger_files(self.site)
+        seen = stamps(files)
+        old = time.monotonic() - self._read_at > _LEDGER_SECONDS  # a change while it is read is seen then
+        if self._known is None or self._known[0] != seen or old:
+            self._read_at = time.monotonic()
+            limit, ledger = limit_of(self.site), open_ledger(self.site)
+            try:
+                receipts = ledger.receipts(str(self.site.dataset))
+                spending = None if limit is None else ledger.statement(str(self.site.dataset), limit)
+            finally:
+                ledger.close()
+            self._known = stamps(files), receipts, spending
+        return self._known[1:]
+
+
+def ledger_files(site: SiteConfig) -> list[Path]:
+    """Return the files whose change is one of the ledger."""
+    if site.ledger is None:
+        return []
+    anchor = [] if site.anchor is None else [site.anchor]
+    return [site.ledger, site.ledger.with_name(f"{site.ledger.name}-wal"), *anchor]

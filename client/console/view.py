@@ -12,7 +12,7 @@ from typing import Any
 
 from privet.client.checks import Check
 from privet.client.console import reading
-from privet.client.console.reading import Ask, Coordinator, OwnLog
+from privet.client.console.reading import Accounts, Ask, Coordinator, OwnLog
 from privet.client.network.lock import is_served
 from privet.client.network.proposals import Proposed
 from privet.client.policy.agreement import LATER, advice, agreement
@@ -44,7 +44,7 @@ class SiteView:
 
     def __init__(self, file: Path, ask: Ask, examine: Callable[[], Sequence[Check]]) -> None:
         self._file, self._coordinator, self._examine = file, Coordinator(ask), examine
-        self._log: OwnLog | None = None
+        self._accounts: Accounts | None = None
         # A passphrase can be guessed through an open session: this bounds how often, whatever the session.
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
         self._deciding = threading.Lock()
@@ -66,20 +66,18 @@ class SiteView:
 
     def _look(self) -> object:
         site = load_site(self._file)
-        files: list[Path | None] = [self._file, site.policy, site.approvals, site.ledger, site.anchor]
+        files: list[Path | None] = [self._file, site.policy, site.approvals, *reading.ledger_files(site)]
         if site.approvals is not None:
             files.append(site.approvals.with_name(f"{site.approvals.name}.signed"))
-        if site.ledger is not None:
-            files.append(site.ledger.with_name(f"{site.ledger.name}-wal"))
         if site.log is not None:
             files.append(site.log.state / COPY)
         return stamps(each for each in files if each is not None), self._coordinator.version
 
-    def _own(self) -> tuple[SiteConfig, OwnLog]:
+    def _own(self) -> tuple[SiteConfig, Accounts]:
         site = load_site(self._file)
-        if self._log is None or self._log.site != site:
-            self._log = OwnLog(site)
-        return site, self._log
+        if self._accounts is None or self._accounts.site != site:
+            self._accounts = Accounts(site, OwnLog(site))
+        return site, self._accounts
 
     def _common(self, site: SiteConfig, active: str) -> dict[str, Any]:
         return {"site": site.name, "active": active, "served": is_served(site), "place": str(self._file)}
@@ -90,9 +88,9 @@ class SiteView:
     # Pages
 
     def _inbox(self, asked: Asked) -> Shown:
-        site, log = self._own()
+        site, accounts = self._own()
         heard = self._coordinator.heard()
-        books = reading.books(site, log, self._names())
+        books = accounts.books(self._names())
         found = reading.offered(site, heard)
         values = {"offers": found, "heard": heard, "books": books, "bar_segments": _bar(books), "left": books.left[:5]}
         return Shown("inbox.html", {**self._common(site, "inbox"), **values})
@@ -132,13 +130,13 @@ class SiteView:
         return Shown("study.html", {**self._common(site, "inbox"), **values}, 409 if wrong else 200)
 
     def _left(self, asked: Asked) -> Shown:
-        site, log = self._own()
-        books = reading.books(site, log, self._names())
-        return Shown("left.html", {**self._common(site, "left"), "books": books, "log": log, "file": self._file})
+        site, accounts = self._own()
+        books = accounts.books(self._names())
+        return Shown("left.html", {**self._common(site, "left"), "books": books, "log": accounts.log})
 
     def _budget(self, asked: Asked) -> Shown:
-        site, log = self._own()
-        books, names = reading.books(site, log, self._names()), self._names()
+        site, accounts = self._own()
+        books, names = accounts.books(self._names()), self._names()
         values = {"books": books, "bar_segments": _bar(books), "names": names, "curve": _curve(books)}
         return Shown("budget.html", {**self._common(site, "budget"), **values})
 
@@ -185,6 +183,7 @@ class SiteView:
                 until=_day(form.get("until", "")) if approves else None,
                 now=now(),
             )
+        self._tries.give_back()
 
     def _proposed(self, digest: str) -> Proposed:
         """Return the proposed study with exactly this digest."""

@@ -132,3 +132,7 @@ class Bucket:
             return False
         self._left -= 1
         return True
+
+    def give_back(self) -> None:
+        """Let through one more: the last one was none of those that are to be limited."""
+        self._left = min(self._burst, self._left + 1)

@@ -150,7 +150,10 @@ class CoordinatorView:
             )
         if not self._tries.take():
             raise StateError("too many passphrases were tried", "wait a minute")
-        return open_coordinator(self._directory, passphrase.strip().encode() or b"\0")
+        made = open_coordinator(self._directory, passphrase.strip().encode() or b"\0")
+        _ = made.authority  # reads the key
+        self._tries.give_back()
+        return made
 
     def _stop(self, asked: Asked) -> Shown:
         run = self._found(asked)

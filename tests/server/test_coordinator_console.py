@@ -140,7 +140,8 @@ def test_an_invitation_is_shown_once_and_a_site_is_approved_by_words_and_passphr
     states = {row.keys.site: row.state for row in open_coordinator(home).members.rows()}
     assert states["oslo"] == "member"
     assert open_coordinator(home).members.statements() == ()  # it is in the round log
-    assert "too many passphrases" in visitor.post("/sites/oslo/approve", {"words": words, "passphrase": "x"}).text
+    guesses = [visitor.post("/sites/oslo/approve", {"words": words, "passphrase": "x"}).text for _ in range(4)]
+    assert ["too many passphrases" in each for each in guesses] == [False, False, False, True]
 
 
 def test_a_root_without_passphrase_approves_nobody_in_the_console(tmp_path: Path) -> None:
