@@ -31,12 +31,10 @@ def site(
 
 def _view(file: Path) -> object:
     from privet.client.commands.doctor import LOCAL, examine
+    from privet.client.console.reading import consult
     from privet.client.console.view import SiteView
-    from privet.client.network.proposals import proposed_studies
     from privet.client.site import load_site
 
     # Those of `privet site doctor` that load no model.
     checks = LOCAL | {"certificate", "connection", "clock", "log"}
-    return SiteView(
-        file, lambda: proposed_studies(file, load_site(file)), lambda: examine(file, now, only=checks)
-    ).view()
+    return SiteView(file, lambda: consult(file, load_site(file)), lambda: examine(file, now, only=checks)).view()

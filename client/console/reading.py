@@ -17,7 +17,7 @@ from typing import Any
 from privet.client.budget.accounts import Spending
 from privet.client.budget.ledger import Receipt
 from privet.client.budget.releases import limit_of, open_ledger
-from privet.client.network.proposals import Proposed
+from privet.client.network.proposals import Proposed, compared, consulted
 from privet.client.policy.agreement import LATER
 from privet.client.policy.consent import approved
 from privet.client.policy.decisions import Decision, decisions, newest
@@ -27,6 +27,7 @@ from privet.client.rounds.history import kept_leaves
 from privet.client.rounds.logbook import COPY, open_witness
 from privet.client.site import SiteConfig
 from privet.common.audit.verify import Tree
+from privet.common.clock import now
 from privet.common.errors import Finding, PrivetError
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
@@ -42,8 +43,41 @@ _MOST_LEFT = 200
 _LEDGER_SECONDS = 15.0
 """Most rounds that the page of what left lists."""
 
-Ask = Callable[[], Sequence[Proposed]]
-"""Asks the coordinator for its studies."""
+
+@dataclass(frozen=True)
+class Said:
+    """What a coordinator answers.
+
+    Attributes:
+        proposals: Its studies, compared with the round log.
+        first: Number of the first of `leaves`.
+        leaves: The leaves of the round log that this site's copy does not hold yet.
+    """
+
+    proposals: tuple[Proposed, ...] = ()
+    first: int = 0
+    leaves: tuple[bytes, ...] = ()
+
+
+Ask = Callable[[], Said]
+"""Asks the coordinator."""
+
+
+def consult(file: Path, site: SiteConfig) -> Said:
+    """Ask the coordinator for its studies, and for what the site's copy of the round log lacks.
+
+    Raises:
+        PrivetError: As `consulted` and `compared`.
+    """
+    service, log = consulted(file, site, now)
+    proposals = compared(service.proposals(), None if log is None else log.history)
+    if log is None or site.log is None:
+        return Said(proposals)
+    first = sum(1 for _ in kept_leaves(site.log.state / COPY))
+    leaves: list[bytes] = []
+    while first + len(leaves) < log.newest.size and (batch := service.leaves(first + len(leaves))):
+        leaves += batch
+    return Said(proposals, first, tuple(leaves))
 
 
 @dataclass(frozen=True)
@@ -51,14 +85,19 @@ class Heard:
     """What the coordinator said last.
 
     Attributes:
-        proposals: Its studies.
+        said: Its answer.
         at: When, in Unix seconds; 0: never.
         error: Why it cannot be asked now; None if it can.
     """
 
-    proposals: tuple[Proposed, ...] = ()
+    said: Said = Said()
     at: float = 0.0
     error: PrivetError | None = None
+
+    @property
+    def proposals(self) -> tuple[Proposed, ...]:
+        """Its studies."""
+        return self.said.proposals
 
 
 class Coordinator:
@@ -94,9 +133,9 @@ class Coordinator:
 
     def _listen(self) -> None:
         try:
-            self._heard = Heard(tuple(self._ask()), time.time())
+            self._heard = Heard(self._ask(), time.time())
         except PrivetError as error:
-            self._heard = Heard(self._heard.proposals, self._heard.at, error)
+            self._heard = Heard(self._heard.said, self._heard.at, error)
 
 
 @dataclass(frozen=True)
@@ -218,7 +257,11 @@ class Stated:
 
 @dataclass
 class OwnLog:
-    """This site's statements in its own copy of the round log. The copy is read again when it has grown."""
+    """This site's statements in its own copy of the round log, and in the leaves that follow it.
+
+    All leaves are hashed. Those under a checkpoint that this site cosigned are proven, whoever sent them, as its root
+    follows from them alone. They are read again when there are more.
+    """
 
     site: SiteConfig
     _known: Any = None
@@ -226,36 +269,43 @@ class OwnLog:
     leaves: int = 0
     cosigned: int = 0
 
-    def stated(self) -> Mapping[tuple[str, int], Stated]:
-        """Return the statements by study and round; empty while there is no copy."""
+    def stated(self, said: Said) -> Mapping[tuple[str, int], Stated]:
+        """Return the statements by study and round; empty while there is no copy.
+
+        Args:
+            said: Has the leaves that follow the copy, as the coordinator sends them.
+        """
         if self.site.log is None:
             return {}
         file = self.site.log.state / COPY
-        try:
-            known = (file.stat().st_size, file.stat().st_mtime_ns)
-        except OSError:
-            return {}
+        known = stamps([file]), said.first, len(said.leaves)
         if known != self._known:
-            self._read(file)
+            kept = list(kept_leaves(file))
+            self._read([*kept, *said.leaves[len(kept) - said.first :]] if said.first <= len(kept) else kept)
             self._known = known
         return self._found
 
-    def _read(self, file: Path) -> None:
+    def _read(self, leaves: Sequence[bytes]) -> None:
         tree, found, studies = Tree(), dict[tuple[str, int], Stated](), dict[str, str]()
-        own: list[tuple[int, SiteRound]] = []
-        for index, leaf in enumerate(kept_leaves(file)):
+        for leaf in leaves:
             tree.append(leaf_hash(leaf))
-            statement = parse_statement(Envelope.decode(leaf).payload)
-            if isinstance(statement, RunOpen):
-                studies[statement.run] = statement.study
-            elif isinstance(statement, SiteRound) and statement.site == self.site.name:
-                own.append((index, statement))
         self.leaves, self.cosigned = tree.frontier.size, self._cosigned(tree)
-        for index, each in own:
-            epsilon = None if each.charge is None else each.charge.epsilon
-            found[studies.get(each.run, ""), each.round] = Stated(
-                index, each.run, each.upload, epsilon, index < self.cosigned
-            )
+        own = self.site.identity_key()
+        key = b"" if own is None else own.public_key().public_bytes_raw()
+        for index, leaf in enumerate(leaves):
+            try:
+                envelope = Envelope.decode(leaf)
+                statement = parse_statement(envelope.payload)
+                if isinstance(statement, RunOpen):
+                    studies[statement.run] = statement.study
+                elif isinstance(statement, SiteRound) and envelope.key == key:
+                    envelope.check_first()  # this site's own word, also where nobody has cosigned it yet
+                    epsilon = None if statement.charge is None else statement.charge.epsilon
+                    proven = index < self.cosigned
+                    where = studies.get(statement.run, ""), statement.round
+                    found[where] = Stated(index, statement.run, statement.upload, epsilon, proven)
+            except PrivetError:
+                continue  # nothing that can be read as a statement of the log; it proves nothing
         self._found = found
 
     def _cosigned(self, tree: Tree) -> int:
@@ -308,17 +358,17 @@ class Accounts:
     _known: tuple[object, Sequence[Receipt], Spending | None] | None = None
     _read_at: float = 0.0
 
-    def books(self, names: Mapping[str, str]) -> Books:
+    def books(self, said: Said) -> Books:
         """Return what the ledger says.
 
         Args:
-            names: Names of studies by digest.
+            said: The coordinator's answer.
 
         Raises:
             PrivetError: As `open_ledger`.
         """
         receipts, spending = self._read()
-        stated = self.log.stated()
+        stated, names = self.log.stated(said), {each.study.digest: each.study.name for each in said.proposals}
         newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)[:_MOST_LEFT]
         left = tuple(
             Left(each, stated.get((each.study, each.round)), names.get(each.study, "")) for each in newest_first

@@ -90,7 +90,7 @@ class SiteView:
     def _inbox(self, asked: Asked) -> Shown:
         site, accounts = self._own()
         heard = self._coordinator.heard()
-        books = accounts.books(self._names())
+        books = accounts.books(self._coordinator.heard().said)
         found = reading.offered(site, heard)
         values = {"offers": found, "heard": heard, "books": books, "bar_segments": _bar(books), "left": books.left[:5]}
         return Shown("inbox.html", {**self._common(site, "inbox"), **values})
@@ -131,12 +131,12 @@ class SiteView:
 
     def _left(self, asked: Asked) -> Shown:
         site, accounts = self._own()
-        books = accounts.books(self._names())
+        books = accounts.books(self._coordinator.heard().said)
         return Shown("left.html", {**self._common(site, "left"), "books": books, "log": accounts.log})
 
     def _budget(self, asked: Asked) -> Shown:
         site, accounts = self._own()
-        books, names = accounts.books(self._names()), self._names()
+        books, names = accounts.books(self._coordinator.heard().said), self._names()
         values = {"books": books, "bar_segments": _bar(books), "names": names, "curve": _curve(books)}
         return Shown("budget.html", {**self._common(site, "budget"), **values})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -19,11 +20,12 @@ from privet.server.consortium.membership import Row
 from privet.server.log.logfile import LogFile
 from privet.server.log.roundlog import log_file
 from privet.server.network.link import Link
-from privet.server.network.service import link_of
+from privet.server.network.service import LINK, link_of
 from privet.server.overview import run_paths, run_status
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.watch import Wait, details
 
+_log = logging.getLogger("privet.console")
 SOON_DAYS = 7
 """A certificate that ends within so many days is shown as a fault: a site renews its own long before."""
 _MOST_ROUNDS = 100
@@ -191,8 +193,15 @@ class People:
     def connected(self) -> frozenset[str]:
         """Return the names of the members that are connected now."""
         with self._lock:
+            # Never made here: the service makes it when it first starts, and two at once would disturb each other.
+            if self._link is None and not (self.made.directory / LINK).exists():
+                return frozenset()
             if self._link is None:  # opening takes a tenth of a second, as it checks the tables
-                self._link = link_of(self.made.directory)
+                try:
+                    self._link = link_of(self.made.directory)
+                except Exception as error:  # of the database's library, while the service is making the tables
+                    _log.warning("connections are not known yet (%s)", type(error).__name__)
+                    return frozenset()
             nodes = {row.keys.node.encode("ascii"): row.keys.site for row in self._rows() if row.state == "member"}
             owners = self._link.owners(nodes)
             return frozenset(owners[node.id] for node in self._link.nodes() if node.online and node.id in owners)

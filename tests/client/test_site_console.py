@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from privet.client.checks import Check
 from privet.client.commands import policy as commands
 from privet.client.commands.doctor import LOCAL, examine
 from privet.client.commands.setup import setup
+from privet.client.console.reading import Said, consult
 from privet.client.console.view import SiteView
-from privet.client.network.proposals import Proposed, proposed_studies
 from privet.client.policy.consent import approved, check_policy, record_approval
 from privet.client.policy.decisions import Decision, admitted, decide, decisions
-from privet.client.rounds.history import _keep
+from privet.client.rounds.history import _keep, kept_leaves
 from privet.client.rounds.logbook import COPY
 from privet.client.site import load_site
 from privet.common.clock import now
@@ -76,10 +76,9 @@ def file(world: World) -> Iterator[Path]:
         (home / "state" / name).unlink(missing_ok=True)
 
 
-def visit(file: Path, role: Role = Role.APPROVER, ask: Sequence[Proposed] | None = None) -> Visitor:
+def visit(file: Path, role: Role = Role.APPROVER, said: Said | None = None) -> Visitor:
     site = load_site(file)
-    found = (lambda: proposed_studies(file, site)) if ask is None else (lambda: ask)
-    view = SiteView(file, found, lambda: examine(file, now, only=LOCAL))
+    view = SiteView(file, lambda: said or consult(file, site), lambda: examine(file, now, only=LOCAL))
     return Visitor(Console(view.view(), {HOST}), role)
 
 
@@ -229,7 +228,7 @@ def test_a_study_is_shown_with_cost_verdict_and_what_is_new(file: Path) -> None:
 
 
 def test_without_the_coordinator_or_a_study_the_page_says_so(file: Path) -> None:
-    def silent() -> Sequence[Proposed]:
+    def silent() -> Said:
         raise ProtocolError("it does not answer", "")
 
     view = SiteView(file, silent, lambda: (Check("data", False, HOSTILE, "mend it"),))
@@ -297,27 +296,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
-    visitor = visit(finished, ask=())
+    visitor = visit(finished, said=Said((), 0, ()))
     page = visitor.get("/left").text
     rounds = re.findall(r"<tr><th scope=\"row\"", page)
     assert len(rounds) == 4
-    assert len(re.findall(r"✓ leaf [0-9]+, cosigned", page)) == 4
+    proven = re.compile("✓ leaf [0-9]+, cosigned")
+    assert len(proven.findall(page)) == 4
     assert "4</b><span>rounds that left" in page
     budget = visitor.get("/budget").text
     assert "<polyline" in budget
     assert "limit for the dataset" in budget
-    # A copy that was changed proves nothing.
+    # A copy that lags behind is completed by the leaves that the coordinator sends. What was changed proves nothing.
     copy = finished.parent / "state/log" / COPY
-    data = copy.read_bytes()
+    leaves, data = tuple(kept_leaves(copy)), copy.read_bytes()
     try:
+        _keep(copy, leaves[:9], 0)
+        assert proven.findall(visit(finished, said=Said()).get("/left").text) == []
+        assert len(proven.findall(visit(finished, said=Said((), 9, leaves[9:])).get("/left").text)) == 4
+        assert len(proven.findall(visit(finished, said=Said((), 5, leaves[5:])).get("/left").text)) == 4
+        forged = (*leaves[9:-1], leaves[9])
+        assert proven.findall(visit(finished, said=Said((), 9, forged)).get("/left").text) == []
         copy.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
-        assert "cosigned</td>" not in visitor.get("/left").text
+        assert proven.findall(visit(finished, said=Said()).get("/left").text) == []
     finally:
         copy.write_bytes(data)
 
 
 def test_nothing_of_a_record_is_shown(finished: Path) -> None:
-    visitor = visit(finished, ask=())
+    visitor = visit(finished, said=Said((), 0, ()))
     text = (finished.parent / "data/train.csv").read_text().splitlines()[1]
     words = set(re.findall("[A-Za-z]{6,}", text))
     for path in ("/", "/left", "/budget", "/checks"):
