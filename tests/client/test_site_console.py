@@ -316,6 +316,7 @@ def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
         assert len(proven.findall(visit(finished, said=Said((), 5, leaves[5:])).get("/left").text)) == 4
         forged = (*leaves[9:-1], leaves[9])
         assert proven.findall(visit(finished, said=Said((), 9, forged)).get("/left").text) == []
+        assert proven.findall(visit(finished, said=Said((), 9, (b"{}", b""))).get("/left").text) == []
         copy.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
         assert proven.findall(visit(finished, said=Said()).get("/left").text) == []
     finally:

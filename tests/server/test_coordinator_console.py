@@ -83,7 +83,7 @@ def test_the_first_page_says_who_is_waited_for_and_since_when(home: Path) -> Non
     assert "3; needed are 2. alpha, beta, gamma" in page
     # The process that plays the run is killed: its note stays, and the run is not shown as running.
     waiting(home, 2**22 + 1)
-    assert "stopped" in visitor.get("/").text
+    assert "not running" in visitor.get("/").text
     assert "Waiting for" not in visitor.get("/").text
 
 
