@@ -31,10 +31,9 @@ def site(
 
 def _view(file: Path) -> object:
     from privet.client.commands.doctor import LOCAL, examine
-    from privet.client.console.reading import consult
+    from privet.client.console.reading import Consulting
     from privet.client.console.view import SiteView
-    from privet.client.site import load_site
 
     # Those of `privet site doctor` that load no model.
     checks = LOCAL | {"certificate", "connection", "clock", "log"}
-    return SiteView(file, lambda: consult(file, load_site(file)), lambda: examine(file, now, only=checks)).view()
+    return SiteView(file, Consulting(file), lambda: examine(file, now, only=checks)).view()

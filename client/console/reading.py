@@ -17,7 +17,7 @@ from typing import Any
 from privet.client.budget.accounts import Spending
 from privet.client.budget.ledger import Receipt
 from privet.client.budget.releases import limit_of, open_ledger
-from privet.client.network.proposals import Proposed, compared, consulted
+from privet.client.network.proposals import LogReader, Proposed, compared, consulted
 from privet.client.policy.agreement import LATER
 from privet.client.policy.consent import approved
 from privet.client.policy.decisions import Decision, decisions, newest
@@ -25,7 +25,7 @@ from privet.client.policy.opinion import judged
 from privet.client.policy.rules import SitePolicy, load_policy
 from privet.client.rounds.history import kept_leaves
 from privet.client.rounds.logbook import COPY, open_witness
-from privet.client.site import SiteConfig
+from privet.client.site import SiteConfig, load_site
 from privet.common.audit.verify import Tree
 from privet.common.clock import now
 from privet.common.errors import Finding, PrivetError
@@ -36,8 +36,9 @@ from privet.common.log.statements import RunOpen, SiteRound
 from privet.common.study.study import Study
 from privet.common.web.events import stamps
 
-FRESH_SECONDS, PATIENCE_SECONDS = 20.0, 2.0
-"""How long an answer of the coordinator is shown; and how long a page waits for one."""
+FRESH_SECONDS, IDLE_SECONDS, PATIENCE_SECONDS = 20.0, 60.0, 2.0
+"""How old an answer of the coordinator may be when a page is asked for, and while it is open; and how long a page waits
+for the first one."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _MOST_LEFT = 200
 _LEDGER_SECONDS = 15.0
@@ -63,21 +64,35 @@ Ask = Callable[[], Said]
 """Asks the coordinator."""
 
 
-def consult(file: Path, site: SiteConfig) -> Said:
-    """Ask the coordinator for its studies, and for what the site's copy of the round log lacks.
+@dataclass
+class Consulting:
+    """Asks the coordinator for its studies, and for what the site's copy of the round log lacks.
 
-    Raises:
-        PrivetError: As `consulted` and `compared`.
+    Attributes:
+        file: The site file.
     """
-    service, log = consulted(file, site, now)
-    proposals = compared(service.proposals(), None if log is None else log.history)
-    if log is None or site.log is None:
-        return Said(proposals)
-    first = sum(1 for _ in kept_leaves(site.log.state / COPY))
-    leaves: list[bytes] = []
-    while first + len(leaves) < log.newest.size and (batch := service.leaves(first + len(leaves))):
-        leaves += batch
-    return Said(proposals, first, tuple(leaves))
+
+    file: Path
+    _reader: LogReader | None = None
+
+    def __call__(self) -> Said:
+        """Ask once. What was read of the log before is not read again.
+
+        Raises:
+            PrivetError: As `consulted` and `compared`.
+        """
+        site = load_site(self.file)
+        if self._reader is None or self._reader.site != site:
+            self._reader = LogReader(site)
+        service, log = consulted(self.file, site, now, self._reader)
+        proposals = compared(service.proposals(), None if log is None else log.history)
+        if log is None or site.log is None:
+            return Said(proposals)
+        first = sum(1 for _ in kept_leaves(site.log.state / COPY))
+        leaves: list[bytes] = []
+        while first + len(leaves) < log.newest.size and (batch := service.leaves(first + len(leaves))):
+            leaves += batch
+        return Said(proposals, first, tuple(leaves))
 
 
 @dataclass(frozen=True)
@@ -110,24 +125,28 @@ class Coordinator:
     def __init__(self, ask: Ask) -> None:
         self._ask, self._heard, self._lock = ask, Heard(), threading.Lock()
         self._thread: threading.Thread | None = None
-        self._asked = -FRESH_SECONDS
+        self._asked = float("-inf")
 
     def heard(self) -> Heard:
         """Return what it said last. If that is old, it is asked again; the first time, this waits a little."""
-        with self._lock:
-            asking = self._thread is not None and self._thread.is_alive()
-            if time.monotonic() - self._asked >= FRESH_SECONDS and not asking:
-                self._asked = time.monotonic()
-                self._thread = threading.Thread(target=self._listen, daemon=True)
-                self._thread.start()
-            thread = self._thread
+        thread = self._ask_again(FRESH_SECONDS)
         if not self._heard.at and thread is not None:
             thread.join(PATIENCE_SECONDS)
         return self._heard
 
+    def _ask_again(self, age: float) -> threading.Thread | None:
+        with self._lock:
+            asking = self._thread is not None and self._thread.is_alive()
+            if time.monotonic() - self._asked >= age and not asking:
+                self._asked = time.monotonic()
+                self._thread = threading.Thread(target=self._listen, daemon=True)
+                self._thread.start()
+            return self._thread
+
     @property
     def version(self) -> object:
-        """What changes with what it said."""
+        """What changes with what it said. While a page is open, it is asked once in a minute."""
+        self._ask_again(IDLE_SECONDS)
         heard = self._heard
         return tuple((each.study.digest, each.round, each.ended) for each in heard.proposals), heard.error is None
 

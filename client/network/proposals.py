@@ -116,7 +116,7 @@ class LogReader:
 
 
 def consulted(
-    file: Path, config: SiteConfig, clock: Callable[[], datetime]
+    file: Path, config: SiteConfig, clock: Callable[[], datetime], reader: LogReader | None = None
 ) -> tuple[ConsortiumClient, NewestLog | None]:
     """Return a site's access to the consortium service, and the round log as `LogReader.read`.
 
@@ -124,6 +124,7 @@ def consulted(
         file: The site file.
         config: Its content.
         clock: Returns the time.
+        reader: Goes on from the leaves that it has read before; None: from the site's own copy.
 
     Raises:
         StateError: The site is not set up. PrivetError: As `LogReader.read`.
@@ -131,7 +132,7 @@ def consulted(
     if config.log is None:
         raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
     service = ConsortiumClient(Enrolment(file.parent), clock)
-    return service, LogReader(config).read(service)
+    return service, (reader or LogReader(config)).read(service)
 
 
 def proposed_studies(file: Path, config: SiteConfig, clock: Callable[[], datetime] = now) -> Sequence[Proposed]:

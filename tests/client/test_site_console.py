@@ -18,8 +18,7 @@ import pytest
 from privet.client.checks import Check
 from privet.client.commands import policy as commands
 from privet.client.commands.doctor import LOCAL, examine
-from privet.client.commands.setup import setup
-from privet.client.console.reading import Said, consult
+from privet.client.console.reading import Consulting, Said
 from privet.client.console.view import SiteView
 from privet.client.policy.consent import approved, check_policy, record_approval
 from privet.client.policy.decisions import Decision, admitted, decide, decisions
@@ -31,11 +30,11 @@ from privet.common.errors import PolicyError, ProtocolError, StateError
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
 from privet.server.log.logfile import LogFile
-from tests.client.test_studies import EXAMPLE, begin, changed
 from tests.support.browser import browsing, look_at
 from tests.support.console import HOST, Visitor, served
 from tests.support.consortium_world import World, run, running
 from tests.support.pages import ROOT
+from tests.support.proposed_world import EXAMPLE, begin, changed, settle
 
 PASSPHRASE = "correct horse battery"
 WORLD = ROOT / "tests/compat/data/world.tar.xz"
@@ -48,14 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with running(tmp_path_factory.mktemp("consortium")) as world:
         world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
-        home = world.folder / "berlin"
-        rows = (f"text,{EXAMPLE.task.labels[0]},{number}\n" for number in range(300))
-        (home / "notes.csv").write_text("note,specialty,patient\n" + "".join(rows))
-        done = run(
-            setup, home, "--yes", "--train", home / "notes.csv", "--unit=record",
-            "--anchor", home / "elsewhere/head.json", "--anchor-same-disk",
-        )  # fmt: skip
-        assert done.exit_code == 0, done.output
+        home = settle(world)
         begin(world, "old", changed(EXAMPLE, epsilon=1.0), ended=True)
         begin(world, "greedy", changed(EXAMPLE, epsilon=20.0), logged=False)
         begin(world, "triage", EXAMPLE)
@@ -77,8 +69,8 @@ def file(world: World) -> Iterator[Path]:
 
 
 def visit(file: Path, role: Role = Role.APPROVER, said: Said | None = None) -> Visitor:
-    site = load_site(file)
-    view = SiteView(file, lambda: said or consult(file, site), lambda: examine(file, now, only=LOCAL))
+    ask = Consulting(file) if said is None else lambda: said
+    view = SiteView(file, ask, lambda: examine(file, now, only=LOCAL))
     return Visitor(Console(view.view(), {HOST}), role)
 
 
