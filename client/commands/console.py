@@ -7,9 +7,11 @@ from pathlib import Path
 
 from privet.common.clock import now
 from privet.common.options import SiteFile
+from privet.common.progress import doing
 from privet.common.web.commands import ConsolePort, ConsoleSocket, HostName, ViewOnly, serve_console
 
 
+@doing("Opening the console of {site}")
 def site(
     site: SiteFile,
     port: ConsolePort = 0,

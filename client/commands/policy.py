@@ -247,6 +247,7 @@ def refuse(
     typer.echo(f"refused  {asked.name} {asked.digest}, by {by}")
 
 
+@doing("Making the key of {name}")
 def approver(
     site: SiteFile,
     name: Annotated[str, typer.Argument(help="Name of the person: lower-case letters, digits, dashes.")],

@@ -8,9 +8,9 @@ from pathlib import Path
 import typer
 
 from privet.common.errors import StateError
-from privet.common.pki.keyfile import check_passphrase
 
 ROOT_KEY = "the root's key"
+_LEAST_PASSPHRASE = 12
 
 
 def read_passphrase(file: Path | None) -> bytes | None:
@@ -43,7 +43,11 @@ def new_passphrase(file: Path | None, what: str = ROOT_KEY, *, optional: bool = 
         _need_terminal(f"--passphrase-file FILE{spared}", what)
         typed = typer.prompt(f"New passphrase of {what}", hide_input=True, confirmation_prompt=True, err=True)
         found = str(typed).strip().encode()
-    check_passphrase(found, what)
+    if len(found) < _LEAST_PASSPHRASE:
+        raise StateError(
+            f"the passphrase of {what}: expected {_LEAST_PASSPHRASE} bytes or more, found {len(found)}",
+            "choose a longer one, for example six random words",
+        )
     return found
 
 

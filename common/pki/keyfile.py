@@ -26,7 +26,6 @@ K = TypeVar("K", Ed25519PrivateKey, MLDSA65PrivateKey, ec.EllipticCurvePrivateKe
 
 MLDSA_KEY = "mldsa65.pem"
 """Name of the file of a party's ML-DSA-65 key, beside its Ed25519 keys."""
-_LEAST_PASSPHRASE = 12
 _NEW = "make one with `privet site identity FILE`"
 KEPT = "restore the file from a backup"
 """What to do where a key or certificate is missing that cannot be made again."""
@@ -103,15 +102,6 @@ def read_locked_key(path: Path, passphrase: bytes, what: str) -> Ed25519PrivateK
     if not isinstance(key, Ed25519PrivateKey):
         raise StateError(f"{what}: {path} is not an Ed25519 key", KEPT)
     return key
-
-
-def check_passphrase(passphrase: bytes, what: str) -> None:
-    """Check the length of a new passphrase. Raises `StateError` if it is too short."""
-    if len(passphrase) < _LEAST_PASSPHRASE:
-        raise StateError(
-            f"the passphrase of {what}: expected {_LEAST_PASSPHRASE} bytes or more, found {len(passphrase)}",
-            "choose a longer one, for example six random words",
-        )
 
 
 def make_key(path: Path) -> Ed25519PrivateKey:

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from privet.common.options import HERE, Directory
+from privet.common.progress import doing
 from privet.common.web.commands import ConsolePort, ConsoleSocket, HostName, ViewOnly, serve_console
 
 
+@doing("Opening the console of {directory}")
 def coordinator(
     directory: Directory = HERE,
     port: ConsolePort = 0,
