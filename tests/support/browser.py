@@ -195,5 +195,6 @@ def _page(socket: ClientConnection) -> Browser:
 def look_at(browser: Browser, address: str) -> None:
     """Open a page: nobody is kept from using it, and it fits a phone."""
     browser.open(address)
-    assert browser.faults() == [], address
-    assert browser.width(390) <= 390, address
+    found, wide = browser.faults(), browser.width(390)
+    assert not found, f"{address}: {found}"
+    assert wide <= 390, f"{address}: {wide} pixels wide"

@@ -1,7 +1,7 @@
 // What keeps somebody from using a page: the checks of WCAG 2.2 that a program can make on these pages. Returns sentences.
 (() => {
   const found = [], all = (selector) => [...document.querySelectorAll(selector)];
-  const seen = (e) => e.getClientRects().length > 0 && getComputedStyle(e).visibility !== "hidden";
+  const seen = (e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true });
   const name = (e) => (e.getAttribute("aria-label") || e.innerText || e.title || "").trim();
   if (!document.documentElement.lang) found.push("the page has no language");
   if (!document.title.trim()) found.push("the page has no title");
