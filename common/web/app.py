@@ -223,7 +223,8 @@ class Console:
     # Messages
 
     def _session(self, request: Request) -> Session | None:
-        return self.sessions.of(request.cookies.get(COOKIE))
+        # A page that asks for itself again, as something changed, is nobody's doing.
+        return self.sessions.of(request.cookies.get(COOKIE), touch="x-refresh" not in request.headers)
 
     def _texts(self, request: Request) -> Texts:
         session = self.sessions.of(request.cookies.get(COOKIE), touch=False)

@@ -114,6 +114,17 @@ def test_a_forged_session_sees_nothing_and_does_nothing(console: Console, done: 
     assert done == []
 
 
+def test_a_page_that_refreshes_itself_does_not_keep_its_session(console: Console) -> None:
+    visitor = Visitor(console)
+    session = console.sessions.of(visitor.cookie)
+    assert session is not None
+    session.used = began = session.used - 60
+    assert visitor.get("/", X_Refresh="1").status_code == 200
+    assert session.used == began
+    visitor.get("/")
+    assert session.used > began
+
+
 def test_who_leaves_is_out(console: Console) -> None:
     visitor = Visitor(console)
     assert visitor.post("/leave", {}).status_code == 200

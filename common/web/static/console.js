@@ -12,7 +12,7 @@
   };
   const refresh = async () => {
     if (busy()) { note.hidden = false; return; }
-    const answer = await fetch(location.href, { credentials: "same-origin" });
+    const answer = await fetch(location.href, { credentials: "same-origin", headers: { "X-Refresh": "1" } });
     if (!answer.ok || answer.redirected) { location.reload(); return; }
     const page = new DOMParser().parseFromString(await answer.text(), "text/html"), fresh = page.getElementById("main");
     if (!fresh || busy()) { note.hidden = false; return; }
