@@ -56,6 +56,8 @@ def serve_console(make: Callable[[], Any], port: int, path: Path | None, host: s
         raise StudyError(f"the console needs the package {error.name}", "run pip install 'privet[console]'") from None
     if host is not None and host not in _LOCAL:
         raise StudyError(f"--host: expected 127.0.0.1 or localhost, found {host!r}", "leave the option out")
+    if path is not None and not port:
+        raise StudyError("--socket: expected --port beside it", "name the port that you forward to the socket")
     opened = listen(port) if path is None else listen_at(path)
     shown = port if path is not None else opened.getsockname()[1]
     # A name of its own: browsers keep cookies by name and not by port, so another server of this machine never gets
