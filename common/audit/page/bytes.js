@@ -10,8 +10,14 @@ class Fault extends Error {
 
 const utf8 = (text) => new TextEncoder().encode(text);
 const HEX = Array.from({ length: 256 }, (_, byte) => byte.toString(16).padStart(2, "0"));
-const hex = (bytes) => Array.from(bytes, (byte) => HEX[byte]).join("");
-const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
+
+function hex(bytes) {
+  let text = "";
+  for (const byte of bytes) text += HEX[byte];
+  return text;
+}
+
+const unhex = (text) => Uint8Array.from({ length: text.length / 2 }, (_, at) => parseInt(text.slice(2 * at, 2 * at + 2), 16));
 const equalBytes = (a, b) => a.length === b.length && a.every((byte, at) => byte === b[at]);
 
 function joined(...parts) {
@@ -24,25 +30,25 @@ function joined(...parts) {
   return whole;
 }
 
-/** Text of bytes, each a character of its own number: what base64 and regular expressions of ASCII read. */
-function latin(bytes) {
-  const parts = [];
-  for (let at = 0; at < bytes.length; at += 8192) parts.push(String.fromCharCode(...bytes.subarray(at, at + 8192)));
-  return parts.join("");
-}
+const singleBytes = new TextDecoder("latin1");
 
-const encodeBase64 = (bytes) => btoa(latin(bytes));
+/** Text of bytes, one character each. Only ASCII is the same in every browser, and what is read must be ASCII. */
+const latin = (bytes) => singleBytes.decode(bytes);
+
+// Browsers before 2025 have no base64 of bytes, but one of strings, which is slower.
+const encodeBase64 = Uint8Array.prototype.toBase64 ? (bytes) => bytes.toBase64() : (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+const looseBase64 = Uint8Array.fromBase64 ? (text) => Uint8Array.fromBase64(text) : (text) => Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
 
 /** Decode standard base64 (RFC 4648, section 4). Every form but the canonical one is refused. */
 function decodeBase64(text, what) {
-  let raw;
+  let bytes;
   try {
-    raw = atob(text);
+    bytes = looseBase64(text);
   } catch {
     throw new Fault(what, "base64", "other characters");
   }
-  if (btoa(raw) !== text) throw new Fault(what, "canonical base64", "another form");
-  return Uint8Array.from(raw, (character) => character.charCodeAt(0));
+  if (encodeBase64(bytes) !== text) throw new Fault(what, "canonical base64", "another form");
+  return bytes;
 }
 
 const sha256 = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
@@ -59,22 +65,20 @@ const WEAK = new Set([
   "ee" + "ff".repeat(30) + "7f",
 ]);
 
+/** Whether a public key in hexadecimal is such a point; either sign. */
 function isWeak(key) {
-  const bare = Uint8Array.from(key);
-  bare[31] &= 0x7f;
-  return WEAK.has(hex(bare));
+  return WEAK.has(key.slice(0, 62) + HEX[parseInt(key.slice(62), 16) & 0x7f]);
 }
 
 const importedKeys = new Map();
 
-/** Whether an Ed25519 signature (RFC 8032) over a message matches. */
+/** Whether an Ed25519 signature (RFC 8032) over a message matches. The key is in hexadecimal. */
 async function signedBy(key, signature, message) {
-  const name = hex(key);
-  if (!importedKeys.has(name)) {
-    importedKeys.set(name, crypto.subtle.importKey("raw", key, { name: "Ed25519" }, false, ["verify"]));
+  if (!importedKeys.has(key)) {
+    importedKeys.set(key, crypto.subtle.importKey("raw", unhex(key), { name: "Ed25519" }, false, ["verify"]));
   }
   try {
-    return await crypto.subtle.verify({ name: "Ed25519" }, await importedKeys.get(name), signature, message);
+    return await crypto.subtle.verify({ name: "Ed25519" }, await importedKeys.get(key), signature, message);
   } catch {
     return false; // not a point of the curve
   }

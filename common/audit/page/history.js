@@ -84,10 +84,10 @@ class History {
       said = await parseStatement(envelope.payload);
       await checkSecond(envelope, said.type === "genesis" ? (await parseKey(said.log)).pq : new Uint8Array());
     } else {
-      await checkSecond(envelope, this.second.get(envelope.keyName) ?? new Uint8Array());
+      await checkSecond(envelope, this.second.get(envelope.key) ?? new Uint8Array());
       said = await parseStatement(envelope.payload);
     }
-    const leaf = { index, hash: "sha256:" + hex(tree.levels[0][index]), key: envelope.keyName, said };
+    const leaf = { index, hash: "sha256:" + hex(tree.levels[0][index]), key: envelope.key, said };
     await this.rule(leaf, said, tree);
     return leaf;
   }
@@ -404,7 +404,7 @@ const stateOf = (release) => release.change?.state ?? STATES[0];
 /** Whether the Ed25519 half of a proof of possession matches, and the half with ML-DSA-65 is there where it must be. */
 async function provesFirst(key, proof, text, both) {
   const bytes = unhex(proof);
-  return bytes.length === 64 + (both ? ML_DSA_SIGNATURE : 0) && signedBy(unhex(key), bytes.subarray(0, 64), text);
+  return bytes.length === 64 + (both ? ML_DSA_SIGNATURE : 0) && signedBy(key, bytes.subarray(0, 64), text);
 }
 
 /** What can be found about a leaf's bytes without the history. */

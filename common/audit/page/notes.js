@@ -3,8 +3,8 @@
 
 const LOG = 1, WITNESS = 4, ML_DSA_KEY = 1952, ML_DSA_SIGNATURE = 3309, MOST_SIGNERS = 100;
 const HYBRID = new Map([
-  [LOG, "\u00ffprivet ed25519+ml-dsa-65 log\n"],
-  [WITNESS, "\u00ffprivet ed25519+ml-dsa-65 cosignature\n"],
+  [LOG, joined(Uint8Array.of(255), utf8("privet ed25519+ml-dsa-65 log\n"))],
+  [WITNESS, joined(Uint8Array.of(255), utf8("privet ed25519+ml-dsa-65 cosignature\n"))],
 ]);
 const MOST = 2 ** 53;
 
@@ -29,7 +29,7 @@ async function readKey(text) {
   checkName(name);
   let kind = material[0], key = material.subarray(1), pq = new Uint8Array();
   for (const [of, label] of HYBRID) {
-    if (latin(material.subarray(0, label.length)) === label && material.length === label.length + 32 + ML_DSA_KEY) {
+    if (equalBytes(material.subarray(0, label.length), label) && material.length === label.length + 32 + ML_DSA_KEY) {
       [kind, key, pq] = [of, material.subarray(label.length, label.length + 32), material.subarray(label.length + 32)];
     }
   }
@@ -109,10 +109,10 @@ async function checkSignature(key, text, signature) {
     throw new Fault(`checkpoint: the signature by ${key.name}`, `${length} bytes`, signature.data.length);
   }
   if (before && cosignedAt(signature) >= 2n ** 63n) throw new Fault(`checkpoint: the time of the cosignature by ${key.name} is too large`);
-  if (isWeak(key.key)) throw new Fault(`checkpoint: the key of ${key.name} is a weak one: it signs everything`);
+  if (isWeak(key.publics[0])) throw new Fault(`checkpoint: the key of ${key.name} is a weak one: it signs everything`);
   if (second) return;
   const message = before ? `cosignature/v1\ntime ${cosignedAt(signature)}\n${text}` : text;
-  if (!(await signedBy(key.key, signature.data.subarray(before), utf8(message)))) {
+  if (!(await signedBy(key.publics[0], signature.data.subarray(before), utf8(message)))) {
     throw new Fault(`checkpoint: the signature by ${key.name} does not match the text`);
   }
 }

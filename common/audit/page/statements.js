@@ -15,8 +15,7 @@ function parseEnvelope(data) {
   if (second !== undefined) decodeBase64(pqSignature, "envelope: signature");
   return {
     payload: decodeBase64(payload, "envelope: payload"),
-    key: unhex(key),
-    keyName: key,
+    key,
     signature: decodeBase64(signature, "envelope: signature"),
     second: second ?? null,
   };
@@ -28,20 +27,20 @@ function preAuthentication(payload) {
 }
 
 async function checkAuthor(envelope) {
-  if (isWeak(envelope.key)) throw new Fault(`the key ${envelope.keyName.slice(0, 16)} of a statement is a weak one: it signs everything`);
+  if (isWeak(envelope.key)) throw new Fault(`the key ${envelope.key.slice(0, 16)} of a statement is a weak one: it signs everything`);
   if (!(await signedBy(envelope.key, envelope.signature, preAuthentication(envelope.payload)))) {
-    throw new Fault(`the signature of a statement by key ${envelope.keyName.slice(0, 16)} does not match`);
+    throw new Fault(`the signature of a statement by key ${envelope.key.slice(0, 16)} does not match`);
   }
 }
 
 /** Check that a second signature is there exactly if the author has an ML-DSA-65 key, and names this key. */
 async function checkSecond(envelope, pq) {
-  const who = `a statement by key ${envelope.keyName.slice(0, 16)}: signatures`;
+  const who = `a statement by key ${envelope.key.slice(0, 16)}: signatures`;
   if ((envelope.second !== null) !== (pq.length > 0)) {
     throw new Fault(who, pq.length ? "one with Ed25519 and one with ML-DSA-65" : "one with Ed25519 alone", envelope.second === null ? "one" : "two");
   }
   if (envelope.second !== null && envelope.second !== hex(await sha256(pq))) {
-    throw new Fault(`the ML-DSA-65 signature of a statement by key ${envelope.keyName.slice(0, 16)} is of another key`);
+    throw new Fault(`the ML-DSA-65 signature of a statement by key ${envelope.key.slice(0, 16)} is of another key`);
   }
 }
 
@@ -162,9 +161,9 @@ async function checkParts(said) {
     case "join":
     case "renew": return checkMember(said.member);
     case "rotate": {
-      const log = (await parseKeyOf(said.log, LOG)).key;
-      if (hex(log) === said.coordinator) throw new Fault("the keys of log and coordinator must differ");
-      if (isWeak(log) || isWeak(unhex(said.coordinator))) throw new Fault("rotate", "keys that are not of small order", "one");
+      const [log] = (await parseKeyOf(said.log, LOG)).publics;
+      if (log === said.coordinator) throw new Fault("the keys of log and coordinator must differ");
+      if (isWeak(log) || isWeak(said.coordinator)) throw new Fault("rotate", "keys that are not of small order", "one");
       return;
     }
     case "round-open":

@@ -32,7 +32,7 @@ function table(target, heads, rows) {
 
 function readBundle() {
   const data = JSON.parse(at("bundle").textContent);
-  const files = new Map(Object.entries(data.files).map(([name, text]) => [name, Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]));
+  const files = new Map(Object.entries(data.files).map(([name, text]) => [name, looseBase64(text)]));
   return { title: data.title, files, absent: new Map(Object.entries(data.absent)) };
 }
 
@@ -145,9 +145,9 @@ function say(id, good, text) {
 async function compareFile() {
   const [file] = at("own-file").files;
   if (!file) return;
-  const data = new Uint8Array(await file.arrayBuffer()), text = latin(data.subarray(0, 1_000_000));
+  const data = new Uint8Array(await file.arrayBuffer()), text = new TextDecoder().decode(data.subarray(0, 1_000_000));
   if (/^\s*(#|log )/.test(text)) await comparePolicy(text);
-  else if (text.includes("\n\n\u00e2\u0080\u0094 ")) await compareCheckpoint(data);
+  else if (text.includes("\n\n\u2014 ")) await compareCheckpoint(data);
   else await compareReleased(await digestOf(data));
   showVerdict();
 }
