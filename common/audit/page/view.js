@@ -300,7 +300,7 @@ function chainOf(run, runs) {
 function showMembers() {
   const { history, cosigners } = report, signed = new Map(cosigners.map((key) => [key.text, key]));
   const times = new Map(report.note.signatures.map((each) => [each.name, each]));
-  const cosigned = (key) => (key ? `cosigned ${clock(Number(cosignedAt(times.get(key.name))))}` : "did not cosign");
+  const cosigned = (key) => (key ? `cosigned ${clock(Number(cosignedAt(times.get(key.name))))}` : report.fault ? "not reached" : "did not cosign");
   const row = (member, joined, left) => [member.site, member.key.slice(0, 16), member.witness === null ? "no witness" : cosigned(signed.get(member.witness)),
     history.second.get(member.key)?.length ? "Ed25519 and ML-DSA-65" : "Ed25519", joined, left];
   const rows = [...history.left.map(([member, left, joined]) => row(member, joined, `left at leaf ${left}`)),
