@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,7 +39,7 @@ from tests.conftest import Run
 from tests.support.chromium import Tab, browser
 from tests.support.lies import Archive, archive_of, rotated_of
 from tests.support.log_world import World, flips, member, private, public
-from tests.support.tampered import Tampered, log_files, tampered
+from tests.support.tampered import Tampered, kinds_of, log_files, tampered
 
 ANY = st.characters(exclude_categories=["Cs"])
 
@@ -142,8 +142,8 @@ def in_python(case: Tampered, leaving_out: set[str]) -> Result:
     return report.holds, report.verdict.leaf, report.where
 
 
-def in_browser(tab: Tab, cases: list[Tampered], folder: Path) -> list[dict[str, Any]]:
-    """Verify bundles with the page's program. Equal files are written once."""
+def in_browser(tab: Tab, cases: list[Tampered], folder: Path, script: str = "") -> list[dict[str, Any]]:
+    """Verify bundles with the page's program, or with another. Equal files are written once."""
     pool: dict[str, str] = {}
     told = []
     for case in cases:
@@ -153,7 +153,7 @@ def in_browser(tab: Tab, cases: list[Tampered], folder: Path) -> list[dict[str, 
                 files[name] = hashlib.sha256(data).hexdigest()
                 pool.setdefault(files[name], base64.b64encode(data).decode())
         told.append({"files": files, "absent": absent, "policy": case.policy.text})
-    script = page.program(VERIFIER)
+    script = script or page.program(VERIFIER)
     file = folder / "harness.html"
     data = page._inert({"pool": pool, "cases": told})
     file.write_text(f'<script type="application/json" id="data">{data}</script><script>{script}</script>')
@@ -213,6 +213,31 @@ def test_the_page_agrees_with_python_about_500_tampered_bundles(
     assert found.keys() <= {"both", "no fault", *LEFT_OUT}
     assert {"ml-dsa", "epsilon"} <= found.keys(), found
     print(found)  # noqa: T201
+
+
+# A rule of the program, what takes it out, and the kind of tampering that shows it.
+BROKEN = {
+    "if (equalBytes(root, head.root)) return;": ("return;", "changed_leaves"),
+    "if (!(await signedBy(envelope.key, ": ("if (false && !(await signedBy(envelope.key, ", "hybrid"),
+    "if (found.length < needed) throw": ("if (false) throw", "other_policies"),
+    "if (run.nonces.has(said.nonce)) throw": ("if (false) throw", "broken_rules"),
+    "if (this.owners.get(leaf.key) !== author) {": ("if (false) {", "broken_rules"),
+    "if (!equalBytes(right, files.get(name))) wrong(name);": ("", "rearranged"),
+    "if (again !== text) throw": ("if (false) throw", "other_forms"),
+    "expectEqual(`SHA-256 of release/${name}`, expected, ": ("((..._) => 0)(", "rearranged"),
+}
+
+
+@pytest.mark.slow
+def test_a_page_that_lacks_a_rule_does_not_agree(archive: Archive, rotated: Archive, tab: Tab, tmp_path: Path) -> None:
+    kinds = kinds_of(archive, rotated, seed=1)
+    cases = {kind: list(islice(kinds[kind], 60)) for kind in {kind for _, kind in BROKEN.values()}}
+    told = {kind: [each["result"] for each in in_browser(tab, some, tmp_path)] for kind, some in cases.items()}
+    script = page.program(VERIFIER)
+    for rule, (other, kind) in BROKEN.items():
+        assert script.count(rule) == 1, rule
+        broken = in_browser(tab, cases[kind], tmp_path, script.replace(rule, other))
+        assert [each["result"] for each in broken] != told[kind], rule
 
 
 # The parts of the program against those of Python
@@ -337,7 +362,10 @@ def test_a_true_bundle_is_consistent_and_green_only_once_it_is_compared(
     assert "released: adapter" in text(tab, "chains")
     head = parse_note(archive.files["checkpoint"]).text.encode()
     words = {"key-told": words_of(archive.policy.log.text.encode()), "head-told": words_of(head)}
-    assert [text(tab, name.replace("told", "words")) for name in words] == list(words.values())
+    shown = [tab.run(f"document.getElementById('{name.replace('told', 'words')}').textContent") for name in words]
+    assert shown == list(words.values())
+    typed(tab, "key-told", "button lemmon zebra")
+    assert text(tab, "key-result") == "lemmon is no word of the list"
     typed(tab, "key-told", words["key-told"])
     assert (text(tab, "key-result"), text(tab, "verdict-word")) == ("\u2713 Equal.", "Consistent with itself")
     typed(tab, "head-told", words["head-told"].upper().replace(" ", ", "))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from privet.common.audit.fields import FIELDS
 from privet.common.audit.verify import Tree
 from privet.common.log.checkpoint import Policy
+from privet.common.log.envelope import PAYLOAD_TYPE, Envelope, pae
 from privet.common.log.merkle import leaf_hash
+from privet.common.log.statements import Revoke
 from privet.common.log.tiles import bundle_bytes, tile_bytes, tiles
-from tests.common.test_audit import LEAVES, POLICY, RULES, TAMPERS, WORLD
+from tests.common.test_audit import LEAVES, POLICY, RULES, TAMPERS, WORLD, change, edited
 from tests.support.lies import Archive, beside, changed, instead, relogged, unreleased, value_at
-from tests.support.log_world import World, flips, sign_head, story
+from tests.support.log_world import World, digest, flips, private, public, sign_head, story
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,25 @@ def log_files(leaves: list[bytes], checkpoint: bytes, hashed: list[bytes] | None
     return files
 
 
+def kinds_of(archive: Archive, rotated: Archive, seed: int) -> dict[str, Iterator[Tampered]]:
+    """Return all kinds of tampering."""
+    return {
+        "lies": lies(archive, seed),
+        "lies after a rotation": lies(rotated, seed + 1),
+        "flipped": flipped(archive, seed),
+        "rearranged": rearranged(archive, seed),
+        "broken_rules": broken_rules(),
+        "changed_leaves": changed_leaves(),
+        "other_forms": other_forms(),
+        "large": large(seed),
+        "hybrid": hybrid(seed),
+        "other_policies": other_policies(archive, rotated),
+    }
+
+
 def tampered(archive: Archive, rotated: Archive, seed: int, most: int) -> list[Tampered]:
     """Return so many bundles: all kinds of tampering in turn, each as often as it has something new."""
-    kinds = [
-        lies(archive, seed),
-        lies(rotated, seed + 1),
-        flipped(archive, seed),
-        rearranged(archive, seed),
-        broken_rules(),
-        changed_leaves(),
-        hybrid(seed),
-        other_policies(archive, rotated),
-    ]
+    kinds = list(kinds_of(archive, rotated, seed).values())
     found: list[Tampered] = []
     while kinds and len(found) < most:
         for kind in list(kinds):
@@ -129,12 +139,64 @@ def broken_rules() -> Iterator[Tampered]:
 def changed_leaves() -> Iterator[Tampered]:
     """Change, remove or move leaves: under the true checkpoint, with true and with new tiles, and under a new one."""
     true = sign_head(LEAVES, WORLD.sites)
-    for name, (leaves, _) in TAMPERS.items():
+    # Right in itself: the tree alone tells it from what was cosigned.
+    last = edited(len(LEAVES) - 1, change(upload=digest("another")))
+    for name, (leaves, _) in {"say something else last": (last, None), **TAMPERS}.items():
         if b"" in leaves:
             continue  # no file can hold it
         yield Tampered(f"{name}, tiles kept", log_files(leaves, true, LEAVES), POLICY)
         yield Tampered(f"{name}, tiles new", log_files(leaves, true), POLICY)
         yield Tampered(f"{name}, all new", log_files(leaves, sign_head(leaves, WORLD.sites)), POLICY)
+
+
+def other_forms() -> Iterator[Tampered]:
+    """Write the last statement in another form than the one; its author signs it, and everybody cosigns the tree."""
+    payload = Envelope.decode(LEAVES[-1]).payload
+    assert b'"round":2,' in payload
+    forms = {
+        "a space": payload.replace(b'":', b'": ', 1),
+        "a line": payload + b"\n",
+        "a number with a fraction": payload.replace(b'"round":2,', b'"round":2.0,'),
+        "a number with an exponent": payload.replace(b'"round":2,', b'"round":20e-1,'),
+        "a number with a zero too many": re.sub(rb'"epsilon":[0-9.]+', rb"\g<0>0", payload),
+        "a key twice": payload.replace(b'"round":2,', b'"round":1,"round":2,'),
+        "an escape": payload.replace(b'"lyon"', b'"l\\u0079on"'),
+        "another subject": payload.replace(b'"name":"upload"', b'"name":"adapter"'),
+        "no subject": re.sub(rb'"subject":\[[^]]*\]', b'"subject":[]', payload),
+        "another type outside": payload.replace(b"statement:site-round:1", b"statement:refusal:1"),
+        "another format": payload.replace(b'"format":1', b'"format":2'),
+        "a field too many": payload.replace(b'"format":1', b'"extra":null,"format":1'),
+        "a field too few": re.sub(rb'"commitments":\{[^}]*\},', b"", payload),
+        "a text for a number": payload.replace(b'"round":2,', b'"round":"2",'),
+        "true for a number": payload.replace(b'"format":1', b'"format":true'),
+        "an upper-case digest": re.sub(rb'"root":"[0-9a-f]+', lambda found: found[0].upper(), payload),
+        "no text": b"\xff\xfe",
+        "a list": b"[]",
+        "nothing": b"null",
+    }
+    for name, form in forms.items():
+        assert form != payload, name
+        signature = private("lyon").sign(pae(PAYLOAD_TYPE, form))
+        leaves = [*LEAVES[:-1], Envelope(form, public("lyon"), signature).encode()]
+        yield Tampered(f"{name} in a statement", log_files(leaves, sign_head(leaves, WORLD.sites)), POLICY)
+
+
+def large(seed: int) -> Iterator[Tampered]:
+    """Change each file of a log of more than one tile, and add those of the log when it was shorter."""
+    generator, world = random.Random(seed), World(private=False)
+    world.found()
+    for number in range(1, 52):
+        world.play("flu", number)
+    files = log_files(world.leaves, world.checkpoint())
+    assert len(files) == 6
+    yield Tampered("a log of 257 leaves", files, POLICY)
+    for name, data in files.items():
+        (other,) = flips(data, iter([generator.randrange(8 * len(data))]))
+        yield Tampered(f"a bit of {name}, of 257 leaves", {**files, name: other}, POLICY)
+    shorter = log_files(world.leaves[:200], b"")
+    for name in sorted(shorter.keys() - {"checkpoint"}):
+        yield Tampered(f"with the earlier {name}", {**files, name: shorter[name]}, POLICY)
+        yield Tampered(f"with a wrong {name}", {**files, name: shorter[name][:-1] + b"?"}, POLICY)
 
 
 def hybrid(seed: int) -> Iterator[Tampered]:
@@ -164,10 +226,18 @@ def changed_letter(data: bytes, at: int) -> bytes:
 
 
 def other_policies(archive: Archive, rotated: Archive) -> Iterator[Tampered]:
-    """Verify under a policy of another time, of another log, and of fewer witnesses."""
+    """Verify under a policy of another time, of another log, of fewer witnesses; and with too few cosignatures."""
     yield Tampered("the policy before a rotation", rotated.files, archive.policy)
     yield Tampered("the policy after a rotation", archive.files, rotated.policy)
     yield Tampered("the policy of another log", archive.files, POLICY)
     for count in range(1, len(archive.policy.witnesses) + 1):
         policy = Policy(archive.policy.log, archive.policy.witnesses[:count], count)
         yield Tampered(f"a policy of {count} witnesses", archive.files, policy)
+    for sites in ((), ("berlin",), ("berlin", "lyon"), ("mallory", "oslo")):
+        yield Tampered(f"{len(sites)} cosignatures", log_files(LEAVES, sign_head(LEAVES, sites)), POLICY)
+    yield Tampered("another signer", log_files(LEAVES, sign_head(LEAVES, WORLD.sites, "mallory")), POLICY)
+    world = World()
+    world.found()
+    world.say(Revoke(time=2, site="lyon", key=public("lyon").hex(), reason="key-compromise", quorum=2))
+    for sites in (("berlin", "lyon"), ("berlin", "oslo")):
+        yield Tampered(f"cosigned by {sites} without lyon", log_files(world.leaves, world.checkpoint(sites)), POLICY)

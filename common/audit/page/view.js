@@ -133,7 +133,9 @@ function compareWords(which, expected) {
   const heard = lettersOf(at(`${which}-told`).value), number = heard ? heard.split(" ").length : 0;
   told[which] = number < 12 ? null : heard === expected;
   const other = which === "head" ? " Compare copies with the same number of leaves." : "";
-  say(`${which}-result`, told[which], number === 0 ? "" : told[which] === null ? `${number} of 12 words` : told[which] ? "Equal." : `Different.${other}`);
+  const strange = heard.split(" ").slice(0, -1).find((word) => !PRIVET.words.includes(word));
+  const sofar = strange === undefined ? `${number} of 12 words` : `${strange.slice(0, 20)} is no word of the list`;
+  say(`${which}-result`, told[which], number === 0 ? "" : told[which] === null ? sofar : told[which] ? "Equal." : `Different.${other}`);
   showVerdict();
 }
 
