@@ -35,6 +35,7 @@ from privet.common.log.statements import AdapterState
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle
 from privet.common.masking.isolation import Isolation, Sums
 from privet.common.pki.words import words_of
+from privet.common.study.average import AVERAGED
 from tests.conftest import Run
 from tests.support.chromium import Tab, browser
 from tests.support.lies import Archive, archive_of, rotated_of
@@ -104,7 +105,7 @@ LEFT_OUT: dict[str, list[Callable[[], Any]]] = {
         partial(patch.object, bundle, "check_counts", _nothing),
         partial(patch.object, bundle, "_check_result", _nothing),
     ],
-    "average": [partial(patch.dict, bundle._CHECKS, {bundle.AVERAGED: _nothing})],
+    "average": [partial(patch.dict, bundle._CHECKS, {AVERAGED: _nothing})],
     "weights": [partial(patch.object, bundle, "verify_files", _nothing)],
     "privacy-statement": [partial(patch.object, bundle, "_check_privacy", _nothing)],
     "receipts": [],
@@ -155,8 +156,8 @@ def in_browser(tab: Tab, cases: list[Tampered], folder: Path, script: str = "") 
         told.append({"files": files, "absent": absent, "policy": case.policy.text})
     script = script or page.program(VERIFIER)
     file = folder / "harness.html"
-    data = page._inert({"pool": pool, "cases": told})
-    file.write_text(f'<script type="application/json" id="data">{data}</script><script>{script}</script>')
+    inert = page._inert({"pool": pool, "cases": told})
+    file.write_text(f'<script type="application/json" id="data">{inert}</script><script>{script}</script>')
     tab.open(file.as_uri())
     found: list[dict[str, Any]] = tab.run(
         """(async () => {
@@ -176,7 +177,7 @@ def in_browser(tab: Tab, cases: list[Tampered], folder: Path, script: str = "") 
 def compare(tab: Tab, cases: list[Tampered], folder: Path) -> Counter[str]:
     """Compare both verifiers. Return how many faults both find, and how many Python alone, by the check it takes."""
     everything = {check.name for check in NOT_IN_PAGE}
-    wrong, found = [], Counter[str]()
+    wrong, found = list[tuple[object, ...]](), Counter[str]()
     for case, told in zip(cases, in_browser(tab, cases, folder), strict=True):
         expected = in_python(case, everything)
         if tuple(told["result"]) != expected:
@@ -299,9 +300,9 @@ def test_who_spoils_is_found_as_in_python(tab: Tab, tmp_path: Path) -> None:
           }});
         }})"""
     )
-    for rounds, states in zip(histories, found, strict=True):
+    for history, states in zip(histories, found, strict=True):
         isolation = Isolation()
-        for sums, state in zip(rounds, states, strict=True):
+        for sums, state in zip(history, states, strict=True):
             isolation.note(sums)
             benched, suspects = sorted(isolation.benched), sorted(isolation.suspects)
             assert state == [list(isolation.left_out), benched, suspects, sorted(isolation.cleared)]
@@ -361,16 +362,16 @@ def test_a_true_bundle_is_consistent_and_green_only_once_it_is_compared(
     assert "every epsilon shown here is as stated" in text(tab, "elsewhere")
     assert "released: adapter" in text(tab, "chains")
     head = parse_note(archive.files["checkpoint"]).text.encode()
-    words = {"key-told": words_of(archive.policy.log.text.encode()), "head-told": words_of(head)}
-    shown = [tab.run(f"document.getElementById('{name.replace('told', 'words')}').textContent") for name in words]
-    assert shown == list(words.values())
-    typed(tab, "key-told", "button lemmon zebra")
-    assert text(tab, "key-result") == "lemmon is no word of the list"
-    typed(tab, "key-told", words["key-told"])
-    assert (text(tab, "key-result"), text(tab, "verdict-word")) == ("\u2713 Equal.", "Consistent with itself")
-    typed(tab, "head-told", words["head-told"].upper().replace(" ", ", "))
+    words = words_of(head)
+    assert tab.run("document.getElementById('head-words').textContent") == words
+    assert text(tab, "site-command") == "privet site head SITE --size 20"
+    typed(tab, "head-told", "button lemmon zebra")
+    assert text(tab, "head-result") == "lemmon is no word of the list"
+    typed(tab, "head-told", " ".join(words.split()[:11]))
+    assert (text(tab, "head-result"), text(tab, "verdict-word")) == ("11 of 12 words", "Consistent with itself")
+    typed(tab, "head-told", words.upper().replace(" ", ", "))
     assert text(tab, "verdict-word") == "\u2713 Consistent, and compared"
-    typed(tab, "head-told", words["head-told"].replace(words["head-told"].split()[3], "zebra"))
+    typed(tab, "head-told", words.replace(words.split()[3], "zebra"))
     assert text(tab, "verdict-word") == "\u2717 Differs from what you compared"
     typed(tab, "head-told", "")
     for name, data, says, verdict in (
@@ -445,7 +446,7 @@ def test_no_text_of_a_log_runs_or_becomes_markup(tab: Tab, tmp_path: Path) -> No
         ]
         assert tab.run("document.querySelectorAll('[onerror], [onload]').length") == 0
         assert SCRIPT in text(tab, "runs")
-        assert named.name in text(tab, "key-title") or name != "green"
+        assert witness.name in text(tab, "subtitle") or name != "green"
         assert tab.complaints() == []
 
 

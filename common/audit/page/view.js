@@ -37,9 +37,8 @@ function readBundle() {
 }
 
 let bundle, report;
-// true: compared and equal; false: different; null: not compared. The head commits to all leaves, the log's key included.
-// An equal key alone is not enough: whoever holds it could have signed another log for others.
-const told = { key: null, head: null, policy: null };
+// true: compared and equal; false: different; null: not compared. The head commits to all leaves, and so to all keys.
+const told = { head: null, policy: null };
 let policyFault = "";
 
 async function start() {
@@ -92,8 +91,7 @@ function showVerdict() {
     const by = told.policy ? "your policy file" : "the site that you compared with";
     setVerdict("good", "Consistent, and compared", `Every check of this page passed, and the log is the one of ${by}. ${notChecked()}`);
   } else {
-    const todo = told.key ? "The key of the log is the right one. Now compare the head, as its holder could show others another log." : "That proves nothing yet: compare the log below with a site.";
-    setVerdict("even", "Consistent with itself", `Every check of this page passed. ${todo} ${notChecked()}`);
+    setVerdict("even", "Consistent with itself", `Every check of this page passed. That proves nothing yet: compare the log below with a site. ${notChecked()}`);
   }
   document.title = `${at("verdict-word").textContent}: ${bundle.title}`;
 }
@@ -117,25 +115,22 @@ function notChecked() {
 const lettersOf = (text) => (text.toLowerCase().match(/[a-z]+/g) ?? []).join(" ");
 
 async function showCompare() {
-  const { head, history } = report, epoch = history.epochs.length ? history.epochAt(head.size) : null;
-  if (report.fault || !epoch) return;
-  const words = { key: await wordsOf(utf8(epoch.log.text)), head: await wordsOf(utf8(report.note.text)) };
-  at("compare").hidden = false;
-  at("key-title").textContent = `Key of the log ${epoch.log.name}`;
-  for (const [which, expected] of Object.entries(words)) {
-    at(`${which}-words`).textContent = expected;
-    at(`${which}-told`).addEventListener("input", () => compareWords(which, expected));
-  }
+  if (report.fault) return;
+  const expected = await wordsOf(utf8(report.note.text));
+  at("head-words").textContent = expected;
+  at("site-command").textContent = `privet site head SITE --size ${report.head.size}`;
+  at("head-told").addEventListener("input", () => compareWords(expected));
   at("own-file").addEventListener("change", compareFile);
+  at("compare").hidden = false;
 }
 
-function compareWords(which, expected) {
-  const heard = lettersOf(at(`${which}-told`).value), number = heard ? heard.split(" ").length : 0;
-  told[which] = number < 12 ? null : heard === expected;
-  const other = which === "head" ? " Compare copies with the same number of leaves." : "";
-  const strange = heard.split(" ").slice(0, -1).find((word) => !PRIVET.words.includes(word));
-  const sofar = strange === undefined ? `${number} of 12 words` : `${strange.slice(0, 20)} is no word of the list`;
-  say(`${which}-result`, told[which], number === 0 ? "" : told[which] === null ? sofar : told[which] ? "Equal." : `Different.${other}`);
+function compareWords(expected) {
+  const heard = lettersOf(at("head-told").value), words = heard ? heard.split(" ") : [];
+  told.head = words.length < 12 ? null : heard === expected;
+  const strange = words.slice(0, -1).find((word) => !PRIVET.words.includes(word));
+  const sofar = strange === undefined ? `${words.length} of 12 words` : `${strange.slice(0, 20)} is no word of the list`;
+  const different = "Different. The site must read out the words for the same number of leaves.";
+  say("head-result", told.head, !words.length ? "" : told.head === null ? sofar : told.head ? "Equal." : different);
   showVerdict();
 }
 
