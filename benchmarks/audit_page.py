@@ -28,7 +28,14 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import leaf_hash
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-extensions", "--no-first-run")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-extensions",
+    "--no-first-run",
+)
 WAIT = 300.0
 SITES = tuple(f"site-{number:02d}" for number in range(20))
 

@@ -26,6 +26,7 @@ _FLAGS = (
     "--headless",
     "--no-sandbox",  # tests may run as root
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-extensions",
     "--disable-background-networking",
     "--disable-component-update",
