@@ -383,6 +383,7 @@ def test_a_true_bundle_is_consistent_and_green_only_once_it_is_compared(
             "\u2717 Differs from what you compared",
         ),
         ("card", archive.files["release/README.md"], "The log exports this file: README.md", ""),
+        ("text", archive.files["release/privacy_statement.md"], "The log exports this file: privacy_statement.md", ""),
         ("other", b"x", "No release in this log", ""),
         ("head", archive.files["checkpoint"], "It is the log of this checkpoint", ""),
     ):

@@ -143,7 +143,7 @@ async function compareFile() {
   const [file] = at("own-file").files;
   if (!file) return;
   const data = new Uint8Array(await file.arrayBuffer()), text = new TextDecoder().decode(data.subarray(0, 1_000_000));
-  if (/^\s*(#|log )/.test(text)) await comparePolicy(text);
+  if (/^\s*log\s/m.test(text) && /^\s*quorum\s/m.test(text)) await comparePolicy(text);
   else if (text.includes("\n\n\u2014 ")) await compareCheckpoint(data);
   else await compareReleased(await digestOf(data));
   showVerdict();
