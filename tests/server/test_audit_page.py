@@ -37,6 +37,7 @@ from privet.common.masking.isolation import Isolation, Sums
 from privet.common.pki.words import words_of
 from privet.common.study.average import AVERAGED
 from tests.conftest import Run
+from tests.support import chromium
 from tests.support.chromium import Tab, browser
 from tests.support.lies import Archive, archive_of, rotated_of
 from tests.support.log_world import World, flips, member, private, public
@@ -536,3 +537,13 @@ def test_the_command_writes_the_page(archive: Archive, tmp_path: Path, privet: R
     for path in (tmp_path / "run.html", tmp_path / "empty", tmp_path / "none"):
         code, _, err = privet("audit", "page", path, "--out", tmp_path / "x.html")
         assert (code, "name a file that `privet audit bundle" in err) == (2, True)
+
+
+def test_without_a_browser_the_tests_are_skipped_or_fail_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chromium.shutil, "which", lambda name: None)
+    monkeypatch.delenv("PRIVET_REQUIRE_CHROMIUM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="apt-get install"):
+        chromium.required()
+    monkeypatch.setenv("PRIVET_REQUIRE_CHROMIUM", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install"):
+        chromium.required()
