@@ -540,7 +540,7 @@ def test_the_command_writes_the_page(archive: Archive, tmp_path: Path, privet: R
 
 
 def test_without_a_browser_the_tests_are_skipped_or_fail_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chromium.shutil, "which", lambda name: None)
+    monkeypatch.setattr(chromium, "path", lambda: None)
     monkeypatch.delenv("PRIVET_REQUIRE_CHROMIUM", raising=False)
     with pytest.raises(pytest.skip.Exception, match="apt-get install"):
         chromium.required()
