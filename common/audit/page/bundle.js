@@ -86,8 +86,11 @@ async function readTree(files, head, report) {
 }
 
 async function replay(report, progress, last = report.leaves.length) {
-  for (let first = 0; first < last; first += AT_ONCE) {
-    const prepared = await Promise.all(report.leaves.slice(first, Math.min(first + AT_ONCE, last)).map(prepareLeaf));
+  const prepare = (first) => Promise.all(report.leaves.slice(first, Math.min(first + AT_ONCE, last)).map(prepareLeaf));
+  // The browser verifies the signatures of the next leaves on other threads meanwhile.
+  for (let first = 0, next = prepare(0); first < last; first += AT_ONCE) {
+    const prepared = await next;
+    next = prepare(first + AT_ONCE);
     for (const [at, each] of prepared.entries()) {
       report.leaf = first + at;
       report.told.push(await report.history.admit(first + at, each, report.tree));
