@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from privet.common.audit.fields import FIELDS
 from privet.common.audit.verify import Tree
@@ -16,7 +17,8 @@ from privet.common.log.statements import Revoke
 from privet.common.log.tiles import bundle_bytes, tile_bytes, tiles
 from tests.common.test_audit import LEAVES, POLICY, RULES, TAMPERS, WORLD, change, edited
 from tests.support.lies import Archive, beside, changed, instead, relogged, unreleased, value_at
-from tests.support.log_world import World, digest, flips, private, public, sign_head, story
+from tests.support.log_world import World, digest, flips, log_key, private, public, sign_head, story
+from tests.support.rotated_log import place_of, rotate
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def kinds_of(archive: Archive, rotated: Archive, seed: int) -> dict[str, Iterato
         "other_forms": other_forms(),
         "large": large(seed),
         "hybrid": hybrid(seed),
+        "rotations": rotations(),
         "other_policies": other_policies(archive, rotated),
     }
 
@@ -218,6 +221,29 @@ def hybrid(seed: int) -> Iterator[Tampered]:
             note = sign_head(leaves, world.sites, hybrid=True)
         what = "the checkpoint" if number % 3 == 1 else f"leaf {at}"
         yield Tampered(f"hybrid, a letter of {what}", log_files(leaves, note), world.policy)
+
+
+def rotations() -> Iterator[Tampered]:
+    """Rotate the keys of a log that is signed twice, truly and falsely; another round follows, or not."""
+    lies_about: dict[str, dict[str, Any]] = {
+        "truly": {},
+        "by Ed25519 alone": {"log_proof": "0" * 128},
+        "by another's signature": {"coordinator_proof": "1" * 128},
+        "to the present key of the log": {"log": "log"},
+        "to a key without ML-DSA-65": {"hybrid": False},
+        "to a member's key": {"coordinator": "oslo"},
+    }
+    for name, lie in lies_about.items():
+        world = World(hybrid=True)
+        world.found()
+        world.play("flu", 1)
+        world.say(rotate(place_of(world), **({"hybrid": True} | lie)))
+        world.say(world.round_open("flu", 2), "coordinator 2")
+        policy = replace(world.policy, log=log_key("log 2", hybrid=True))
+        for signer in ("log 2", "log"):
+            note = sign_head(world.leaves, world.sites, signer, hybrid=True)
+            yield Tampered(f"rotated {name}, signed by {signer}", log_files(world.leaves, note), policy)
+            yield Tampered(f"rotated {name}, signed by {signer}, before", log_files(world.leaves, note), world.policy)
 
 
 def changed_letter(data: bytes, at: int) -> bytes:
