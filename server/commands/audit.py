@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import StateError, VerificationError
+from privet.common.errors import VerificationError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
 from privet.common.progress import doing
@@ -70,31 +70,13 @@ def bundle(
     get the policy from the consortium.
     """
     from privet.common.audit.bundle import write_archive
-    from privet.server.rounds.archive import bundle_files
+    from privet.server.rounds.archive import bundle_files, published_log
     from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
-    files = bundle_files(directory, public or _published_log(run), with_weights=with_weights)
+    files = bundle_files(directory, public or published_log(run), with_weights=with_weights)
     write_archive(out, files)
     typer.echo(f"{out}: {len(files)} files, {sum(map(len, files.values()))} bytes")
-
-
-def _published_log(run: Path) -> Path:
-    """Return where the log of a run is published: within a simulated run, beside the runs of a coordinator.
-
-    Raises:
-        StateError: It is at neither place, as for a copy of a deployed run.
-    """
-    from privet.common.audit.bundle import CHECKPOINT
-
-    places = [run / "public", run.resolve().parent.parent / "public"]
-    for place in places:
-        if (place / CHECKPOINT).is_file():
-            return place
-    raise StateError(
-        f"the published round log of the run is neither in {places[0]} nor in {places[1]}",
-        "name its directory with --public: of a deployed run, it is `public` in the coordinator's directory",
-    )
 
 
 def _awaits_cosignatures(run: RunDirectory, statement: Mapping[str, Any]) -> bool:
