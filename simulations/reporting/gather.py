@@ -122,7 +122,7 @@ def attacks_of(path: Path, study: Study) -> dict[str, Mapping[str, Any]]:
     Raises:
         StateError: A file of them cannot be read, or belongs to another study.
     """
-    attacks = {}
+    attacks: dict[str, Mapping[str, Any]] = {}
     for name in ATTACK_KINDS:
         file = path / "attacks" / f"{name}.json"
         if file.is_file():

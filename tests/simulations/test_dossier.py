@@ -105,7 +105,7 @@ def figures(document: Mapping[str, Any], name: str) -> list[float]:
 def test_a_sentence_without_a_source_cannot_be_made() -> None:
     for wrong in ((), ("docs/privacy.md",), (None,), (Claim("a", "b"), "c")):
         with pytest.raises(TypeError):
-            Sentence("something", *wrong)  # type: ignore[arg-type]
+            Sentence("something", *wrong)
     with pytest.raises(TypeError):
         Sentence(" ", Gap("nobody"))
     with pytest.raises(ValueError, match="says nothing"):
