@@ -280,7 +280,8 @@ def _trust(document: Mapping[str, Any]) -> str:
 def _table(sites: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| site | rounds | epsilon | epsilon by rdp |", "|---|---|---|---|"]
     lines += [
-        f"| {site} | {c['rounds']} | {rounded_up(c['epsilon'])} | {rounded_up(c['epsilon_rdp'])} |" for site, c in sites.items()
+        f"| {site} | {c['rounds']} | {rounded_up(c['epsilon'])} | {rounded_up(c['epsilon_rdp'])} |"
+        for site, c in sites.items()
     ]
     return "\n".join(lines)
 
