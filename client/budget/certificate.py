@@ -6,25 +6,19 @@ person's certificate holds the person's mark and no id: the site alone can show 
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of
 from privet.client.budget.withdrawals import Entry
 from privet.client.site import SiteConfig
 from privet.common.audit.privacy_text import rounded_up
-from privet.common.canonical import canonical_json
-from privet.common.errors import StateError, VerificationError
+from privet.common.errors import StateError
 from privet.common.files import write_durably
-from privet.common.log.envelope import pae
+from privet.common.signed import open_document, sign_document
 
 TYPE = "application/vnd.privet.withdrawal+json"
 
@@ -150,9 +144,7 @@ def signed(site: SiteConfig, document: Mapping[str, Any]) -> bytes:
             f"the site file of {site.name} names no identity key, which signs certificates",
             "make a key with `privet site identity FILE`, then set `identity` in the site file",
         )
-    payload = canonical_json(document)
-    signature = {"keyid": key.public_key().public_bytes_raw().hex(), "sig": _base64(key.sign(pae(TYPE, payload)))}
-    return canonical_json({"payload": _base64(payload), "payloadType": TYPE, "signatures": [signature]}) + b"\n"
+    return sign_document(document, TYPE, key)
 
 
 def verified(data: bytes, public: bytes) -> dict[str, Any]:
@@ -165,20 +157,7 @@ def verified(data: bytes, public: bytes) -> dict[str, Any]:
     Raises:
         VerificationError: It is not a certificate that this key has signed.
     """
-    try:
-        envelope = json.loads(data)
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        (signature,) = envelope["signatures"]
-        found = base64.b64decode(signature["sig"], validate=True)
-        Ed25519PublicKey.from_public_bytes(public).verify(found, pae(envelope["payloadType"], payload))
-        if envelope["payloadType"] != TYPE:
-            raise ValueError
-        return dict(json.loads(payload))
-    except (InvalidSignature, ValueError, KeyError, TypeError, AttributeError):
-        raise VerificationError(
-            "this is no certificate of a withdrawal that the site's key has signed",
-            "ask the site for the file again, and compare its key with the one in the round log",
-        ) from None
+    return open_document(data, TYPE, public)
 
 
 def write_certificate(site: SiteConfig, ledger: Ledger, entry: Entry, folder: Path) -> Path:
@@ -190,10 +169,6 @@ def write_certificate(site: SiteConfig, ledger: Ledger, entry: Entry, folder: Pa
     write_durably(path, data, 0o600)
     write_durably(path.with_suffix(".txt"), certificate_text(document).encode(), 0o600)
     return path
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
 
 
 def _finite(value: float) -> float | None:

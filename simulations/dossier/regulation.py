@@ -206,7 +206,9 @@ def _processing(evidence: Evidence) -> list[Sentence]:
         missing(
             "categories of data subjects and of data, recipients outside the consortium, and transfers", CONTROLLER
         ),
-        missing("how long records, log, ledgers and this dossier are kept", EACH_SITE),
+        missing(
+            "how long records, log, ledgers and this dossier are kept (`privet site retention SITE` says)", EACH_SITE
+        ),
     ]
 
 
