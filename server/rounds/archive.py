@@ -78,12 +78,13 @@ def published_log(run: Path) -> Path:
 
 
 def own_policy(run: Path) -> Path:
-    """Return the policy that the owner of a run's log keeps beside it: whose log it is, and which witnesses count.
+    """Return the policy that the owner of a run's log keeps: within a simulated run, beside a coordinator's public log.
 
     Raises:
         StateError: There is none, as for a bundle or a copy of a run.
     """
-    for place in (run / "log" / "policy", run.resolve().parent.parent / "log" / "policy"):
+    home = run.resolve().parent.parent
+    for place in (run / "log" / "policy", home / "public" / "log.policy"):
         if place.is_file():
             return place
     raise StateError(

@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> LoggedWorld:
 @pytest.fixture(scope="module")
 def path(world: LoggedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = deployed(tmp_path_factory.mktemp("deployed"), world)
-    shutil.copytree(world.folder / "log", made.parents[1] / "log")  # as at a coordinator
+    (made.parents[1] / "public/log.policy").write_text(world.policy.text)  # as at a coordinator
     (made / "attacks").mkdir()
     found = {**CANARIES, "attacked": world.study.digest}
     (made / "attacks" / "canaries.json").write_text(json.dumps(found))
@@ -339,8 +339,7 @@ def test_there_is_no_dossier_of_a_changed_run(
 
 def test_an_attack_s_result_that_is_malformed_or_of_another_study_is_refused(path: Path, tmp_path: Path) -> None:
     home = tmp_path / "coordinator"
-    for part in ("public", "log"):
-        shutil.copytree(path.parents[1] / part, home / part)
+    shutil.copytree(path.parents[1] / "public", home / "public")
     shutil.copytree(path, home / "runs/flu")
     file = home / "runs/flu/attacks/canaries.json"
     good = json.loads(file.read_bytes())
