@@ -68,9 +68,9 @@ class Places:
         """Return the places of a site; None if its file names no ledger, as of a simulated site."""
         if site.ledger is None:
             return None
-        key = site.ledger_key or key_beside(site.ledger)
-        anchor = None if site.anchor is None else site.anchor.with_name(f"{site.anchor.stem}-withdrawn.json")
-        return cls(site.ledger.with_suffix(".withdrawn"), key.with_name(f"{key.stem}-withdrawn.key"), anchor)
+        key = withdrawn_key(site.ledger_key or key_beside(site.ledger))
+        anchor = None if site.anchor is None else _anchor_beside(site.anchor)
+        return cls(site.ledger.with_suffix(".withdrawn"), key, anchor)
 
     @property
     def files(self) -> list[Path]:
@@ -242,6 +242,37 @@ def withdrawn_of(site: SiteConfig) -> Withdrawn | None:
     """Return who is left out of everything that a site reads; None if nobody ever was. Raises as `Withdrawals.open`."""
     with Withdrawals.open(site) as found:
         return None if found is None else found.withdrawn()
+
+
+def withdrawn_key(ledger_key: Path) -> Path:
+    """Return where the key of marks lies, beside the ledger's key."""
+    return ledger_key.with_name(f"{ledger_key.stem}-withdrawn.key")
+
+
+def anchor_withdrawals(site: SiteConfig, anchor: Path) -> None:
+    """Keep the head of the marks beside the ledger's new anchor as well. Nothing happens if nobody was ever withdrawn.
+
+    Args:
+        site: The site file, which names the old anchor or none.
+        anchor: The ledger's new anchor.
+
+    Raises:
+        StateError, VerificationError: As `Withdrawals.open`.
+    """
+    places, target = Places.of(site), _anchor_beside(anchor)
+    if places is None or not places.marks.exists() or target == places.anchor:
+        return
+    old = places.anchor if places.anchor is not None and places.anchor.exists() else None
+    chain = Chain.open(places.marks, _TABLES, old)
+    try:
+        if not target.exists():  # an interrupted attempt has made it
+            chain.start_anchor(target)
+    finally:
+        chain.close()
+
+
+def _anchor_beside(anchor: Path) -> Path:
+    return anchor.with_name(f"{anchor.stem}-withdrawn.json")
 
 
 def check_left(site: SiteConfig) -> None:

@@ -120,7 +120,7 @@ def gather(run: Path, policy: Path | None = None, public: Path | None = None) ->
     told = list[tuple[Leaf, Statement]]()
     report = check_bundle(files, trusted, told)
     if not report.ok:
-        raise _refused(str(report))
+        raise _refused(str(report).splitlines()[0])
     study, name = Study.parse(json.loads(files[STUDY])), str(json.loads(files[MANIFEST])["run"])
     statements = [json.loads(files[each]) for each in sorted(files) if each.startswith(ROUNDS)]
     own = [(leaf, each) for leaf, each in told if isinstance(each, _MEMBERSHIP) or getattr(each, "run", None) == name]

@@ -16,6 +16,7 @@ from privet.client.budget.withdrawals import Places, Withdrawals, withdrawn_of
 from privet.client.commands.withdrawal import withdraw
 from privet.client.release.material import UNNAMED, read_material
 from privet.client.scan.scanning import Source, scan
+from privet.client.setup import move_anchor
 from privet.client.site import SiteConfig, load_site
 from privet.client.training.data import load_files, site_records
 from privet.client.training.examination import examine
@@ -234,6 +235,22 @@ def test_an_old_copy_of_the_marks_is_refused(tmp_path: Path, study: Study) -> No
     shutil.copy(tmp_path / "old", places.marks)
     with pytest.raises(VerificationError, match="an old copy was restored"):
         site_records(config, study)
+
+
+def test_the_marks_follow_the_ledger_s_anchor(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study)
+    gone(site, "0101")
+    (tmp_path / "other").mkdir()
+    move_anchor(site, tmp_path / "other/head.json", same_disk=True)
+    config = load_site(site)
+    assert config.anchor == tmp_path / "other/head.json"
+    assert config.anchor.exists()
+    places = Places.of(config)
+    assert places is not None
+    assert all(file.exists() for file in places.files)
+    assert len(units(config, study)) == len(IDS) - 1
+    gone(site, "0102")
+    assert len(units(config, study)) == len(IDS) - 2
 
 
 def test_a_column_of_another_name_is_refused_until_somebody_says_that_it_holds_the_same_ids(

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from privet.client.pages.html import link
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.log.checkpoint import LeafProof, verify_leaf
 from privet.common.log.merkle import leaf_hash
 from privet.common.privacy.accounting import plan
 from privet.common.study.study import kept_study
+from privet.server.rounds import rounds
 from privet.simulations.dossier.commands import dossier
 from privet.simulations.dossier.evidence import gather
 from privet.simulations.dossier.folder import dossier_files
 from privet.simulations.dossier.sources import Claim, Gap, Section, Sentence
 from tests.conftest import Run
-from tests.server.test_permit import PERMIT, PURPOSE
+from tests.server.test_permit import LAST, PERMIT, PURPOSE
 from tests.simulations.test_deployed_reports import PRIVATE, deployed
 from tests.support.consortium_world import run
 from tests.support.logged_world import LoggedWorld, world_of
@@ -347,3 +349,23 @@ def test_an_attack_s_result_that_is_malformed_or_of_another_study_is_refused(pat
         file.write_text(json.dumps(bad))
         with pytest.raises(PrivetError, match=r"lacks a field|another study"):
             dossier_files(gather(home / "runs/flu"))
+
+
+def test_a_run_that_has_not_ended_says_so_and_so_does_its_permit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purpose = {**PURPOSE, "permit": PERMIT}
+    world = world_of(tmp_path / "world", masked_study(training={"rounds": 3}, purpose=purpose))
+    times = iter([LAST, LAST, LAST + timedelta(seconds=1)])
+    monkeypatch.setattr(rounds, "now", lambda: next(times))
+    with pytest.raises(RefusedError, match="has expired"):
+        world.play()
+    files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
+    said = {each["name"]: each for each in json.loads(files["dossier.json"])["documents"]}
+    heads = [section["text"] for section in said["ehds-permit"]["sections"][0]["sentences"]]
+    assert any("has not ended" in text for text in heads)
+    stated = " ".join(each["text"] for each in said["ehds-permit"]["sections"][1]["sentences"])
+    # By the coordinator's clock in the log, which is another one than that of this test: the year 2027.
+    assert "NOT all of them while the permit held" in stated
+    released = [each["text"] for each in said["model-card"]["sections"][1]["sentences"]]
+    assert any("exports no adapter" in text for text in released)
