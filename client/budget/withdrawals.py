@@ -238,6 +238,12 @@ class Withdrawals:
         return [{**json.loads(content), "row": sequence, "head": head} for sequence, head, content in rows]
 
 
+def anybody_withdrawn(site: SiteConfig) -> bool:
+    """Return whether there is any file of withdrawals, readable or not."""
+    places = Places.of(site)
+    return places is not None and any(path.exists() for path in places.files)
+
+
 def withdrawn_of(site: SiteConfig) -> Withdrawn | None:
     """Return who is left out of everything that a site reads; None if nobody ever was. Raises as `Withdrawals.open`."""
     with Withdrawals.open(site) as found:

@@ -13,6 +13,7 @@ import pytest
 from privet.client.budget.certificate import verified
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.withdrawals import Places, Withdrawals, withdrawn_of
+from privet.client.commands import doctor
 from privet.client.commands.withdrawal import withdraw
 from privet.client.release.material import UNNAMED, read_material
 from privet.client.scan.scanning import Source, scan
@@ -21,6 +22,7 @@ from privet.client.site import SiteConfig, load_site
 from privet.client.training.data import load_files, site_records
 from privet.client.training.examination import examine
 from privet.client.training.ids import names_by_rule
+from privet.common.clock import now
 from privet.common.errors import DataError, PolicyError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.study.study import Study
 from tests.support.consortium_world import run
@@ -210,8 +212,11 @@ def test_without_marks_key_or_anchor_nothing_is_read(tmp_path: Path, study: Stud
     config = load_site(site)
     places = Places.of(config)
     assert places is not None
+    assert [each.ok for each in doctor.examine(site, now, only={"withdrawn"})] == [True, True]
     for file in places.files:
         file.rename(file.with_suffix(".away"))
+        (_, found) = doctor.examine(site, now, only={"withdrawn"})
+        assert (found.ok, "`cp BACKUP FILE`" in found.hint) == (False, True)
         with pytest.raises(StateError, match="is missing"):
             site_records(config, study)
         file.with_suffix(".away").rename(file)
