@@ -215,7 +215,7 @@ def _index(evidence: Evidence, made: Sequence[Document]) -> str:
         element("h2", {}, "Verified"),
         bullets([_first_upper(each) for each in evidence.report.checked]),
         element("h2", {}, "Not verified"),
-        bullets([_first_upper(each) for each in evidence.report.unchecked] or ["Nothing is left out."]),
+        bullets(list(evidence.report.unchecked) or ["Nothing is left out."]),
         element("h2", {}, "Gaps: what others have to state"),
         *_gaps(made),
     ]

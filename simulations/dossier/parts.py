@@ -24,6 +24,8 @@ PROVIDER = "the provider"
 EACH_SITE = "each site"
 
 _UNBOUNDED = "Nothing bounds what is learnt about one person, as there is no differential privacy."
+_MOST_EXPONENT, _LONG = 700.0, 14.0
+"""An exponent whose power is a float64, and one from which on the power is too long to read."""
 _EGRESS = "egress-decision"
 """Type of a statement that an adapter may leave, or may not. Of its fields, all are shown."""
 _ATTACKS = {
@@ -187,6 +189,7 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             )
         ]
     costs, unit = document["epsilon"], study.privacy.unit
+    factor, shown = factor_of(costs["run"])
     whom = {
         "record": "one record, which is one row of a site's files",
         "patient": f"one patient, which is all rows of a site that share a value of column {study.data.unit}",
@@ -213,10 +216,10 @@ def privacy(evidence: Evidence) -> list[Sentence]:
         ),
         Sentence(
             f"With or without one {unit} in what a site released, the probability of {seen} differs by a factor of at "
-            f"most {rounded_up(math.exp(costs['run']))}, and by at most {costs['delta']:g} more.",
+            f"most {shown}, and by at most {costs['delta']:g} more.",
             last_end(evidence),
             claim,
-            factor=math.exp(costs["run"]),
+            factor=factor,
         ),
         Sentence(
             "The guarantee holds against the coordinator together with some corrupt sites, if the other sites add "
@@ -228,6 +231,12 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             claim,
         ),
     ]
+
+
+def factor_of(epsilon: float) -> tuple[float, str]:
+    """Return exp(epsilon), as far as a float holds it, and as text, rounded up."""
+    factor = math.exp(min(epsilon, _MOST_EXPONENT))
+    return factor, rounded_up(factor) if epsilon < _LONG else f"exp({rounded_up(epsilon)})"
 
 
 def not_covered(evidence: Evidence) -> list[Sentence]:

@@ -282,7 +282,8 @@ def anonymity(evidence: Evidence) -> Document:
                         "not answer the question.",
                         Claim(PAGE, "anonymity-assessment"),
                     ),
-                    missing("the conclusion", CONTROLLER),
+                    *_bound_alone(evidence),
+                    missing("whether the model is anonymous", CONTROLLER),
                 ),
             ),
             Section(
@@ -328,11 +329,27 @@ def anonymity(evidence: Evidence) -> Document:
                 "Documentation",
                 (
                     missing("the impact assessment, or why none was needed", CONTROLLER),
-                    missing("advice of the data protection officer", CONTROLLER),
+                    missing("the advice of the data protection officer", CONTROLLER),
                 ),
             ),
         ),
     )
+
+
+def _bound_alone(evidence: Evidence) -> list[Sentence]:
+    """Return what the bound of differential privacy says about the question, and what it leaves open."""
+    if not evidence.study.private:
+        return parts.privacy(evidence)
+    factor, shown = parts.factor_of(evidence.privacy["epsilon"]["run"])
+    return [
+        Sentence(
+            f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}; the larger the factor, "
+            "the more depends on what attacks reach.",
+            parts.last_end(evidence),
+            Claim("docs/attacks.md", "results"),
+            factor=factor,
+        )
+    ]
 
 
 def _further_tests() -> list[Sentence]:

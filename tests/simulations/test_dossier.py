@@ -9,8 +9,10 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +27,11 @@ from privet.common.log.merkle import leaf_hash
 from privet.common.privacy.accounting import plan
 from privet.common.study.study import kept_study
 from privet.server.rounds import rounds
+from privet.simulations.dossier import parts
 from privet.simulations.dossier.commands import dossier
 from privet.simulations.dossier.evidence import gather
 from privet.simulations.dossier.folder import dossier_files
-from privet.simulations.dossier.sources import Claim, Gap, Section, Sentence
+from privet.simulations.dossier.sources import Claim, Gap, OfLeaf, Section, Sentence
 from tests.conftest import Run
 from tests.server.test_permit import LAST, PERMIT, PURPOSE
 from tests.simulations.test_deployed_reports import PRIVATE, deployed
@@ -194,6 +197,12 @@ def test_figures_are_those_that_the_log_gives(made: Path, path: Path, world: Log
             assert float(re.findall(r"epsilon ([\d.]+) at most", each["text"])[0]) >= value
 
 
+def test_a_factor_is_rounded_up_and_never_overflows() -> None:
+    assert parts.factor_of(1.0)[1] == "2.7183"
+    assert parts.factor_of(20.0)[1] == "exp(20.0000)"
+    assert parts.factor_of(1e6)[0] < float("inf")
+
+
 # Pages
 
 
@@ -232,6 +241,17 @@ def test_the_files_of_a_dossier_are_listed_with_their_digests(made: Path) -> Non
     present = {file.relative_to(made).as_posix(): file for file in made.rglob("*") if file.is_file()}
     assert set(listed) == set(present) - {"index.html", "dossier.json"}
     assert {name: digest(present[name].read_bytes()) for name in listed} == listed
+
+
+def test_a_decision_on_egress_is_told_with_its_leaf(path: Path) -> None:
+    evidence = gather(path)
+    assert "no decision on egress" in parts.egress(evidence)[0].text
+    leaf, _ = evidence.told[-1]
+    fields = {"type": "egress-decision", "format": 1, "verdict": "refused", "reason": "too large a bound"}
+    decision: Any = SimpleNamespace(type="egress-decision", time=0, model_dump=lambda mode: fields)
+    (said,) = parts.egress(replace(evidence, told=[(leaf, decision)]))
+    assert "verdict: refused; reason: too large a bound" in said.text
+    assert said.sources == (OfLeaf(leaf.index, "egress-decision", leaf.hash),)
 
 
 # Bills of materials
