@@ -189,7 +189,7 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             )
         ]
     costs, unit = document["epsilon"], study.privacy.unit
-    factor, shown = factor_of(costs["run"])
+    factor, power = factor_of(costs["run"])
     whom = {
         "record": "one record, which is one row of a site's files",
         "patient": f"one patient, which is all rows of a site that share a value of column {study.data.unit}",
@@ -207,7 +207,7 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             delta=costs["delta"],
         ),
         Sentence(
-            f"Spent in this run, by any one site: epsilon {rounded_up(costs['run'])} at most, rounded up. It was "
+            f"Spent in this run, by any one site: epsilon {shown(costs['run'])} at most, rounded up. It was "
             "computed again from the log's rounds.",
             last_end(evidence),
             evidence.log,
@@ -216,7 +216,7 @@ def privacy(evidence: Evidence) -> list[Sentence]:
         ),
         Sentence(
             f"With or without one {unit} in what a site released, the probability of {seen} differs by a factor of at "
-            f"most {shown}, and by at most {costs['delta']:g} more.",
+            f"most {power}, and by at most {costs['delta']:g} more.",
             last_end(evidence),
             claim,
             factor=factor,
@@ -231,6 +231,11 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             claim,
         ),
     ]
+
+
+def shown(epsilon: float) -> str:
+    """Return an epsilon as text, rounded up; it may be infinite."""
+    return rounded_up(epsilon) if math.isfinite(epsilon) else "infinite"
 
 
 def factor_of(epsilon: float) -> tuple[float, str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.counts import counts_document
-from privet.common.audit.privacy_text import rounded_up
 from privet.common.log.statements import Genesis, Join, Revoke, RoundClose, RoundOpened, RunOpen, SiteRound
 from privet.common.progress import number_of
 from privet.simulations.dossier import parts
@@ -53,8 +52,8 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     source = parts.last_end(evidence)
     said = [
         Sentence(
-            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {rounded_up(cost['epsilon'])}, rounded "
-            f"up; {rounded_up(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
+            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {parts.shown(cost['epsilon'])}, rounded "
+            f"up; {parts.shown(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
             source,
             evidence.log,
             rounds=cost["rounds"],
@@ -66,7 +65,7 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     if costs.get("at_every_site") is not None:
         said.append(
             Sentence(
-                f"A unit with data at every site: epsilon {rounded_up(costs['at_every_site'])} at most.",
+                f"A unit with data at every site: epsilon {parts.shown(costs['at_every_site'])} at most.",
                 source,
                 Claim("docs/privacy.md", "the-guarantee"),
                 at_every_site=costs["at_every_site"],
@@ -95,7 +94,7 @@ def _replaced(evidence: Evidence) -> list[Sentence]:
         text, figures = f"At delta {costs['delta']:g}, nothing is promised for replacing one {unit} by another.", {}
     else:
         text, figures = (
-            f"Replacing one {unit} by another is both: epsilon {rounded_up(same)} at most, at delta "
+            f"Replacing one {unit} by another is both: epsilon {parts.shown(same)} at most, at delta "
             f"{costs['delta']:g}.",
             {"replacing": float(same)},
         )
@@ -155,8 +154,8 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
             limit = "no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
             said.append(
                 Sentence(
-                    f"{cost.site}'s account over all rounds of this log: epsilon {rounded_up(cost.computed)} at delta "
-                    f"{cost.delta:g}, computed; the site states {cost.stated:.4f} and {limit}.",
+                    f"{cost.site}'s account over all rounds of this log: epsilon {parts.shown(cost.computed)} at delta "
+                    f"{cost.delta:g}, computed; the site states {parts.shown(cost.stated)} and {limit}.",
                     own[cost.site],
                     evidence.log,
                     computed=cost.computed,
@@ -183,7 +182,7 @@ def _shares(evidence: Evidence) -> list[Sentence]:
     ]
     if said:
         alone = trust["own_share_epsilon"]
-        left = "nothing that counts" if alone is None else f"epsilon {rounded_up(alone)}, at the same delta"
+        left = "nothing that counts" if alone is None else f"epsilon {parts.shown(alone)}, at the same delta"
         said.append(
             Sentence(
                 f"If every other site is corrupt, a site's own share of the noise leaves: {left}.",
@@ -350,7 +349,7 @@ def _sheet(evidence: Evidence, site: str, shown: _Shown) -> list[Sentence]:
             limit = "it states no limit" if last.charge.limit is None else f"its limit is {last.charge.limit:g}"
             said.append(
                 Sentence(
-                    f"Its account has spent epsilon {rounded_up(last.charge.epsilon)} at delta {last.charge.delta:g}, "
+                    f"Its account has spent epsilon {parts.shown(last.charge.epsilon)} at delta {last.charge.delta:g}, "
                     f"by its own word; {limit}.",
                     leaf,
                     epsilon=last.charge.epsilon,

@@ -343,8 +343,8 @@ def _bound_alone(evidence: Evidence) -> list[Sentence]:
     factor, shown = parts.factor_of(evidence.privacy["epsilon"]["run"])
     return [
         Sentence(
-            f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}; the larger the factor, "
-            "the more depends on what attacks reach.",
+            f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}. The larger the "
+            "factor, the more depends on what attacks reach.",
             parts.last_end(evidence),
             Claim("docs/attacks.md", "results"),
             factor=factor,

@@ -6,6 +6,7 @@ privet's documentation argues and its tests check, or a gap: that privet does no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -128,9 +129,10 @@ class Sentence:
         return next((each for each in self.sources if isinstance(each, Gap)), None)
 
     def document(self) -> dict[str, Any]:
-        """Return the sentence as plain JSON values."""
+        """Return the sentence as plain JSON values; a figure that is infinite is None."""
         sources = [{"kind": each.kind, **vars(each)} for each in self.sources]
-        return {"text": self.text, "sources": sources, **({"figures": dict(self.figures)} if self.figures else {})}
+        figures = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
+        return {"text": self.text, "sources": sources, **({"figures": figures} if figures else {})}
 
 
 def missing(what: str, who: str = "the consortium") -> Sentence:

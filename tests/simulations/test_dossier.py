@@ -201,6 +201,8 @@ def test_a_factor_is_rounded_up_and_never_overflows() -> None:
     assert parts.factor_of(1.0)[1] == "2.7183"
     assert parts.factor_of(20.0)[1] == "exp(20.0000)"
     assert parts.factor_of(1e6)[0] < float("inf")
+    assert parts.shown(float("inf")) == "infinite"
+    assert Sentence("x", Gap("y"), epsilon=float("inf")).document()["figures"] == {"epsilon": None}
 
 
 # Pages
