@@ -8,6 +8,7 @@ signed record of each deletion is on the disk before anything is removed, and pr
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,15 +104,18 @@ def report(items: Sequence[Item], rules: RetentionSection, now: datetime) -> lis
     return sorted(rows, key=lambda row: (row["until"], row["paths"]))
 
 
-def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a report as text."""
+def printed(rows: Sequence[Mapping[str, Any]], records: Sequence[str], *, as_json: bool) -> str:
+    """Return what a command prints of a report, and of the records of what it deleted."""
+    if as_json:
+        return json.dumps({"items": list(rows), "records": list(records)})
     found = []
     for row in rows:
         state = "kept"
         if row["due"]:
             state = "DUE" if row["removable"] else "due; privet does not delete it"
         found.append(f"{row['kind']:<9} until {row['until'][:10]}  {state}  {row['paths'][0]}")
-    return found or ["nothing is kept yet"]
+    found += [f"deleted; the record is {record}" for record in records]
+    return "\n".join(found or ["nothing is kept yet"])
 
 
 def delete(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -43,13 +42,6 @@ def retention(
         target = folder / rules_of.DELETED
         records = [str(rules_of.delete(each, rules, time, config.name, key, target)) for each in due]
         items = kept_by(config, folder)
-    rows = rules_of.report(items, rules, time)
-    if as_json:
-        typer.echo(json.dumps({"items": rows, "records": records}))
-        return
-    for line in rules_of.lines(rows):
-        typer.echo(line)
-    for record in records:
-        typer.echo(f"deleted; the record is {record}")
-    if config.retention is None:
+    typer.echo(rules_of.printed(rules_of.report(items, rules, time), records, as_json=as_json))
+    if config.retention is None and not as_json:
         typer.echo("the site file has no table [retention]: these are privet's defaults, and nothing can be deleted")

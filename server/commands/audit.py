@@ -11,7 +11,7 @@ import typer
 
 from privet.common.errors import VerificationError
 from privet.common.files import write_durably
-from privet.common.options import Json, RunPath
+from privet.common.options import Json, PublicLog, RunPath
 from privet.common.progress import doing
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ def bundle(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
     with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not only their digest.")] = False,
-    public: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory where the round log is published.  [default: RUN/public; for a run in a coordinator's "
-            "directory, the directory's public]"
-        ),
-    ] = None,
+    public: PublicLog = None,
 ) -> None:
     """Pack a run into one archive for an auditor: log, proofs, study, statements, privacy statement and model card.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -44,11 +43,4 @@ def retention(
         target, key = made.directory / rules_of.DELETED, made.keys.coordinator
         due = [each for each in kept() if each.removable and each.due(rules) <= time]
         records = [str(rules_of.delete(each, rules, time, made.settings.name, key, target)) for each in due]
-    rows = rules_of.report(kept(), rules, time)
-    if as_json:
-        typer.echo(json.dumps({"items": rows, "records": records}))
-        return
-    for line in rules_of.lines(rows):
-        typer.echo(line)
-    for record in records:
-        typer.echo(f"deleted; the record is {record}")
+    typer.echo(rules_of.printed(rules_of.report(kept(), rules, time), records, as_json=as_json))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from privet.common.options import PublicLog
 from privet.common.progress import closing, doing
 
 
@@ -27,13 +28,7 @@ def dossier(
             "log; a bundle has none]"
         ),
     ] = None,
-    public: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory where the round log is published.  [default: RUN/public; for a run in a coordinator's "
-            "directory, the directory's public]"
-        ),
-    ] = None,
+    public: PublicLog = None,
 ) -> None:
     """Write the dossier of a run: documents for regulators and review boards, each sentence with its source.
 
