@@ -8,8 +8,10 @@ import typer
 
 from privet.common.errors import StateError
 from privet.common.options import Json, SiteFile
+from privet.common.progress import doing
 
 
+@doing("Looking at what {site} keeps")
 def retention(
     site: SiteFile,
     delete: Annotated[

@@ -11,13 +11,14 @@ import typer
 from privet.common.errors import DataError, StateError, StudyError
 from privet.common.files import most_like
 from privet.common.options import SiteFile
-from privet.common.progress import number_of
+from privet.common.progress import doing, number_of
 
 if TYPE_CHECKING:
     from privet.client.budget.withdrawals import Names
     from privet.client.site import SiteConfig
 
 
+@doing("Withdrawing from what {site} reads")
 def withdraw(
     site: SiteFile,
     unit_file: Annotated[

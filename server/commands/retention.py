@@ -8,8 +8,10 @@ import typer
 
 from privet.common.errors import StateError
 from privet.common.options import HERE, Directory, Json
+from privet.common.progress import doing
 
 
+@doing("Looking at what the coordinator in {directory} keeps")
 def retention(
     directory: Directory = HERE,
     delete: Annotated[
