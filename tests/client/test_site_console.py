@@ -331,7 +331,7 @@ def test_nothing_of_a_record_is_shown(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_an_approver_reads_signs_by_keyboard_and_sees_what_changes(file: Path, tmp_path: Path, world: World) -> None:
-    with served("client.commands.console:site", file) as (_, link), browsing(tmp_path) as browser:
+    with served("client.commands.console:site", file) as (_, link), browsing() as browser:
         home = link.split("/enter/")[0]
         browser.open(link)
         browser.until("document.querySelector('a.card')")
@@ -346,14 +346,15 @@ def test_an_approver_reads_signs_by_keyboard_and_sees_what_changes(file: Path, t
         browser.run("document.querySelector('#by-approve').focus()")
         browser.press("Tab", 9)
         browser.call("Input.insertText", text=PASSPHRASE)
-        browser.run("window.leaving = true")
+        browser.leave()
         browser.press("Enter", 13)
-        browser.until("!window.leaving && document.body && document.body.innerText.includes('this site takes part')")
+        browser.arrived()
+        browser.until("document.body.innerText.includes('this site takes part')")
         assert {each.by for each in decisions(load_site(file))} == {"anna", "bela"}
         browser.open(link)
         assert "This link does not work" in browser.text()
         look_at(browser, home + "/nothing")
-        assert browser.complaints == [each for each in browser.complaints if "404" in each or "403" in each]
+        assert browser.objections == [each for each in browser.objections if "404" in each or "403" in each]
         strangers = [each for each in browser.asked if not each.startswith((home, "data:image/svg"))]
         assert set(strangers) <= {"about:blank"}
         # Idle, it is small; and a frame of another page stays empty.

@@ -65,7 +65,7 @@ def rotated(archive: Archive) -> Archive:
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Tab]:
-    with browser() as found:
+    with browser(Tab) as found:
         yield found
 
 

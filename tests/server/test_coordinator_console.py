@@ -179,7 +179,7 @@ def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monk
 @pytest.mark.slow
 def test_an_operator_invites_approves_and_stops_in_a_browser(home: Path, tmp_path: Path) -> None:
     waiting(home, os.getpid())
-    with served("server.commands.console:coordinator", "-C", home) as (_, link), browsing(tmp_path) as browser:
+    with served("server.commands.console:coordinator", "-C", home) as (_, link), browsing() as browser:
         place = link.split("/enter/")[0]
         browser.open(link)
         browser.fill("#site", "oslo")
@@ -199,11 +199,11 @@ def test_an_operator_invites_approves_and_stops_in_a_browser(home: Path, tmp_pat
         browser.follow("form[action='/run/second/stop'] button")
         assert "It stops after its current round" in browser.text()
         assert (home / "runs/second/stop").exists()
-        assert browser.complaints == []
+        assert browser.objections == []
         # What the page's policy forbids is noticed, and does not run.
         browser.run(
             "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
         )
         browser.until("true")
         assert browser.run("window.ran") is None
-        assert any("Content Security Policy" in each for each in browser.complaints)
+        assert any("Content Security Policy" in each for each in browser.objections)
