@@ -65,7 +65,7 @@ from privet.common.privacy.noise import Randomness, SecretRandomness
 from privet.common.privacy.shared_noise import SharedNoise, contribute
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
-from privet.simulations.attacks.statistics import clopper_pearson
+from privet.client.release.separation import clopper_pearson
 
 Integers = NDArray[np.int64]
 Values = NDArray[np.float64]

@@ -21,8 +21,8 @@ from privet.common.progress import Say
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, pooled_records, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
-from privet.simulations.attacks.one_run import audit
-from privet.simulations.attacks.statistics import separation
+from privet.common.privacy.one_run import audit
+from privet.client.release.separation import separation
 
 CANARY_WORDS = 6
 _SHORTEST = 3

@@ -29,7 +29,7 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
-from privet.simulations.attacks.statistics import separation
+from privet.client.release.separation import separation
 
 _Array = NDArray[np.float64]
 Coins = NDArray[np.bool_]

@@ -31,7 +31,7 @@ from privet.common.progress import Say
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Trail, Workshop, pooled_records
-from privet.simulations.attacks.statistics import clopper_pearson
+from privet.client.release.separation import clopper_pearson
 from privet.simulations.scenarios.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")

@@ -28,7 +28,7 @@ from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
-from privet.simulations.attacks.statistics import clopper_pearson
+from privet.client.release.separation import clopper_pearson
 
 _Array = NDArray[np.floating[Any]]
 
