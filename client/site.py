@@ -145,6 +145,9 @@ class SiteConfig(Formatted):
     """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
+    canaries: Annotated[int, Field(ge=20)] | None = None
+    """Number of canaries that this site plants in studies whose gate asks for them: made-up records, each of which
+    enters the training with probability 1/2. They cost records no privacy. None: none."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The number of units that this site declares. It is the site's weight, and it is public. Private studies need
     it. None: the number of units, rounded to two digits."""

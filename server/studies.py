@@ -19,6 +19,7 @@ from privet.common.log.encoding import one_line, shown
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
+from privet.server.consortium.candidates import log_reviews
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
@@ -124,6 +125,7 @@ class StudyRun:
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
         log_decisions(self.made, journal)
+        log_reviews(self.made, journal)
         if journal.history.genesis is not None:
             # Before anybody consents, a site can compare the study that it is asked to approve with the log.
             journal.sign_head()

@@ -14,7 +14,8 @@ from privet.client.release.received import Received, check_received
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
-from privet.common.audit.release import ADAPTER, STUDY
+from privet.common.audit.egress import check_carried
+from privet.common.audit.release import ADAPTER, EGRESS, STUDY
 from privet.common.canonical import digest
 from privet.common.clock import now
 from privet.common.errors import StateError, VerificationError
@@ -47,15 +48,20 @@ class Release:
     personal: str = ""
 
 
-def open_release(path: Path) -> Release:
+def open_release(path: Path, *, testing: bool = False) -> Release:
     """Read the study and the adapter of a run directory, or of a directory of released files.
 
     A run directory holds `study.json` and `adapter/`. A release holds both files side by side.
 
+    Args:
+        path: The directory.
+        testing: Whether it is opened for a test alone. A candidate, which has not passed the gate of its study, is
+            opened for nothing else.
+
     Raises:
         StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout, or was changed since it was received.
-        RefusedError: It was received, and is revoked; or the terms of its study have ended.
+        RefusedError: It was received, and is revoked; the terms of its study have ended; or it is a candidate.
     """
     if why := no_directory(path):
         raise StateError(
@@ -83,7 +89,19 @@ def open_release(path: Path) -> Release:
     # What a site made of a revoked adapter is revoked with it.
     received = check_received(path.parent, shared) if site else check_received(folder, digest(data))
     check_until(study, now())
+    if not testing:
+        check_carried(study, shared if site else digest(data), _evidence(path, site), str(path))
     return Release(path, study, Adapter.read(read_layout(data), data), received, site)
+
+
+def _evidence(path: Path, site: str) -> bytes | None:
+    """Return the egress decision among the files of an adapter: what a site trained for itself lies in its release."""
+    for folder in (path.parent,) if site else (path, path / "release"):
+        try:
+            return (folder / EGRESS).read_bytes()
+        except OSError:
+            continue
+    return None
 
 
 def _personal(path: Path) -> tuple[str, str]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import base64
 import json
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from privet.common.audit.bundle import CHECKPOINT
+from privet.common.audit.egress import check_carried
+from privet.common.audit.release import ADAPTER, EGRESS
+from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
 from privet.common.study.terms import check_receiver, check_until
@@ -31,7 +35,7 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
 
     Raises:
         RefusedError: There is no such file, or the study is not for this site. Both have one text: a site learns
-            nothing of a study that names others. Or the terms of the release do not admit it.
+            nothing of a study that names others. Or the terms of the release or its gate do not admit it.
     """
     refused = RefusedError(
         f"run {asked.run} released no file {asked.file} for site {site}",
@@ -45,6 +49,10 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
     if run.withdrawn is not None or (run.study.cohort.sites and site not in run.study.cohort.sites):
         raise refused
     _check_terms(run, site, now)
+    if run.study.gate is not None:
+        held = folder / RELEASE / EGRESS
+        adapter = _digest(folder / RELEASE / ADAPTER)
+        check_carried(run.study, adapter, held.read_bytes() if held.is_file() else None, f"run {asked.run}")
     try:
         with (folder / RELEASE / asked.file).open("rb") as file:
             size = file.seek(0, 2)
@@ -53,6 +61,20 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
     except OSError:
         raise refused from None
     return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
+
+
+def _digest(file: Path) -> str:
+    """Return the digest of a file; empty if there is none. It is asked for with each part of a large file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ""
+    return _hashed(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=16)
+def _hashed(file: Path, time: int, size: int) -> str:
+    return f"sha256:{file_sha256(file)}"
 
 
 def _check_terms(run: RunDirectory, site: str, now: datetime) -> None:
