@@ -31,7 +31,7 @@ def examine(site: SiteFile, run: RunName, as_json: Json = False) -> None:
     candidate's directory compares its quality with the base.
     """
     from privet.client.network.candidates import FOLDER, fetch_candidate, keep_test
-    from privet.client.release.candidate import tested_on
+    from privet.client.release.candidate import outcome_of
     from privet.client.release.opened import open_release
     from privet.client.rounds.planted import planting_of
     from privet.client.rounds.site import RealSite
@@ -41,7 +41,7 @@ def examine(site: SiteFile, run: RunName, as_json: Json = False) -> None:
         path = fetch_candidate(config, site.resolve().parent / FOLDER, found, service.candidate, now(), stages.tell)
         release = open_release(path, testing=True)
         planting = planting_of(config, release.study)
-        outcome = tested_on(release, config, RealSite(config).split_key(), planting, stages.tell)
+        outcome = outcome_of(release, config, RealSite(config).split_key(), planting, stages.tell)
     keep_test(path, found, outcome)
     if as_json:
         typer.echo(json.dumps({"run": run, "tested": outcome.tested, "failed": outcome.failed, **outcome.figures}))

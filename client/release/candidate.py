@@ -60,7 +60,7 @@ class Outcome:
     figures: Mapping[str, Any]
 
 
-def tested_on(
+def outcome_of(
     release: Release, site: SiteConfig, split_key: bytes, planting: Planting | None, watch: Watch = silent
 ) -> Outcome:
     """Test a candidate against the gate of its study, on a site's own records.

@@ -27,8 +27,8 @@ DAY = 86_400
 UNCLAIMED_DELTA = 1e-5
 """Delta at which canaries bound the epsilon of a run without privacy."""
 State = Literal["running", "candidate", "accepted", "expired", "refused"]
-# A bound is stated with two places. Two machines may compute values on both sides of a half.
-_PLACES, _NEAR = 2, 0.011
+# A bound is computed to 1e-4 and stated with two places: half of the last, and what machines may differ in.
+_PLACES, _NEAR = 2, 0.0051
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Gate:
         bounds = [self.bound_of(each.canaries) for each in standing.values() if each.canaries is not None]
         return Facts(
             epsilon=None if self.run.privacy is None else max((self.spent or {}).values(), default=0.0),
-            bound=round(max(bounds), _PLACES) if bounds else None,
+            bound=max(bounds, default=None),
             quality=quality_of(self.measured, self.terms.metric),
             signed=signed,
             refused=tuple(site for site, each in standing.items() if each.verdict == "refused"),
@@ -135,8 +135,8 @@ class Gate:
         if terms.epsilon is not None:
             if not self._audited(facts):
                 found["canary"] = f"no signer has audited {terms.canaries} canaries or more"
-            elif facts.bound is None or facts.bound > terms.epsilon:
-                found["canary"] = f"canaries show an epsilon of at least {facts.bound}, above {terms.epsilon:g}"
+            elif facts.bound is not None and facts.bound > terms.epsilon:
+                found["canary"] = f"canaries show an epsilon of at least {facts.bound:.4f}, above {terms.epsilon:g}"
         if terms.least is not None and not (facts.quality is not None and facts.quality >= terms.least):
             value = "not measured" if facts.quality is None else f"{facts.quality:.4g}"
             found["quality"] = f"{terms.metric} is {value}, at least {terms.least:g} is needed"
@@ -179,9 +179,9 @@ class Gate:
                 raise VerificationError(f"{where}: the site signs without a test of {', '.join(lacking)}")
             if review.canaries is not None and self.terms.epsilon is not None:
                 bound = self.bound_of(review.canaries)
-                if round(bound, _PLACES) > self.terms.epsilon:
+                if bound > self.terms.epsilon:
                     raise VerificationError(
-                        f"{where}: the site signs, though its canaries show an epsilon of at least {bound:.2f}, above "
+                        f"{where}: the site signs, though its canaries show an epsilon of at least {bound:.4f}, above "
                         f"{self.terms.epsilon:g}"
                     )
         self.reviews[review.site] = review
@@ -208,7 +208,7 @@ class Gate:
             if found != right:
                 raise VerificationError(f"{where}: {name}: expected {right}, found {found}")
         if not _same_bound(decision.bound, facts.bound):
-            raise VerificationError(f"{where}: bound: expected {facts.bound}, found {decision.bound}")
+            raise VerificationError(f"{where}: bound: expected {stated_bound(facts.bound)}, found {decision.bound}")
         unmet = self.unmet(facts)
         if decision.verdict == "accepted":
             if unmet:
@@ -259,8 +259,13 @@ def _bound(planted: int, guesses: int, right: int, delta: float) -> float:
     return bound_of_best(planted, guesses, right, delta)
 
 
+def stated_bound(bound: float | None) -> float | None:
+    """Return a bound as a decision states it."""
+    return None if bound is None else round(bound, _PLACES)
+
+
 def _same_bound(stated: float | None, computed: float | None) -> bool:
-    """Whether a stated bound is the computed one. Machines may differ in the last digit of what is computed."""
+    """Whether a stated bound is the computed one. Machines may differ in the last digits of what they compute."""
     if stated is None or computed is None:
         return stated is computed
-    return stated == round(stated, _PLACES) and abs(stated - computed) <= _NEAR
+    return stated == stated_bound(stated) and abs(stated - computed) <= _NEAR

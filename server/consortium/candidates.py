@@ -21,7 +21,7 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.files import write_durably
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
-from privet.common.log.gate import Facts, Gate
+from privet.common.log.gate import Facts, Gate, stated_bound
 from privet.common.log.replay import LoggedRun, Replay, admit
 from privet.common.log.statements import EgressDecision, EgressReview
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
@@ -76,7 +76,7 @@ class Candidate:
             "adapter": self.gate.candidate,
             "state": "released" if self.gate.exported else self.gate.state(self.time),
             "epsilon": self.facts.epsilon,
-            "bound": self.facts.bound,
+            "bound": stated_bound(self.facts.bound),
             "quality": self.facts.quality,
             "signatures": {"needed": self.gate.terms.signatures, "signed": list(self.facts.signed)},
             "unmet": self.unmet,
@@ -243,7 +243,7 @@ def decide_egress(
             adapter=gate.candidate,
             verdict=verdict,
             epsilon=facts.epsilon,
-            bound=facts.bound,
+            bound=stated_bound(facts.bound),
             quality=facts.quality,
             signed=facts.signed,
             refused=facts.refused,
