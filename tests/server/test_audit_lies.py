@@ -42,6 +42,7 @@ from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     AdapterState,
     Charge,
+    EgressReview,
     Export,
     Genesis,
     Join,
@@ -64,7 +65,7 @@ from privet.server.log.journal import Keys, rotation
 from privet.server.rounds.archive import bundle_files
 from tests.conftest import Run
 from tests.support.log_world import MECHANISM, ORIGIN, World, member, private, public, second
-from tests.support.logged_world import RELEASE_KEY, world_of
+from tests.support.logged_world import RELEASE_KEY, pass_gate, world_of
 from tests.support.masked_world import masked_study
 from tests.support.secagg_world import identity
 
@@ -88,11 +89,13 @@ class Archive:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    """A run of three rounds, with a refusal and an aborted round; then a site joins and leaves."""
-    study = masked_study(training={"rounds": 3}, privacy=PRIVATE)
+    """A run of three rounds, with a refusal and an aborted round, which passes its gate; a site joins and leaves."""
+    study = masked_study(training={"rounds": 3}, privacy=PRIVATE, gate={"signatures": 2, "canaries": 20})
     world = world_of(tmp_path_factory.mktemp("world"), study, 4)
     for site in list(world.sites.values())[1:]:
         site.refuses_rounds = (2,)
+    world.play()
+    pass_gate(world, (0, 1))
     world.play()
     files = bundle_files(world.run, world.folder / "run" / "public", with_weights=True)
     assert check_bundle(files, world.policy).ok
@@ -152,7 +155,7 @@ def proved(draft: Rotate, true: Statement, said: Sequence[tuple[Statement, str]]
 
 
 def signs(statement: Statement) -> bool:
-    return isinstance(statement, SiteRound | Refusal)
+    return isinstance(statement, SiteRound | Refusal | EgressReview)
 
 
 def key_of(author: str) -> Ed25519PrivateKey:
@@ -359,6 +362,8 @@ BELIEVED = {
     "refusal": {"time", "code", "rule", "asked", "allowed", "policy", "round"},
     "export": {"time"},
     "adapter-state": {"time", "reason"},
+    "egress-review": {"time", "test", "canaries.planted", "canaries.guesses", "canaries.right"},
+    "egress-decision": {"time"},
 }
 
 
