@@ -278,9 +278,7 @@ def passed_by_all(made: Deployment, run: Path, at: tuple[object, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on_to_its_gate(
-    bert: Path, tmp_path: Path, forks: Forks
-) -> None:
+def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path, forks: Forks) -> None:
     study = study_of(tmp_path, bert, "first", **{"training.rounds": 6, "gate": GATE})
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
     with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
@@ -315,8 +313,8 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on_to_its_gate(
         again = study_of(tmp_path, bert, "again", **{"training.rounds": 1, "seed": 1, "gate": GATE})
         for name in SITES:
             made.privet("site", "approve", made.site(name), again)
-        start = (*at, "--gather", 300, "--adapter", start_of(made, again))
-        assert "with a candidate" in made.privet("coordinator", "run", again, "--name", "again", *start)
+        begun = (*at, "--gather", 300, "--adapter", start_of(made, again))
+        assert "with a candidate" in made.privet("coordinator", "run", again, "--name", "again", *begun)
         passed_by_all(made, made.coordinator / "runs" / "again", at)
         verdict, story = audit(made, made.coordinator / "runs" / "again", tmp_path)
         assert verdict["verdict"] == "verified", verdict
