@@ -24,8 +24,8 @@ from privet.client.release.received import RECEIVED, Received, check_received, k
 from privet.client.rounds.history import policy_of
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
-from privet.common.audit.egress import check_carried, check_logged
-from privet.common.audit.release import ADAPTER, EGRESS, FILES, KEY, SIGNATURE, STUDY, verify_digests
+from privet.common.audit.egress import check_kept, check_logged
+from privet.common.audit.release import ADAPTER, FILES, KEY, SIGNATURE, STUDY, verify_digests
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import staged, sync_directory, sync_files
 from privet.common.log.checkpoint import Checkpoint, LeafProof, verify_leaf
@@ -185,8 +185,7 @@ def receive(
             if file == STUDY:
                 _check_admitted(site, study_of(staging, run), run, time)
         study = _verified(staging, run, export)
-        evidence = (staging / EGRESS).read_bytes() if EGRESS in wanted else None
-        check_carried(study, export.adapter, evidence, f"run {name}")
+        check_kept(study, export.adapter, staging)
         _prove(staging, site, log, released, source)
         keep_bases(staging, {base: path for base, path in site.resources.bases.items() if base == study.model.base})
         keep_received(staging, _received(released, log.history, time))

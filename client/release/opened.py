@@ -14,8 +14,8 @@ from privet.client.release.received import Received, check_received
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
-from privet.common.audit.egress import check_carried
-from privet.common.audit.release import ADAPTER, EGRESS, STUDY
+from privet.common.audit.egress import check_kept
+from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
 from privet.common.clock import now
 from privet.common.errors import StateError, VerificationError
@@ -90,18 +90,9 @@ def open_release(path: Path, *, testing: bool = False) -> Release:
     received = check_received(path.parent, shared) if site else check_received(folder, digest(data))
     check_until(study, now())
     if not testing:
-        check_carried(study, shared if site else digest(data), _evidence(path, site), str(path))
+        # What a site trained for itself lies in the directory of the release that it began from.
+        check_kept(study, shared if site else digest(data), path.parent if site else path)
     return Release(path, study, Adapter.read(read_layout(data), data), received, site)
-
-
-def _evidence(path: Path, site: str) -> bytes | None:
-    """Return the egress decision among the files of an adapter: what a site trained for itself lies in its release."""
-    for folder in (path.parent,) if site else (path, path / "release"):
-        try:
-            return (folder / EGRESS).read_bytes()
-        except OSError:
-            continue
-    return None
 
 
 def _personal(path: Path) -> tuple[str, str]:

@@ -7,6 +7,8 @@ the coordinator. Nothing is believed of it that its holder could not change, so 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from privet.common.audit.release import EGRESS
 from privet.common.errors import PrivetError, RefusedError
 from privet.common.log.encoding import parse_statement
@@ -51,8 +53,24 @@ def check_origin(history: Replay, adapter: str) -> None:
         raise RefusedError(f"the gate of run {name} withholds this adapter: it was not released", _WAY)
 
 
+def check_kept(study: Study, adapter: str, path: Path) -> None:
+    """Check that a run directory, or a directory of released files, holds the decision that lets its adapter leave.
+
+    Raises:
+        RefusedError: As `check_carried`.
+    """
+    for folder in (path, path / "release"):
+        try:
+            evidence = (folder / EGRESS).read_bytes()
+        except OSError:
+            continue
+        check_carried(study, adapter, evidence, str(path))
+        return
+    check_carried(study, adapter, None, str(path))
+
+
 def check_carried(study: Study, adapter: str, evidence: bytes | None, where: str) -> None:
-    """Check that files of an adapter hold the decision that lets it leave.
+    """Check that the decision among an adapter's files lets it leave.
 
     Args:
         study: Its study.

@@ -84,6 +84,7 @@ def decide(
     if decision.expires is None:
         typer.echo(folded(f"refused    {run}: {decision.reason}", 11))
         typer.echo("log        the decision is in the round log; nothing of this run is released")
+        typer.echo(in_directory(f"next: privet coordinator resume {run}, so that sites cosign it", directory))
         return
     typer.echo(f"accepted   {run}: signed by {', '.join(decision.signed)}; until {_day(decision.expires)}")
     typer.echo(in_directory(f"next: privet coordinator resume {run}", directory))

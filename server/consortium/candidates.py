@@ -11,6 +11,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,10 @@ from privet.common.log.envelope import Envelope
 from privet.common.log.gate import Facts, Gate, stated_bound
 from privet.common.log.replay import LoggedRun, Replay, admit
 from privet.common.log.statements import EgressDecision, EgressReview
+from privet.common.pki.certificates import SKEW
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.consortium.registry import logged_history
+from privet.server.consortium.registry import history_in, logged_history
 from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
@@ -125,13 +127,10 @@ def candidate_part(made: Coordinator, site: str, asked: ReleasedRequest) -> Rele
         f"run {asked.run} has no candidate, or none for site {site}",
         "a candidate is for the sites that took part, until it is refused: `privet site adapters SITE` lists them",
     )
-    run = logged_history(made).runs.get(asked.run)
     folder = made.directory / "runs" / asked.run
-    if run is None or run.gate is None or run.gate.candidate is None or site not in run.gate.answered:
+    if site not in _testers(made.log_directory, LogFile(made.log_directory).size()).get(asked.run, ()):
         raise refused
     if asked.file not in _FILES or not folder.is_dir() or RunDirectory.open(folder).withdrawn is not None:
-        raise refused
-    if run.gate.decision is not None and run.gate.decision.verdict == "refused":
         raise refused
     try:
         with (folder / _FILES[asked.file]).open("rb") as file:
@@ -143,21 +142,37 @@ def candidate_part(made: Coordinator, site: str, asked: ReleasedRequest) -> Rele
     return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
 
 
-def keep_review(made: Coordinator, site: str, data: bytes) -> EgressReview:
+@lru_cache(maxsize=4)
+def _testers(log: Path, size: int) -> Mapping[str, frozenset[str]]:
+    """Return by run the sites that may test its candidate, as a log of `size` leaves has it. Asked for each part."""
+    return {
+        name: frozenset(run.gate.answered)
+        for name, run in history_in(log).runs.items()
+        if run.gate is not None
+        and run.gate.candidate is not None
+        and (run.gate.decision is None or run.gate.decision.verdict == "accepted")
+    }
+
+
+def keep_review(made: Coordinator, site: str, data: bytes, now: datetime) -> EgressReview:
     """Keep a site's review for the log. It is durable on return; the same review, sent twice, is kept once.
 
     Args:
         made: The coordinator.
         site: The site that sends it.
         data: Its signed statement.
+        now: The present time.
 
     Raises:
-        RefusedError: The rules of the log do not allow it, or it is of another site.
+        RefusedError: The rules of the log do not allow it, it is of another site, or of another time: it counts from
+            its time on.
         ProtocolError: It is no such statement. StateError: It cannot be stored.
     """
     review = _review_in(data)
     if review.site != site:
         raise RefusedError(f"site {site} sent a review of site {review.site}", "each site sends its own")
+    if abs(review.time - now.timestamp()) > SKEW.total_seconds():
+        raise RefusedError("the review's time is too far from the service's clock", "set both clocks, then try again")
     path = _folder(made) / f"{review.time:012d}.{site}.{review.run}.json"
     if path.exists() and path.read_bytes() == data:
         return review

@@ -101,7 +101,12 @@ def logged_history(made: Coordinator) -> Replay:
     Raises:
         StateError: The log cannot be read. VerificationError: It breaks the rules.
     """
-    log, history, tree = LogFile(made.log_directory), Replay(), Tree()
+    return history_in(made.log_directory)
+
+
+def history_in(directory: Path) -> Replay:
+    """Replay the round log in a directory. Raises as `logged_history`."""
+    log, history, tree = LogFile(directory), Replay(), Tree()
     size = log.size()
     while (at := tree.frontier.size) < size:
         for index, data in enumerate(log.leaves(at, min(_LEAVES, size - at), _BYTES), start=at):

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from privet.common.audit.bundle import CHECKPOINT
-from privet.common.audit.egress import check_carried
-from privet.common.audit.release import ADAPTER, EGRESS
+from privet.common.audit.egress import check_kept
+from privet.common.audit.release import ADAPTER
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
@@ -50,9 +50,7 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
         raise refused
     _check_terms(run, site, now)
     if run.study.gate is not None:
-        held = folder / RELEASE / EGRESS
-        adapter = _digest(folder / RELEASE / ADAPTER)
-        check_carried(run.study, adapter, held.read_bytes() if held.is_file() else None, f"run {asked.run}")
+        check_kept(run.study, _digest(folder / RELEASE / ADAPTER), folder / RELEASE)
     try:
         with (folder / RELEASE / asked.file).open("rb") as file:
             size = file.seek(0, 2)

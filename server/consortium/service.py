@@ -178,7 +178,7 @@ class Service:
 
     def review(self, request: ReviewRequest, caller: Caller) -> Nothing:
         """Take the caller's review of a candidate. It is in the log when the log is written next."""
-        keep_review(self.coordinator, caller.site, base64.b64decode(request.statement))
+        keep_review(self.coordinator, caller.site, base64.b64decode(request.statement), self.clock())
         return Nothing()
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:

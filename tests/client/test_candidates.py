@@ -259,7 +259,8 @@ def test_the_service_takes_only_what_the_log_would(world: World, name: str) -> N
         ({"run": other}, "digest of the (study|adapter)"),
         ({"adapter": digest(b"other")}, "digest of the adapter"),
         ({"tested": (), "test": None}, "without a test of membership"),
-        ({"time": 1, "expires": 2**40}, "at most 30 days"),
+        ({"expires": int(now().timestamp()) + 31 * DAY}, "at most 30 days"),
+        ({"time": 2**40, "expires": 2**40 + 1}, "too far from the service's clock"),
     ):
         with pytest.raises(PrivetError, match=why):
             lyon.review(said_by(world, "lyon", name, **wrong))
@@ -281,7 +282,7 @@ def test_the_service_takes_only_what_the_log_would(world: World, name: str) -> N
         lyon.review(said_by(world, "lyon", name, time=time, expires=time + DAY))
     # Of two that wait, one may come too late for the log: it is put aside, and the log is not held up.
     leaf = said_by(world, "berlin", name, time=time)
-    keep_review(world.coordinator, "berlin", leaf)
+    keep_review(world.coordinator, "berlin", leaf, now())
     run(deciding.decide, name, "--refuse", "x", "-C", home(world))
     (home(world) / "reviews" / "000000000001.berlin.late.json").write_bytes(leaf)
     with open_journal(world.coordinator.log_directory, world.coordinator.keys) as journal:

@@ -20,6 +20,7 @@ from privet.common.log.statements import EgressDecision, EgressReview
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
+from privet.server.tracking.figures import tracked
 from tests.support.logged_world import QUICK, LoggedWorld, pass_gate, review_of, world_of
 from tests.support.masked_world import masked_study
 from tests.support.secagg_world import identity
@@ -38,7 +39,8 @@ def ended(tmp_path: Path) -> LoggedWorld:
 
 
 def report_of(world: LoggedWorld) -> tuple[Report, dict[str, bytes]]:
-    files = bundle_files(world.run, world.folder / "run" / "public", with_weights=True)
+    released = (world.run.path / "release").is_dir()
+    files = bundle_files(world.run, world.folder / "run" / "public", with_weights=released)
     return check_bundle(files, world.policy), files
 
 
@@ -53,6 +55,10 @@ def test_a_gated_run_ends_with_a_candidate_and_resuming_it_changes_nothing(ended
             log = ended.log(journal)
             assert log.released  # as far as its gate lets it go
             assert "no egress decision has accepted it" in log.withheld
+        with pytest.raises(RefusedError, match="for tests alone"):
+            bundle_files(ended.run, ended.folder / "run" / "public", with_weights=True)
+        with pytest.raises(RefusedError, match="for tests alone"):
+            tracked(ended.run.path)
         ended.play()
     lines = "\n".join(story(history_of(files, ended.policy)[1]))
     assert "its adapter has to pass a gate, which 2 sites sign" in lines
