@@ -11,6 +11,7 @@ import pytest
 from privet.client.release import candidate
 from privet.client.release.candidate import outcome_of
 from privet.client.release.opened import Release
+from privet.client.rounds.loading import load_data
 from privet.client.site import Resources
 from privet.client.training.canaries import Planting
 from privet.client.training.data import load_files
@@ -132,3 +133,16 @@ def test_canaries_planted_in_training_stop_a_model_that_memorises_and_pass_a_pri
         bounds[name] = Gate(town().history.runs["flu"].statement, terms).bound_of(found.canaries)
         assert found.failed == (("canary",) if name == "bare" else ()), bounds
     assert bounds["bare"] > 1 >= bounds["private"]
+
+
+def test_planted_canaries_are_trained_on_and_change_no_public_number(bert: Path, tmp_path: Path) -> None:
+    gate = {"signatures": 1, "canaries": 20, "epsilon": 3.0}
+    study = tiny_study(bert, gate=gate, **{"data.validation_fraction": 0.2})
+    site, host = load_simulated(site_of(tmp_path, study)), open_host(study, CPU)
+    planting = Planting(60, b"k" * 32)
+    bare = load_data(site, study, host, b"k" * 32, distinct=False)
+    planted = load_data(site, study, host, b"k" * 32, distinct=False, planting=planting)
+    assert len(planted.training.features) == len(bare.training.features) + sum(planting.coins())
+    assert len(planted.training.units) == len(bare.training.units) + sum(planting.coins())
+    assert planted.training.declared == bare.training.declared
+    assert planted.validation == bare.validation  # a canary that is held out would count as included

@@ -37,7 +37,7 @@ TERMS = StatedGate(
     canaries=100,
     epsilon=3.0,
     membership=0.6,
-    repeated=None,
+    repeated=0.2,
     metric="validation_accuracy",
     least=0.7,
 )
@@ -87,7 +87,7 @@ def review(world: Town, site: str, **changes: Any) -> EgressReview:
         "study": digest("study flu"),
         "adapter": world.adapters["flu"],
         "verdict": "signed",
-        "tested": ("canary", "membership"),
+        "tested": ("canary", "membership", "repeated"),
         "failed": (),
         "canaries": WEAK,
         "test": digest("figures"),
@@ -165,14 +165,14 @@ def test_a_candidate_that_meets_every_condition_is_released() -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
     """Draw what a run and its sites say, and which conditions that breaks."""
-    broken = draw(st.sets(st.sampled_from(["privacy", "canary", "membership", "quality", "signatures"])))
+    broken = draw(st.sets(st.sampled_from(["privacy", "canary", "membership", "repeated", "quality", "signatures"])))
     return {
         "epsilon": 8.0001 if "privacy" in broken else draw(st.floats(0, 8)),
         "accuracy": draw(st.floats(0, 0.69)) if "quality" in broken else draw(st.floats(0.7, 1)),
         "signers": draw(st.sets(st.sampled_from(SITES), max_size=1)) if "signatures" in broken
         else draw(st.sets(st.sampled_from(SITES), min_size=2)),
         "canaries": draw(st.sampled_from(["few", "none"])) if "canary" in broken else "many",
-        "fails": "membership" in broken,
+        "fails": tuple(sorted(broken & {"membership", "repeated"})),
     }, broken  # fmt: skip
 
 
@@ -182,12 +182,12 @@ def test_what_fails_any_condition_is_never_released(case: tuple[dict[str, Any], 
     given, broken = case
     world = town(epsilon=given["epsilon"], accuracy=given["accuracy"])
     counts = {"many": WEAK, "few": CanaryCounts(planted=99, guesses=20, right=10), "none": None}[given["canaries"]]
-    tested = ("membership",) if counts is None else ("canary", "membership")
+    tested = ("membership", "repeated") if counts is None else ("canary", "membership", "repeated")
     for site in sorted(given["signers"]):
         world.say(review(world, site, canaries=counts, tested=tested), site)
     if given["fails"]:
         site = next((each for each in SITES if each not in given["signers"]), SITES[0])
-        world.say(refusal(world, site, failed=("membership",)), site)
+        world.say(refusal(world, site, failed=given["fails"]), site)
         broken = broken | ({"signatures"} if len(set(given["signers"]) - {site}) < 2 else set())
     facts = world.gate.facts(world.now, world.history.members)
     # Without a signature there is nobody whose canaries count.
@@ -232,7 +232,7 @@ def test_a_run_without_privacy_is_held_to_the_epsilon_of_its_gate() -> None:
         ({"adapter": digest("other")}, "digest of the adapter"),
         ({"study": digest("other")}, "digest of the study"),
         ({"run": "other"}, "no run-open statement"),
-        ({"tested": ("canary",)}, "signs without a test of membership"),
+        ({"tested": ("canary", "repeated")}, "signs without a test of membership"),
         ({"expires": 1_800_000_000 + 31 * DAY}, "at most 30 days"),
     ],
 )
@@ -486,13 +486,13 @@ def test_a_loss_is_compared_as_its_negative() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"failed": ("repeated",)},
         {"failed": ("membership",)},
         {"reason": "why"},
         {"canaries": None},
         {"test": None},
         {"expires": 1},
         {"tested": ("membership", "canary")},
+        {"verdict": "refused", "reason": "why", "tested": ("canary",), "failed": ("membership",)},
         {"verdict": "refused"},
     ],
 )
