@@ -538,7 +538,7 @@ def log_verified(run: RunDirectory) -> bool | None:
     if not (run.path / PUBLIC).is_dir():
         return None
     policy = Policy.parse((run.path / LOG / POLICY).read_text(encoding="utf-8"))
-    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=True), policy).ok
+    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=run.study.gate is None), policy).ok
 
 
 def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.tracking.figures import tracked
+from tests.conftest import Run
+from tests.simulations.test_simulate import study_file
 from tests.support.logged_world import QUICK, LoggedWorld, pass_gate, review_of, world_of
 from tests.support.masked_world import masked_study
 from tests.support.secagg_world import identity
@@ -174,3 +176,27 @@ def test_the_run_directory_of_a_candidate_is_opened_for_tests_alone(ended: Logge
         assert open_release(path).study.gate is not None
     kept = ended.run.path / "release" / EGRESS
     assert json.loads(kept.read_bytes())["payloadType"] == "application/vnd.in-toto+json"
+
+
+def test_a_simulated_run_ends_with_a_candidate_that_is_tested_and_not_exported(
+    bert: Path, tmp_path: Path, privet: Run
+) -> None:
+    """Its sites sign nothing. The researcher measures it, attacks it and continues from it."""
+    gate = {"signatures": 2, "membership": 0.9}
+    file = study_file(tmp_path, bert, {"training.rounds": 1, "gate": gate})
+    run = tmp_path / "run"
+    code, out, err = privet("simulate", file, "--out", run)
+    assert code == 0, err
+    assert not (run / "release").exists()
+    for command in (("predict", run, "--text", "a note"), ("export", run, tmp_path / "out")):
+        code, out, err = privet(*command)
+        assert code != 0
+        assert "for tests alone" in out + err
+    assert not (tmp_path / "out").exists()
+    code, out, err = privet("evaluate", run, "--data", tmp_path / "alpha-test.jsonl", "--json")
+    assert code == 0, err
+    code, out, err = privet("audit", "bundle", run, "--out", tmp_path / "run.tar")
+    assert code == 0, err
+    code, out, err = privet("audit", "verify", tmp_path / "run.tar", "--policy", run / "log" / "policy")
+    assert code == 0, out + err
+    assert "it is a candidate, and no egress decision has accepted it" in out
