@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, cast
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -37,6 +37,7 @@ from google.protobuf.message import DecodeError
 
 from privet.client.network.proxies import proxy_for, through
 from privet.common.errors import ProtocolError, StateError
+from privet.common.flower.bundles import GIVE, INLINE, TAKE, Bundle
 from privet.common.flower.objects import Objects, part_names, put_together, take_apart
 from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Message as Spoken
@@ -47,6 +48,7 @@ HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _TIMEOUT = 60.0
 _OVER = 403  # Flower's status for a run that has ended
 _TOO_LARGE = 413
+_ABSENT = 404
 _UNKNOWN = (401, 412)  # Flower's statuses for a key that is not registered, and for one that is online already
 _T = TypeVar("_T")
 
@@ -67,6 +69,10 @@ class TooLargeError(Exception):
     """The answer is larger than the coordinator accepts."""
 
 
+class _NoSuchCallError(UnreachableError):
+    """The coordinator does not know this call."""
+
+
 class RunOverError(Exception):
     """The run that the message belongs to has ended."""
 
@@ -78,10 +84,12 @@ Moved = Callable[[Direction, int], None]
 
 @dataclass(frozen=True)
 class Received:
-    """A message that Flower announced: its header and the digests of its parts, which have not been fetched yet."""
+    """A message that Flower announced: its header and the digests of its parts."""
 
     header: Any
     tree: Any
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    """Parts that came with it, by digest. They are not checked yet, and not written to disk."""
 
     def to_bytes(self) -> bytes:
         """Return it in Flower's own encoding."""
@@ -169,6 +177,7 @@ class FleetLink:
             "response": [_limited(largest, moved)],
         }
         self._node: Node | None = None
+        self._bundles = True
 
     def close(self) -> None:
         """Close the connection."""
@@ -185,6 +194,7 @@ class FleetLink:
         Raises:
             NotAdmittedError: The node is not registered, or an earlier connection of it still counts.
         """
+        self._bundles = True  # the coordinator may have a newer version since
         if before is not None:
             self._node = Node(node_id=before)
             with suppress(NotAdmittedError):  # the key may have another id now: then activate anew
@@ -205,7 +215,24 @@ class FleetLink:
 
     def receive(self) -> Received | None:
         """Return the next message for this node, or None. The coordinator may delay its answer while it has none."""
-        return _announced(self._call(self._client.PullMessages, PullMessagesRequest(node=self._node)))
+        request = PullMessagesRequest(node=self._node)
+        bundle = self._bundle(TAKE, request, Bundle)
+        if bundle is None:
+            return _announced(self._call(self._client.PullMessages, request))
+        response = PullMessagesResponse()
+        try:
+            response.ParseFromString(bundle.pieces[0])
+        except (DecodeError, IndexError):
+            raise UnreachableError("the coordinator's answer cannot be read") from None
+        received = _announced(response)
+        if received is None:
+            return None
+        try:
+            names = part_names(received.tree)
+        except ProtocolError:  # `fetch` says so
+            return received
+        contents = {name: part for name, part in zip(names, bundle.pieces[1:], strict=False) if part}
+        return replace(received, contents=contents)
 
     def fetch(self, received: Received) -> Spoken:
         """Fetch the parts of a message and read it.
@@ -214,8 +241,10 @@ class FleetLink:
             ProtocolError: It is not a message of privet.
             RunOverError: Its run has ended.
         """
-        contents = {}
+        contents = dict(received.contents)
         for name in part_names(received.tree):
+            if name in contents:
+                continue
             request = PullObjectRequest(node=self._node, run_id=received.run, object_id=name)
             found = self._call(self._client.PullObject, request)
             if not found.object_found:
@@ -231,8 +260,10 @@ class FleetLink:
             )
         return unpack(message.content)
 
-    def send(self, reply: Reply) -> None:
-        """Send an answer. It may be sent again with the same bytes.
+    def send(self, reply: Reply) -> bool:
+        """Send an answer, and return whether the message that it answers is confirmed by it.
+
+        It may be sent again with the same bytes.
 
         Raises:
             RunOverError: The run has ended, so the coordinator does not wait for the answer.
@@ -244,18 +275,24 @@ class FleetLink:
             message_object_trees=[reply.objects.tree],
             clientapp_runtime_list=[0.0],
         )
+        contents = reply.objects.contents
+        if all(len(content) < INLINE for content in contents.values()):
+            pieces = [push.SerializeToString(), *(contents[name] for name in part_names(reply.objects.tree))]
+            if self._bundle(GIVE, Bundle(pieces), Bundle) is not None:
+                return True
         accepted = self._call(self._client.PushMessages, push)
         for name in accepted.objects_to_push:
-            if name in reply.objects.contents:
+            if name in contents:
                 part = PushObjectRequest(
                     node=self._node,
                     run_id=reply.header.metadata.run_id,
                     object_id=name,
-                    object_content=reply.objects.contents[name],
+                    object_content=contents[name],
                     session_id=accepted.session_id,
                 )
                 if not self._call(self._client.PushObject, part).stored:
                     raise UnreachableError("the coordinator could not store a part of the answer")
+        return False
 
     def confirm(self, received: Received) -> None:
         """Tell the coordinator that it may delete the message. Raises as `send`."""
@@ -263,6 +300,22 @@ class FleetLink:
             node=self._node, run_id=received.run, message_object_id=received.tree.object_id
         )
         self._call(self._client.ConfirmMessageReceived, request)
+
+    def _bundle(self, path: str, request: Any, answer: type[_T]) -> _T | None:
+        """Make a call of privet's own; None if the coordinator is an earlier version, which does not know it."""
+        if not self._bundles:
+            return None
+        try:
+            found = self._call(
+                lambda sent: self._client._unary_unary(
+                    path=path, rpc_method=path, request=sent, response_type=cast(Any, answer)
+                ),
+                request,
+            )
+            return cast(_T, found)
+        except _NoSuchCallError:
+            self._bundles = False
+            return None
 
     def _call(self, method: Callable[[Any], _T], request: Any) -> _T:
         try:
@@ -273,6 +326,8 @@ class FleetLink:
                 raise RunOverError from None
             if status == _TOO_LARGE:
                 raise TooLargeError from None
+            if status == _ABSENT:
+                raise _NoSuchCallError(f"HTTP status {status}") from None
             if status in _UNKNOWN:
                 raise NotAdmittedError(f"HTTP status {status}") from None
             kind = UntrustedError if error.response.is_redirect else UnreachableError

@@ -204,19 +204,20 @@ class Connection:
         """Answer one message, unless its run is over or its time is up."""
         started = time.monotonic()
         within = started + received.header.metadata.ttl
+        confirmed = False
         # Stored before it is answered, with the attempt counted: a message that kills the process is not retried for
         # ever.
         self.note.write(number, received, attempts + 1)
         try:
             reply = self._reply(received, attempts, within)
             try:
-                self._insist(lambda: self.link.send(reply), within)
+                confirmed = self._insist(lambda: self.link.send(reply), within)
             except TooLargeError:
                 _log.error(
                     "the answer is larger than the coordinator accepts, or than what is left of this site's quota; "
                     "a failure is sent instead"
                 )
-                self._insist(lambda: self.link.send(reply_to(received, _TOO_LARGE)), within)
+                confirmed = self._insist(lambda: self.link.send(reply_to(received, _TOO_LARGE)), within)
         except RunOverError:
             _log.info("the coordinator no longer waits for the answer to the last message; the answer is dropped")
         else:
@@ -225,8 +226,9 @@ class Connection:
         # Removed only now: a crash before the answer arrived must send it again.
         self.note.write(number)
         # May fail: confirming frees space at the coordinator, which frees it at the end of the run in any case.
-        with suppress(RunOverError, UnreachableError):
-            self.link.confirm(received)
+        if not confirmed:
+            with suppress(RunOverError, UnreachableError):
+                self.link.confirm(received)
 
     def _reply(self, received: Received, attempts: int, within: float) -> Reply:
         if attempts >= _MOST_ATTEMPTS:

@@ -11,17 +11,21 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from privet.client.policy.rules import load_policy
 from privet.client.scan.kinds import FAULTS
-from privet.client.scan.scanning import Scan, sha256_of, text_columns
+from privet.client.scan.scanning import Scan, sha256_of, sha256_of_form, text_columns
 from privet.client.site import SiteConfig
+from privet.client.training.data import counted_files
 from privet.common.errors import ScanError, StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.study.reading import validate
 from privet.common.study.study import Study
 
 _RECORD = "scan.json"
+Role = Literal["train", "test"]
+_FILES: Mapping[Role, str] = {"train": "training", "test": "test"}
 _COMMAND = "run `privet site scan SITE --study STUDY`"
 
 
@@ -75,19 +79,24 @@ def load(path: Path) -> Scan:
     raise StateError(f"the scan {path} cannot be used: {fault}", f"delete the file, then {_COMMAND}")
 
 
-def broken(scan: Scan, rules: Mapping[str, float], columns: Collection[str] | None = None) -> list[Broken]:
-    """Return the rules that the training files of a scan break.
+def broken(
+    scan: Scan, rules: Mapping[str, float], columns: Collection[str] | None = None, role: Role = "train"
+) -> list[Broken]:
+    """Return the rules that the files of a scan break.
 
     Args:
         scan: The scan.
         rules: Largest share of records by what it limits.
         columns: The columns that count; None: all.
+        role: The files that count. Faults of texts are about training, so no test file breaks their rules.
     """
-    return [found for name, most in sorted(rules.items()) for found in _broken(scan, name, most, columns)]
+    return [found for name, most in sorted(rules.items()) for found in _broken(scan, name, most, columns, role)]
 
 
-def _broken(scan: Scan, name: str, most: float, columns: Collection[str] | None) -> Iterator[Broken]:
+def _broken(scan: Scan, name: str, most: float, columns: Collection[str] | None, role: Role) -> Iterator[Broken]:
     if name in FAULTS:
+        if role == "test":
+            return
         texts = scan.texts
         count = getattr(texts, name.replace("-", "_"))
         of = texts.sampled if name == "templated" else texts.records
@@ -98,7 +107,7 @@ def _broken(scan: Scan, name: str, most: float, columns: Collection[str] | None)
         return
     found: dict[str, tuple[int, int]] = {}
     for file in scan.files:
-        for column, counts in file.columns.items() if file.role == "train" else ():
+        for column, counts in file.columns.items() if file.role == role else ():
             if columns is None or column in columns:
                 hits, records = found.get(column, (0, 0))
                 found[column] = hits + counts.kinds.get(name, 0), records + counts.records
@@ -108,7 +117,7 @@ def _broken(scan: Scan, name: str, most: float, columns: Collection[str] | None)
 
 
 def check_scan(site: SiteConfig, study: Study, *, files: bool) -> None:
-    """Check that a site's policy asks for no scan, or that the kept one admits training for a study.
+    """Check that a site's policy asks for no scan, or that the kept one admits the files that a study reads.
 
     Args:
         site: The site file.
@@ -116,7 +125,7 @@ def check_scan(site: SiteConfig, study: Study, *, files: bool) -> None:
         files: Whether to compare the digests of the files too, which reads them.
 
     Raises:
-        ScanError: There is no scan of these very files and columns, or it breaks a rule.
+        ScanError: There is no scan of these very files and columns, read as they are read now, or it breaks a rule.
         StudyError, StateError: The policy or the record cannot be read or trusted; DataError: a file cannot be read.
     """
     policy = None if site.policy is None else load_policy(site.policy)
@@ -132,20 +141,27 @@ def check_scan(site: SiteConfig, study: Study, *, files: bool) -> None:
     if not path.exists():
         raise ScanError("the policy requires a scan of the data files, and there is none", _COMMAND)
     scan = load(path)
-    wanted = text_columns(study)
-    kept = {Path(file.path): file for file in scan.files if file.role == "train"}
-    for train in site.train:
-        found = kept.get(train)
-        if found is None:
-            raise ScanError(f"the kept scan does not cover the training file {train}", _COMMAND)
-        if not wanted <= found.columns.keys():
-            raise ScanError(f"the kept scan does not cover all columns of {train} that the study trains on", _COMMAND)
-        if files and sha256_of(train) != found.sha256:
-            raise ScanError(f"the training file {train} has changed since the kept scan", _COMMAND)
-    faults = broken(scan, policy.scan.max_rate, wanted)
+    role: Role = "train" if study.evaluation is None else study.evaluation.files
+    _check_covered(site, study, scan, role, digests=files)
+    faults = broken(scan, policy.scan.max_rate, text_columns(study), role)
     if faults:
         raise ScanError(
-            "the scan of the training files breaks rules of the policy: " + "; ".join(map(str, faults)),
+            f"the scan of the {_FILES[role]} files breaks rules of the policy: " + "; ".join(map(str, faults)),
             "mend the records that `privet site scan SITE --study STUDY --exact` names, then scan again; or change "
             "[scan] in the policy",
         )
+
+
+def _check_covered(site: SiteConfig, study: Study, scan: Scan, role: Role, *, digests: bool) -> None:
+    wanted, what = text_columns(study), f"the {_FILES[role]} file"
+    kept = {Path(file.path): file for file in scan.files if file.role == role}
+    for path in counted_files(site, study).train:
+        found = kept.get(path)
+        if found is None:
+            raise ScanError(f"the kept scan does not cover {what} {path}", _COMMAND)
+        if not wanted <= found.columns.keys():
+            raise ScanError(f"the kept scan does not cover all columns of {path} that the study reads", _COMMAND)
+        if found.form != sha256_of_form(site.form_of(path)):
+            raise ScanError(f"the settings in [format] for {what} {path} are not those of the kept scan", _COMMAND)
+        if digests and sha256_of(path) != found.sha256:
+            raise ScanError(f"{what} {path} has changed since the kept scan", _COMMAND)

@@ -19,6 +19,7 @@ from privet.client.scan.patterns import kinds_in, may_be_name
 from privet.client.scan.twins import Twins
 from privet.client.training.decoding import kind_of
 from privet.client.training.files import Row, read_rows
+from privet.common.canonical import canonical_json
 from privet.common.errors import DataError, StateError, StudyError
 from privet.common.study.sections import Section
 from privet.common.study.study import Study
@@ -52,6 +53,8 @@ class FileCounts(Section):
     path: str
     role: Literal["train", "test"]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    form: str = ""
+    """SHA-256 of the settings that the file was read with, in hexadecimal; empty in scans of earlier versions."""
     records: _Count
     columns: dict[str, ColumnCounts]
 
@@ -206,7 +209,14 @@ def _file(
         column: ColumnCounts(records=found.pop("", 0), kinds=dict(sorted(found.items())))
         for column, found in counts.items()
     }
-    return FileCounts(path=str(path), role="test" if test else "train", sha256=before, records=number, columns=columns)
+    return FileCounts(
+        path=str(path),
+        role="test" if test else "train",
+        sha256=before,
+        form=sha256_of_form(source.form_of(path)),
+        records=number,
+        columns=columns,
+    )
 
 
 def _join_rare(path: Path, rare: Sequence[str], counts: dict[str, Counter[str]], places: Places) -> None:
@@ -255,6 +265,12 @@ def sha256_of(path: Path) -> str:
             f"{path} cannot be read ({error.strerror or type(error).__name__})",
             "check the path, the file's permissions, and its disk",
         ) from None
+
+
+def sha256_of_form(form: FileFormat) -> str:
+    """Return the SHA-256 of the settings of a file, in hexadecimal: with others, the same bytes are other texts."""
+    settings = form.model_dump(mode="json", include=set(FileFormat.model_fields))
+    return hashlib.sha256(canonical_json(settings)).hexdigest()
 
 
 def text_columns(study: Study) -> frozenset[str]:

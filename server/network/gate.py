@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from privet.common.doors.places import Places
+from privet.common.flower.bundles import TAKE
 from privet.common.refusals import Refusals, short_digest
 from privet.server.network.link import (
     MEDIA_TYPE,
     PULL,
     PULL_OBJECT,
     PUSH_OBJECT,
+    STORING,
     USED,
     Objection,
     SignedHeaders,
@@ -42,8 +44,8 @@ _log = logging.getLogger("privet.coordinator")
 # Seconds to remember a used signature: a timestamp may be 300 s ahead and is accepted until it is 300 s old; 30 s more
 # as a margin.
 _FRESH = 630.0
-# Seconds between two queries for waiting messages.
-_LOOK = 0.025
+# Seconds between two looks for waiting messages.
+_LOOK = 0.01
 # At most, after queries that failed.
 _LOOK_LATER = 2.0
 # Bytes of one piece: of an answer, the next piece is sent after this one was read; of a body, one piece must arrive
@@ -86,6 +88,9 @@ class Desk(Protocol):
 
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting."""
+
+    def changed(self) -> bool:
+        """Return whether there may be new messages since the last call; called often, so it has to be quick."""
 
     def has_room(self, node: int, size: int) -> bool:
         """Whether a node may store so many bytes more."""
@@ -141,6 +146,7 @@ class Gate:
         self._incoming: Counter[int] = Counter()
         self._turns: defaultdict[int, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(limits.objects))
         self._waiters: set[tuple[int, asyncio.Event]] = set()
+        self._new = False
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
         self.places: Places | None = None
@@ -232,24 +238,24 @@ class Gate:
 
     def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
         """Limit how many objects a node sends or fetches at a time: many large ones would exhaust the memory."""
-        return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
+        return self._turns[node] if path == PULL_OBJECT or path in STORING else nullcontext()
 
     async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
-        if path == PUSH_OBJECT:
-            return await self._store(size, receive, node)
+        if path in STORING:
+            return await self._store(path, size, receive, node)
         asked = await self._body(receive, size)
-        if path == PULL:
+        if path in (PULL, TAKE):
             await self._hold(node)
         return await self._call(path, asked, node)
 
-    async def _store(self, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
-        """Store an object, if the node's quota has room for it: counted before it is read, with what is under way."""
+    async def _store(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
+        """Store objects, if the node's quota has room for them: counted before they are read, and while they are."""
         if not await self._fits(node, self._incoming[node] + size):
             raise Refused(413, QUOTA, size=size)
         self._incoming[node] += size
         try:
             if size <= self._limits.small_body:
-                return await self._call(PUSH_OBJECT, await self._body(receive, size), node)
+                return await self._call(path, await self._body(receive, size), node)
             if not self._bodies.locked():
                 async with self._bodies:
                     return await self._call(PUSH_OBJECT, await self._body(receive, size), node)
@@ -314,6 +320,7 @@ class Gate:
             return
         waiter = (node, asyncio.Event())
         self._waiters.add(waiter)
+        self._new = True
         # One task queries for all nodes that wait: a query for each would load the database with the number of sites.
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._look())
@@ -331,11 +338,16 @@ class Gate:
             event.set()
 
     async def _look(self) -> None:
-        """Wake the nodes for which a message is waiting, as long as any node waits."""
-        wait = _LOOK
+        """Wake the nodes for which a message is waiting, as long as any node waits.
+
+        The query is made only after a change, or for a node that came since: nothing else can have made an answer.
+        """
+        wait, ready = _LOOK, frozenset[int]()
         while self._waiters:
             try:
-                ready = await asyncio.to_thread(self._desk.waiting)
+                if self._desk.changed() or self._new or wait > _LOOK:
+                    self._new = False
+                    ready = await asyncio.to_thread(self._desk.waiting)
                 wait = _LOOK
             except Exception as error:  # of any kind: nodes that wait would not be answered any more
                 ready, wait = frozenset(), min(2 * wait, _LOOK_LATER)

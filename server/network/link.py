@@ -34,8 +34,10 @@ from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
+    Status,
     SubStatus,
 )
+from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -56,7 +58,6 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
@@ -65,7 +66,9 @@ from flwr.superlink.servicer.fleet import fleet_handlers as handlers
 from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError, StateError
-from privet.common.flower.objects import part_names, put_together, take_apart
+from privet.common.flower.bundles import GIVE, TAKE, Bundle
+from privet.common.flower.objects import MOST_PARTS, part_names, put_together, take_apart
+from privet.server.network.changes import Changes
 from privet.server.network.store import FileObjectStore, open_state
 
 _log = logging.getLogger("privet.coordinator")
@@ -92,8 +95,10 @@ _CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
         lambda r, s: handlers.confirm_message_received(request=r, state=s, store=s.object_store),
     ),
 }
-USED = frozenset(_CALLS)
+USED = frozenset({*_CALLS, TAKE, GIVE})
 """The paths of all calls."""
+STORING = frozenset({PUSH_OBJECT, GIVE})
+"""The paths of calls that store objects."""
 
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
@@ -118,6 +123,13 @@ _STORED = (
     "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
     "SELECT object_id, LENGTH(content) AS size FROM objects JOIN part ON object_id = part.id"
 )
+# The objects of a message.
+_PARTS = (
+    "WITH RECURSIVE part(id) AS (SELECT :id "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
+    "SELECT object_id, is_available FROM objects JOIN part ON object_id = part.id LIMIT :most"
+)
+_OVER = 403  # Flower's status for a run that has ended
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -155,6 +167,8 @@ class Link:
         self.directory = database.parent
         """Where large objects may be kept for a moment."""
         self._state = open_state(database)
+        self._database = database
+        self._changes = Changes(database)
         self._quota = 0
         self._counting = threading.Lock()
         self._counted: dict[int, tuple[float, int]] = {}
@@ -204,6 +218,10 @@ class Link:
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+
+    def changed(self) -> bool:
+        """Return whether anything in the link state changed since the last call. Much cheaper than a query."""
+        return self._changes.seen()
 
     def has_room(self, node: int, size: int) -> bool:
         """Whether a node may store so many bytes more, beside what it stores now.
@@ -255,7 +273,9 @@ class Link:
         A node acts for itself only: the id or key of another node in the request, or another sender in a message, is
         401.
         """
-        kind, handler = _CALLS[path]
+        if path == GIVE:
+            return self._store_answer(body, node)
+        kind, handler = _CALLS[PULL if path == TAKE else path]
         try:
             request = kind.FromString(body)
         except DecodeError:
@@ -265,6 +285,8 @@ class Link:
         if isinstance(request, PushMessagesRequest) and not _is_one_of_ours(request):
             return 400, b""
         try:
+            if path == TAKE:
+                return 200, self._next_message(request, node)
             if path == PULL:
                 self._give_again(node)
             return 200, bytes(handler(request, self._state).SerializeToString())
@@ -273,6 +295,49 @@ class Link:
             return (500 if known is None else known.http_status_code), b""
         except (ValueError, IndexError):  # a request without a message, or with a false digest
             return 400, b""
+
+    def _next_message(self, request: PullMessagesRequest, node: int) -> bytes:
+        """Return a node's next message with its small parts, in the order of `part_names`; empty for a large one."""
+        store = self._state.object_store
+        with _sql(self._state).session():
+            self._give_again(node)
+            announced = handlers.pull_messages(request=request, state=self._state, store=store)
+            pieces = [announced.SerializeToString()]
+            for tree in announced.message_object_trees:
+                for name in part_names(tree):
+                    large = isinstance(store, FileObjectStore) and store.size(name)
+                    pieces.append(b"" if large else store.get(name) or b"")
+        return Bundle(pieces).SerializeToString()
+
+    def _store_answer(self, body: bytes, node: int) -> tuple[int, bytes]:
+        """Store an answer with all its parts, and delete the message that it answers: all of it, or nothing."""
+        bundle = Bundle()
+        try:
+            bundle.ParseFromString(body)
+            push = PushMessagesRequest.FromString(bundle.pieces[0])
+        except (DecodeError, IndexError):
+            return 400, b""
+        if not self._own(push, node):
+            return 401, b""
+        if not _is_one_of_ours(push) or len(part_names(push.message_object_trees[0])) != len(bundle.pieces) - 1:
+            return 400, b""
+        tree = push.message_object_trees[0]
+        contents = dict(zip(part_names(tree), bundle.pieces[1:], strict=True))
+        try:
+            answer = message_from_proto(push.messages_list[0])
+            run = answer.metadata.run_id
+            known = self._state.get_run_status({run}).get(run)
+            if known is None or known.status != Status.RUNNING:
+                return _OVER, b""
+            with _sql(self._state).session():
+                if self._state.store_message_res(answer) is not None:
+                    # In one transaction no session of Flower's is needed, which would tell what is still to come.
+                    for name in self._state.object_store.preregister(run, tree):
+                        self._state.object_store.put(name, contents[name])
+                    self._state.object_store.delete(answer.metadata.reply_to_message_id)
+        except (ValueError, TypeError, LookupError, AttributeError):  # no message, or a part with another digest
+            return 400, b""
+        return 200, b""
 
     def _give_again(self, node: int) -> None:
         """Deliver messages again that a node was given and did not receive: Flower marks them before they arrive.
@@ -321,7 +386,7 @@ class Link:
         beats = threading.Thread(target=self._beat, args=(task, ended), daemon=True, name="run-heartbeat")
         beats.start()
         try:
-            yield LinkGrid(self._state, run, task, largest)
+            yield LinkGrid(self._state, Changes(self._database), run, task, largest)
             outcome = SubStatus.COMPLETED
         finally:
             ended.set()
@@ -345,10 +410,12 @@ class Link:
 class LinkGrid(Grid):
     """Flower's Grid for one run, directly on the link state: no HTTP, no token, no other process."""
 
-    def __init__(self, state: LinkState, run: int, task: int, largest: int) -> None:
+    def __init__(self, state: LinkState, changes: Changes, run: int, task: int, largest: int) -> None:
         # Flower's messages read these; `push_messages` overrides them, because a process may have two runs.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, run, SUPERLINK_NODE_ID
         self._state, self._run, self._task, self._largest = state, run, task, largest
+        self._changes = changes
+        self._asked: frozenset[str] | None = None
         self._arriving: dict[str, Message] = {}
         self._look_at = 0.0
 
@@ -380,23 +447,25 @@ class LinkGrid(Grid):
         objects = take_apart(message)
         # One transaction: a node that sees the message finds its parts.
         with _sql(self._state).session():
-            session = self._state.start_session(self._run)
-            header = remove_content_from_message(message)
-            stored, missing = self._state.store_message_and_object_tree(header, objects.tree, session)
-            complete = stored and all(
-                self._state.store_object(self._run, session, name, objects.contents[name]) for name in missing
-            )
-        return message.metadata.message_id if complete else ""
+            if self._state.store_message_ins(remove_content_from_message(message)) is None:
+                return ""
+            for name in self._state.object_store.preregister(self._run, objects.tree):
+                self._state.object_store.put(name, objects.contents[name])
+        return str(message.metadata.message_id)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Yield the answers to these messages that have arrived completely; each is read when it is yielded.
 
         Flower itself answers for a node that is gone and for a message that has expired. These answers are queried once
-        a second only, because that takes many queries, and whether a site has answered takes one.
+        a second only, because that takes many queries, and whether a site has answered takes one. Without any change
+        since the last call, for the same messages, there is nothing new, which takes no query at all.
         """
-        thorough = time.monotonic() >= self._look_at
+        asked, thorough = frozenset(message_ids), time.monotonic() >= self._look_at
+        if not (self._changes.seen() or thorough or asked != self._asked):
+            return
+        self._asked = None  # until all answers that are there have been read: the caller may leave this iteration
         if thorough or self._any_answer():
-            for reply in self._state.get_message_res(message_ids=set(message_ids), run_id=self._run):
+            for reply in self._state.get_message_res(message_ids=set(asked), run_id=self._run):
                 self._arriving[reply.metadata.message_id] = reply
         if thorough:
             self._look_at = time.monotonic() + 1.0
@@ -405,6 +474,7 @@ class LinkGrid(Grid):
             contents = self._contents(identity)
             if contents is not None:
                 yield self._taken(identity, reply, contents)
+        self._asked = asked
 
     def _any_answer(self) -> bool:
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
@@ -415,24 +485,19 @@ class LinkGrid(Grid):
 
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
         """Return the parts of a reply; None while a part is missing, and an empty mapping if one will never arrive."""
-        try:
-            names = part_names(self._state.object_store.get_object_tree(identity))
-        except NoObjectInStoreError:
+        parts = _sql(self._state).query(_PARTS, {"id": identity, "most": MOST_PARTS + 1})
+        if not 0 < len(parts) <= MOST_PARTS:
             return {}
         # Nothing is read before all parts are there: a poll every few milliseconds must not read megabytes each time.
-        for name in names:
-            if not self._whole(name):
-                return {} if self._state.get_object(self._run, name) is None else None
+        for part in parts:
+            if not part["is_available"]:
+                return {} if self._state.get_object(self._run, part["object_id"]) is None else None
         # Before reading: an answer larger than the study needs could exhaust the memory.
+        names = [part["object_id"] for part in parts]
         if sum(map(self._size, names)) > self._largest:
             return {}
-        contents = {}
-        for name in names:
-            content = self._state.get_object(self._run, name)
-            if not content:
-                return {}
-            contents[name] = content
-        return contents
+        contents = {name: self._state.object_store.get(name) for name in names}
+        return {} if not all(contents.values()) else {name: content or b"" for name, content in contents.items()}
 
     def _size(self, name: str) -> int:
         store = self._state.object_store

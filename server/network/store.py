@@ -20,7 +20,9 @@ from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.superlink.config_loader import get_federation_manager
 
-LARGE = 2**18
+from privet.common.flower.bundles import INLINE
+
+LARGE = INLINE
 """An object of at least this many bytes is stored in a file."""
 _OLD = 3600.0
 _NAME = re.compile("[0-9a-f]{64}")

@@ -29,7 +29,8 @@ from privet.client.scan.kinds import ANY, COUNTED, FAULTS, KINDS
 from privet.client.scan.patterns import kinds_in, plain
 from privet.client.scan.twins import Twins
 from privet.client.site import load_site
-from privet.common.errors import PrivetError, ScanError
+from privet.common.errors import PrivetError, RefusedError, ScanError
+from privet.common.study.sections import EvaluationSection
 from privet.common.study.study import load_study
 from tests.client.test_policy_commands import SITE, STUDY
 from tests.support.consortium_world import run
@@ -411,6 +412,40 @@ def test_all_refusals_over_a_scan_look_the_same_to_the_coordinator(site: Path) -
             check_scan(load_site(site), study, files=True)
         said.append((_failure(found.value), found.value.code, found.value.rule, found.value.asked, found.value.allowed))
     assert said[0] == said[1]
+
+
+def test_other_settings_of_a_file_end_its_scan(site: Path) -> None:
+    study = load_study(site.parent / "study.toml")
+    require(site, "email = 0.0")
+    run(scan.scan_site, site, "--study", site.parent / "study.toml")
+    check_scan(load_site(site), study, files=False)
+    with site.open("a") as file:
+        file.write('\n[format]\nencoding = "latin-1"\n')
+    with pytest.raises(ScanError, match=r"settings in .format. for the training file"):
+        check_scan(load_site(site), study, files=False)
+
+
+def test_an_evaluation_is_judged_by_the_files_that_it_reads(site: Path) -> None:
+    text = site.read_text()
+    (site.parent / "test.csv").write_text("t,l\nwrite to a@b.org,a\n" + "seen without fever,b\n" * 20)
+    site.write_text(text.replace("train =", 'test = ["test.csv"]\ntrain =', 1))
+    require(site, "email = 0.0, near-duplicate = 0.5")
+    training = load_study(site.parent / "study.toml")
+    evaluation = EvaluationSection(adapter="base", files="test")
+    measuring = training.model_copy(update={"kind": "evaluate", "evaluation": evaluation})
+    run(scan.scan_site, site, "--study", site.parent / "study.toml")
+    check_scan(load_site(site), training, files=True)
+    with pytest.raises(ScanError, match=r"test files breaks rules .* email in the column t") as found:
+        check_scan(load_site(site), measuring, files=True)
+    assert "near-duplicate" not in str(found.value)  # a fault of training alone
+    (site.parent / "test.csv").write_text("t,l\nseen without fever,a\n")
+    with pytest.raises(ScanError, match=r"test file .* has changed"):
+        check_scan(load_site(site), measuring, files=True)
+    run(scan.scan_site, site, "--study", site.parent / "study.toml")
+    check_scan(load_site(site), measuring, files=True)
+    site.write_text(text)
+    with pytest.raises(RefusedError, match="names none"):
+        check_scan(load_site(site), measuring, files=True)
 
 
 def test_what_was_not_measured_breaks_its_rule(site: Path) -> None:
