@@ -7,7 +7,6 @@ there (`log_reviews`).
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,9 +25,10 @@ from privet.common.log.gate import Facts, Gate, stated_bound
 from privet.common.log.replay import LoggedRun, Replay, admit
 from privet.common.log.statements import EgressDecision, EgressReview
 from privet.common.pki.certificates import SKEW
-from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
+from privet.common.pki.enrolment import ReleasedReply, ReleasedRequest
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.consortium.registry import history_in, logged_history
+from privet.server.consortium.releases import part_of
 from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
@@ -133,13 +133,9 @@ def candidate_part(made: Coordinator, site: str, asked: ReleasedRequest) -> Rele
     if asked.file not in _FILES or not folder.is_dir() or RunDirectory.open(folder).withdrawn is not None:
         raise refused
     try:
-        with (folder / _FILES[asked.file]).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(min(asked.first, size))
-            part = file.read(PART_BYTES)
+        return part_of(folder / _FILES[asked.file], asked.first)
     except OSError:
         raise refused from None
-    return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
 
 
 @lru_cache(maxsize=4)

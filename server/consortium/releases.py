@@ -52,12 +52,17 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
     if run.study.gate is not None:
         check_kept(run.study, _digest(folder / RELEASE / ADAPTER), folder / RELEASE)
     try:
-        with (folder / RELEASE / asked.file).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(min(asked.first, size))
-            part = file.read(PART_BYTES)
+        return part_of(folder / RELEASE / asked.file, asked.first)
     except OSError:
         raise refused from None
+
+
+def part_of(path: Path, first: int) -> ReleasedReply:
+    """Return a part of a file, from byte `first` on. Raises OSError."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(min(first, size))
+        part = file.read(PART_BYTES)
     return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
 
 
