@@ -5,7 +5,8 @@ subject is the artifact that it is about. `parse_statement` accepts exactly the 
 writes (`privet.common.log.encoding`), so unknown, missing, repeated and reordered keys are refused.
 
 Everyone in the consortium reads the log. So a statement holds digests, names of sites and privacy costs. It holds
-no counts of patients, no names of datasets and no metrics of a single site. A value that a site may have to show
+no counts of patients, no names of datasets and no metrics of a single site, but for counts of canaries that the site
+made up. A value that a site may have to show
 an auditor later is held as a salted commitment (`privet.common.log.envelope.commit`).
 """
 
