@@ -6,8 +6,8 @@ writes (`privet.common.log.encoding`), so unknown, missing, repeated and reorder
 
 Everyone in the consortium reads the log. So a statement holds digests, names of sites and privacy costs. It holds
 no counts of patients, no names of datasets and no metrics of a single site, but for counts of canaries that the site
-made up. A value that a site may have to show
-an auditor later is held as a salted commitment (`privet.common.log.envelope.commit`).
+made up. A value that a site may have to show an auditor later is held as a salted commitment
+(`privet.common.log.envelope.commit`).
 """
 
 from __future__ import annotations
