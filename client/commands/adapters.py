@@ -38,9 +38,15 @@ def adapters(site: SiteFile, as_json: Json = False) -> None:
     rows = [] if log is None else [_row(each, folder) for each in offered(log.history, config.name, folder)]
     found = () if log is None else candidates.waiting(log.history, config.name, now())
     gated = [{"run": each.name, "adapter": each.adapter, "signatures": each.gate.terms.signatures} for each in found]
+    lacking = () if log is None else candidates.omitted(log.history, site.resolve().parent / candidates.FOLDER)
     if as_json:
-        typer.echo(json.dumps({"adapters": rows, "candidates": gated}))
+        typer.echo(json.dumps({"adapters": rows, "candidates": gated, "omitted_reviews": lacking}))
         return
+    for name in lacking:
+        said = (
+            f"WARNING: the candidate of run {name} was decided about, and the round log lacks this site's review of it"
+        )
+        typer.echo(folded(f"{said}; ask the coordinator's operator to explain", 2))
     for each in found:
         typer.echo(f"{each.name}  {each.adapter[7:19]}  candidate: {each.gate.terms.signatures} sites have to sign it")
         typer.echo(f"  next: test it with `privet gate test {site} {each.name}`")

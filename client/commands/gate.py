@@ -81,8 +81,8 @@ def sign(site: SiteFile, run: RunName) -> None:
     from privet.client.network.candidates import FOLDER, signature
 
     config, service, log, found = _opened(site, run)
-    review = signature(config, site.resolve().parent / FOLDER / run, found, now())
-    _send(config, service, log, review)
+    folder = site.resolve().parent / FOLDER / run
+    _send(config, service, log, signature(config, folder, found, now()), folder)
     typer.echo(
         closing(
             f"Site {config.name} has signed the candidate of run {run}; the coordinator enters it in the round log.",
@@ -106,13 +106,14 @@ def refuse(
     from privet.client.network.candidates import FOLDER, refusal
 
     config, service, log, found = _opened(site, run)
+    folder = site.resolve().parent / FOLDER / run
     try:
-        review = refusal(config, site.resolve().parent / FOLDER / run, found, reason, now())
+        review = refusal(config, folder, found, reason, now())
     except ValueError:
         raise StudyError(
             "--reason: expected 1 to 300 printable ASCII characters", "write such a reason in one line"
         ) from None
-    _send(config, service, log, review)
+    _send(config, service, log, review, folder)
     failed = f", naming {', '.join(review.failed)}" if review.failed else ""
     typer.echo(f"Site {config.name} has refused the candidate of run {run}{failed}.")
 
@@ -129,7 +130,9 @@ def _opened(site: Path, run: str) -> tuple[SiteConfig, ConsortiumClient, NewestL
     return config, service, log, waiting_as(log.history, config.name, run, now())
 
 
-def _send(config: SiteConfig, service: ConsortiumClient, log: NewestLog, review: EgressReview) -> None:
-    from privet.client.network.candidates import signed
+def _send(config: SiteConfig, service: ConsortiumClient, log: NewestLog, review: EgressReview, folder: Path) -> None:
+    from privet.client.network.candidates import keep_signed, signed
 
-    service.review(signed(config, log, review))
+    leaf = signed(config, log, review)
+    keep_signed(folder, leaf)
+    service.review(leaf)

@@ -22,9 +22,10 @@ from privet.client.release.candidate import Outcome
 from privet.client.site import SiteConfig
 from privet.common.audit.release import ADAPTER, CONFIG, STUDY
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import RefusedError, StateError, VerificationError
+from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_durably
-from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import SALT_BYTES, Envelope, commit, sign_envelope
 from privet.common.log.gate import DAY, Gate
 from privet.common.log.replay import LoggedRun, Replay
 from privet.common.log.statements import EgressReview
@@ -34,6 +35,7 @@ from privet.common.study.terms import check_until
 FOLDER = "candidates"
 """Directory of candidates, beside the site file: one directory for each run."""
 MARK, TEST = "candidate.json", "test.json"
+_REVIEW = ".review.json"
 _COMMITTED = "egress-test"
 
 
@@ -229,3 +231,29 @@ def signed(site: SiteConfig, log: NewestLog, review: EgressReview) -> bytes:
         raise StateError("the site file names no identity key", "complete the set-up: `privet site setup SITE`")
     gate.review(review)
     return sign_envelope(review, key, site.mldsa_key())
+
+
+def keep_signed(folder: Path, leaf: bytes) -> None:
+    """Keep a signed review before it is sent, beside the candidate: it proves what the site said, if the log lacks it."""
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    write_durably(folder.with_name(f"{folder.name}{_REVIEW}"), leaf, mode=0o600)
+
+
+def omitted(history: Replay, folder: Path) -> tuple[str, ...]:
+    """Return the runs that were decided about in a log that lacks what this site said of their candidates.
+
+    Raises:
+        StateError: A kept review cannot be read.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*{_REVIEW}")):
+        try:
+            review = parse_statement(Envelope.decode(path.read_bytes()).payload)
+        except (OSError, ProtocolError) as error:
+            raise StateError(f"{path} cannot be read ({type(error).__name__})", "restore it from a backup") from None
+        run = history.runs.get(review.run) if isinstance(review, EgressReview) else None
+        if run is None or run.gate is None or run.gate.decision is None or not isinstance(review, EgressReview):
+            continue
+        if run.gate.reviews.get(review.site) != review:
+            found.append(review.run)
+    return tuple(found)

@@ -251,6 +251,18 @@ def test_a_refused_candidate_is_kept_with_its_reason_and_stays(
         run(commands.get, file, name)
 
 
+def test_a_review_that_the_coordinator_leaves_out_is_noticed(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = site_file(world)
+    run(reviewing.refuse, file, name, "--reason", "our committee has not met")
+    shutil.rmtree(home(world) / "reviews")
+    assert json.loads(run(commands.adapters, file, "--json").output)["omitted_reviews"] == []  # it may still come
+    run(deciding.decide, name, "--refuse", "x", "-C", home(world))
+    assert json.loads(run(commands.adapters, file, "--json").output)["omitted_reviews"] == [name]
+    assert f"WARNING: the candidate of run {name} was decided about" in run(commands.adapters, file).output
+
+
 def test_the_service_takes_only_what_the_log_would(world: World, name: str) -> None:
     lyon = world.service("lyon")
     other = f"{name}-b"
