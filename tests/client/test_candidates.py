@@ -256,6 +256,7 @@ def test_a_review_that_the_coordinator_leaves_out_is_noticed(
 ) -> None:
     file = site_file(world)
     run(reviewing.refuse, file, name, "--reason", "our committee has not met")
+    after_test(world, name, monkeypatch)  # which is possible, though it changes nothing any more
     shutil.rmtree(home(world) / "reviews")
     assert json.loads(run(commands.adapters, file, "--json").output)["omitted_reviews"] == []  # it may still come
     run(deciding.decide, name, "--refuse", "x", "-C", home(world))
