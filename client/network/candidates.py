@@ -234,7 +234,7 @@ def signed(site: SiteConfig, log: NewestLog, review: EgressReview) -> bytes:
 
 
 def keep_signed(folder: Path, leaf: bytes) -> None:
-    """Keep a signed review beside the candidate, before it is sent: it proves what the site said if the log lacks it."""
+    """Keep a signed review beside the candidate, before it is sent: it proves what the site said."""
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     write_durably(folder.with_name(f"{folder.name}{_REVIEW}"), leaf, mode=0o600)
 
