@@ -116,23 +116,23 @@ def test_the_measured_arm_without_privacy_fails_the_canary_condition_and_the_pri
 def test_canaries_planted_in_training_stop_a_model_that_memorises_and_pass_a_private_one(
     bert: Path, tmp_path: Path
 ) -> None:
-    rates = {"learning_rate": 0.1, "head_learning_rate": 0.3, "sampling_rate": 1.0, "rounds": 2, "local_steps": 60}
-    planting, bounds = Planting(200, b"k" * 32), {}
-    for name, privacy, claim in (("bare", {"mode": "none"}, 1.0), ("private", private(epsilon=1.0), 1.0)):
+    rates = {"learning_rate": 0.1, "head_learning_rate": 0.3, "sampling_rate": 1.0, "rounds": 1, "local_steps": 40}
+    planting, bounds = Planting(120, b"k" * 32), {}
+    for name, privacy, claim in (("bare", {"mode": "none"}, 0.5), ("private", private(epsilon=0.5), 0.5)):
         study = tiny_study(
             bert, training=rates, privacy=privacy, gate={"signatures": 1, "canaries": 100, "epsilon": claim}
         )
         site = load_simulated(site_of(tmp_path / name, study, 24))
         records = planting.planted(study, open_host(study, CPU).tokenizer, load_files(site, study)[0][0])
         (tmp_path / name / "shop").mkdir()
-        trail = Workshop(tmp_path / name / "shop", CPU).run("arm", study, {"north": records}, declared={"north": 124})
+        trail = Workshop(tmp_path / name / "shop", CPU).run("arm", study, {"north": records}, declared={"north": 84})
         found = outcome_of(Release(tmp_path / name, study, trail.released), site, b"k" * 32, planting)
         terms = gate_of(study)
         assert terms is not None
         assert found.canaries is not None
         bounds[name] = Gate(town().history.runs["flu"].statement, terms).bound_of(found.canaries)
         assert found.failed == (("canary",) if name == "bare" else ()), bounds
-    assert bounds["bare"] > 1 >= bounds["private"]
+    assert bounds["bare"] > 0.5 >= bounds["private"]
 
 
 def test_planted_canaries_are_trained_on_and_change_no_public_number(bert: Path, tmp_path: Path) -> None:
