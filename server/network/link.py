@@ -103,7 +103,10 @@ STORING = frozenset({PUSH_OBJECT, GIVE})
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
-_WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+_WAITING = (
+    "SELECT message_id, dst_node_id, delivered_at FROM message_ins WHERE delivered_at = '' "
+    "OR message_id NOT IN (SELECT reply_to_message_id FROM message_res)"
+)
 # Messages that a node was given and did not answer; at its next call for messages they are lost.
 _LOST = (
     "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at != '' "
@@ -216,8 +219,15 @@ class Link:
         return sorted(nodes, key=lambda node: node.id)
 
     def waiting(self) -> frozenset[int]:
-        """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
-        return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+        """Return the nodes for which a message is waiting: one quick query, so that it can be called often.
+
+        A message that was given to a node and is not answered is among them: a node that asks has lost it on the way.
+        """
+        return frozenset(
+            int64_to_uint64(row["dst_node_id"])
+            for row in _sql(self._state).query(_WAITING)
+            if not row["delivered_at"] or self._given[row["message_id"]] < _MOST_TIMES - 1
+        )
 
     def changed(self) -> bool:
         """Return whether anything in the link state changed since the last call. Much cheaper than a query."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Secured
 from privet.server.network import gate, link
 from privet.server.network.changes import Changes
-from privet.server.network.gate import QUOTA
+from privet.server.network.gate import QUOTA, Limits
 from privet.server.network.link import LinkGrid
 from tests.support.fleet_world import World, public_line, until
 
@@ -259,3 +260,21 @@ def test_a_bundle_counts_against_the_nodes_quota(world: World, caplog: pytest.Lo
         with pytest.raises(TooLargeError):
             node.send(reply_to(received, Secured("study", 1, "nonce", bytes(5000))))
         until(lambda: QUOTA in caplog.text)
+
+
+@pytest.mark.slow
+def test_a_message_lost_on_the_way_is_given_again_without_a_wait_and_not_for_ever(world: World) -> None:
+    with (
+        world.server(limits=Limits(hold_seconds=2.0)) as server,
+        world.link.run() as grid,
+        connected(world.connection(server.port, world.node_key())) as node,
+    ):
+        grid.push_messages([FlowerMessage(pack(ASKED), node.activate(), "train.secured", ttl=60.0)])
+        started = time.monotonic()
+        for _ in range(3):  # a node that asks once more has not received what it was given
+            received = node.receive()
+            assert received is not None
+            assert node.fetch(received) == ASKED
+        assert time.monotonic() - started < 1.9
+        assert node.receive() is None
+        assert time.monotonic() - started >= 2.0
