@@ -223,6 +223,24 @@ def test_a_run_without_privacy_is_held_to_the_epsilon_of_its_gate() -> None:
         town(private=False).say(review(world, "lyon", canaries=STRONG), "lyon")
 
 
+@pytest.mark.parametrize(
+    ("owner", "rule", "nothing"),
+    [
+        (Gate, "unmet", lambda self, facts: {}),
+        (Gate, "withheld", lambda self, time: ""),
+        (Replay, "withholding", lambda self, adapter: None),
+    ],
+)
+def test_a_rule_that_is_left_out_is_missed(
+    monkeypatch: pytest.MonkeyPatch, owner: type, rule: str, nothing: Callable[..., Any]
+) -> None:
+    world = signed_by(town(), "berlin")
+    assert never_released(world)
+    monkeypatch.setattr(owner, rule, nothing)
+    with pytest.raises(pytest.fail.Exception):
+        never_released(world)
+
+
 # Who may say what, and when
 
 

@@ -17,6 +17,7 @@ from privet.common.errors import RefusedError, VerificationError
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.gate import DAY
 from privet.common.log.statements import EgressDecision, EgressReview
+from privet.server.overview import _lines_of, _run
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
@@ -64,6 +65,13 @@ def test_a_gated_run_ends_with_a_candidate_and_resuming_it_changes_nothing(ended
         ended.play()
     lines = "\n".join(story(history_of(files, ended.policy)[1]))
     assert "its adapter has to pass a gate, which 2 sites sign" in lines
+
+
+def test_the_status_of_a_coordinator_says_that_a_run_waits_at_its_gate(ended: LoggedWorld) -> None:
+    lines = "\n".join(_lines_of(_run(ended.run.path)))
+    assert "ended with a candidate" in lines
+    assert "(`privet gate status`)" in lines
+    assert "released" not in lines
 
 
 def test_an_accepted_candidate_is_released_when_the_run_is_resumed(ended: LoggedWorld) -> None:
