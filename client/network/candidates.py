@@ -223,13 +223,16 @@ def signed(site: SiteConfig, log: NewestLog, review: EgressReview) -> bytes:
 
     Raises:
         StateError: The site file names no identity key.
-        VerificationError: The rules do not allow it. RefusedError: The site has spoken already.
+        RefusedError: The rules do not allow it, as where the site has spoken already.
     """
     gate = log.history.runs[review.run].gate
     key = site.identity_key()
     if key is None or gate is None:
         raise StateError("the site file names no identity key", "complete the set-up: `privet site setup SITE`")
-    gate.review(review)
+    try:
+        gate.review(review)
+    except VerificationError as error:
+        raise RefusedError(error.message, "see where the candidate is: `privet site adapters SITE`") from None
     return sign_envelope(review, key, site.mldsa_key())
 
 

@@ -115,6 +115,12 @@ def said_by(world: World, site: str, name: str, **changes: Any) -> bytes:
     return leaf_of_site(world.folder / site, EgressReview.model_validate(given | changes))
 
 
+def write_reviews(world: World) -> None:
+    """Write waiting reviews into the log, as a coordinator's next command that opens it does."""
+    with open_journal(world.coordinator.log_directory, world.coordinator.keys) as journal:
+        log_reviews(world.coordinator, journal)
+
+
 def release(world: World, name: str) -> None:
     """Export a candidate that was accepted, as a resumed run does after a quorum has cosigned."""
     own = world.coordinator
@@ -157,6 +163,9 @@ def test_a_candidate_is_tested_signed_accepted_released_and_received(
         open_release(path)
 
     run(reviewing.sign, file, name)
+    write_reviews(world)
+    with pytest.raises(RefusedError, match="has signed already"):
+        run(reviewing.sign, file, name)
     row = json.loads(run(deciding.status, name, "-C", home(world), "--json").output)["gates"][0]
     assert (row["state"], row["signatures"], list(row["unmet"])) == (
         "candidate", {"needed": 2, "signed": ["berlin"]}, ["signatures"],
