@@ -134,5 +134,5 @@ def _send(config: SiteConfig, service: ConsortiumClient, log: NewestLog, review:
     from privet.client.network.candidates import keep_signed, signed
 
     leaf = signed(config, log, review)
-    keep_signed(folder, leaf)
+    keep_signed(folder, review, leaf)
     service.review(leaf)

@@ -236,10 +236,16 @@ def signed(site: SiteConfig, log: NewestLog, review: EgressReview) -> bytes:
     return sign_envelope(review, key, site.mldsa_key())
 
 
-def keep_signed(folder: Path, leaf: bytes) -> None:
-    """Keep a signed review beside the candidate, before it is sent: it proves what the site said."""
+def keep_signed(folder: Path, review: EgressReview, leaf: bytes) -> None:
+    """Keep a signed review beside the candidate, before it is sent: it proves what the site said.
+
+    With it stays the test that it commits to, as a later test has another salt.
+    """
     folder.parent.mkdir(mode=0o700, exist_ok=True)
-    write_durably(folder.with_name(f"{folder.name}{_REVIEW}"), leaf, mode=0o600)
+    kept = folder.with_name(f"{review.run}.{review.verdict}")
+    if review.test is not None:
+        write_durably(kept.with_name(f"{kept.name}.{TEST}"), (folder / TEST).read_bytes(), mode=0o600)
+    write_durably(kept.with_name(f"{kept.name}{_REVIEW}"), leaf, mode=0o600)
 
 
 def omitted(history: Replay, folder: Path) -> tuple[str, ...]:
@@ -257,6 +263,8 @@ def omitted(history: Replay, folder: Path) -> tuple[str, ...]:
         run = history.runs.get(review.run) if isinstance(review, EgressReview) else None
         if run is None or run.gate is None or run.gate.decision is None or not isinstance(review, EgressReview):
             continue
-        if run.gate.reviews.get(review.site) != review:
+        logged = run.gate.reviews.get(review.site)
+        # A signature that was taken back is followed by the refusal.
+        if logged != review and not (logged is not None and logged.time > review.time):
             found.append(review.run)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))

@@ -164,6 +164,7 @@ def test_a_candidate_is_tested_signed_accepted_released_and_received(
 
     run(reviewing.sign, file, name)
     write_reviews(world)
+    after_test(world, name, monkeypatch)  # again, which has another salt
     with pytest.raises(RefusedError, match="has signed already"):
         run(reviewing.sign, file, name)
     row = json.loads(run(deciding.status, name, "-C", home(world), "--json").output)["gates"][0]
@@ -194,7 +195,7 @@ def test_a_candidate_is_tested_signed_accepted_released_and_received(
         run(reviewing.refuse, file, name, "--reason", "too late")
     # What the site committed to is what it keeps.
     logged = logged_history(world.coordinator).runs[name].gate
-    kept = json.loads((path / TEST).read_bytes())
+    kept = json.loads((path.parent / f"{name}.signed.{TEST}").read_bytes())
     assert logged is not None
     assert logged.reviews["berlin"].test == commit("egress-test", kept["figures"], bytes.fromhex(kept["salt"]))
 
