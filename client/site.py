@@ -147,6 +147,9 @@ class SiteConfig(Formatted):
     """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
+    canaries: Annotated[int, Field(ge=20)] | None = None
+    """Number of canaries that this site plants in studies whose gate asks for them: made-up records, each of which
+    enters the training with probability 1/2. At most `declared_count`. They cost records no privacy. None: none."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The number of units that this site declares. It is the site's weight, and it is public. Private studies need
     it. None: the number of units, rounded to two digits."""
@@ -200,6 +203,13 @@ class SiteConfig(Formatted):
     retention: Annotated[RetentionSection | None, Field(exclude_if=lambda value: value is None)] = None
     """How long this site keeps what (`privet site retention`)."""
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _canaries_are_few(self) -> Self:
+        # Sums have room for some times the declared count.
+        if self.canaries is not None and self.declared_count is not None and self.canaries > self.declared_count:
+            raise ValueError(f"canaries: expected at most declared_count, {self.declared_count}, found {self.canaries}")
+        return self
 
     @model_validator(mode="after")
     def _rule_has_a_column(self) -> Self:

@@ -63,6 +63,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
         "released": (path / "release").is_dir(),
+        **({} if directory.study.gate is None else {"gated": True}),
     }
 
 
@@ -86,6 +87,8 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
     state = "finished" if run["ended"] else "running" if run["waiting"] else "unfinished"
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
+    elif run["ended"] and run.get("gated") and not run["released"]:
+        state = "ended with a candidate (`privet gate status`)"
     rounds = f"{run['closed']} of {run['rounds']} rounds closed, {run['aborted']} aborted"
     lines = _entry("run", f"{run['run']}: {rounds}, {state}{', released' if run['released'] else ''}")
     if run["waiting"]:

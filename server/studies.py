@@ -21,6 +21,7 @@ from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.common.study.terms import check_permit
+from privet.server.consortium.candidates import log_reviews
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
@@ -126,6 +127,7 @@ class StudyRun:
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
         log_decisions(self.made, journal)
+        log_reviews(self.made, journal)
         if journal.history.genesis is not None:
             # Before anybody consents, a site can compare the study that it is asked to approve with the log.
             journal.sign_head()
