@@ -17,7 +17,7 @@ from privet.common.errors import RefusedError, VerificationError
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.gate import DAY
 from privet.common.log.statements import EgressDecision, EgressReview
-from privet.server.overview import _lines_of, _run
+from privet.server.overview import _lines_of, run_status
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
@@ -68,7 +68,7 @@ def test_a_gated_run_ends_with_a_candidate_and_resuming_it_changes_nothing(ended
 
 
 def test_the_status_of_a_coordinator_says_that_a_run_waits_at_its_gate(ended: LoggedWorld) -> None:
-    lines = "\n".join(_lines_of(_run(ended.run.path)))
+    lines = "\n".join(_lines_of(run_status(ended.run.path)))
     assert "ended with a candidate" in lines
     assert "(`privet gate status`)" in lines
     assert "released" not in lines
