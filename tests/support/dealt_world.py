@@ -76,9 +76,7 @@ class DealtWorld:
     def begin(self, number: int) -> messages.Expected:
         """Begin a round at the coordinator."""
         self.number, self.masked = number, {}
-        self.expected: messages.Expected = world.over_the_wire(
-            self.coordinator.begin(number, blocks.inputs_of(number))
-        )
+        self.expected: messages.Expected = world.over_the_wire(self.coordinator.begin(number, blocks.inputs_of(number)))
         return self.expected
 
     def mask(
@@ -121,9 +119,7 @@ class DealtWorld:
             }
         else:
             self.confirm(drops.get("confirm", NOBODY))
-            reveals = {
-                i: self.blocks[i].reveal(m, self.journals[i]) for i, m in self.proofs.items() if i not in silent
-            }
+            reveals = {i: self.blocks[i].reveal(m, self.journals[i]) for i, m in self.proofs.items() if i not in silent}
         self.reveals = {i: world.over_the_wire(each) for i, each in reveals.items()}
         for each in self.reveals.values():
             self.coordinator.admit(each)
