@@ -1,4 +1,4 @@
-"""A second implementation of `privet-secagg/1` and its two kinds of blocks, from docs/secure-aggregation.md, in plain integers.
+"""A second implementation of `privet-secagg/1` and of blocks, from docs/secure-aggregation.md, in plain integers.
 
 It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), P-256 (SP 800-186), ML-KEM-768
 (FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written
