@@ -116,13 +116,18 @@ class DealtAggregator(Unmasking):
         return {site: DealDelivery(roster, site, tuple(sealed), p.suite) for site, sealed in inbox.items()}
 
     @property
+    def asked(self) -> tuple[int, ...]:
+        """The sites that the present round expects; none before the first one."""
+        return self._sharers
+
+    @property
     def expected(self) -> tuple[int, ...]:
         """The sites that the next round expects: they joined, and stayed to the end of each round since."""
         sites = self._joined if self._round < self._first else self._joined & self._reveals.keys()
         return tuple(sorted(sites))
 
     def holds(self, round_number: int) -> bool:
-        """Return whether a round can be begun without a new set-up: it follows the last one, and enough sites ended it."""
+        """Return whether a round can be begun without a new set-up: it follows the last, which enough sites ended."""
         follows = self._round < round_number < self._first + self._rounds
         return bool(self._set_up) and follows and len(self.expected) >= self.parameters.min_survivors
 

@@ -844,7 +844,8 @@ def test_secrets_are_neither_copied_nor_stored_nor_printed() -> None:
 
 
 def item_of(play: Any, sender: int, receiver: int) -> Sealed:
-    return next(item for item in play.deliveries[receiver].sealed if item.site == sender)
+    delivery: messages.DealDelivery = play.deliveries[receiver]
+    return next(item for item in delivery.sealed if item.site == sender)
 
 
 @pytest.mark.parametrize("attack", ["swapped", "changed", "short", "of another block", "commitment", "twice", "own"])

@@ -196,15 +196,15 @@ def play_dealt(cast: Cast) -> dict[str, Any]:
             masked = states[i].mask(number, inputs, expected.sites, cast.words(i), lambda entry: None)
             send("masked" + name, i, masked)
         if coordinator.complete:
-            asked, answer = all_of("finish" + name, coordinator.finishes()), dealt.DealtBlock.finish
+            asked, answer = all_of("finish" + name, coordinator.finishes()), "finish"
         else:
             for i, message in all_of("survivors" + name, coordinator.survivors()).items():
                 if i not in drops.get("confirm", []):
                     send("confirm" + name, i, states[i].confirm(message, lambda entry: None))
-            asked, answer = all_of("proof" + name, coordinator.proofs()), dealt.DealtBlock.reveal
+            asked, answer = all_of("proof" + name, coordinator.proofs()), "reveal"
         for i, message in asked.items():
             if i not in drops.get("reveal", []):
-                send("reveal" + name, i, answer(states[i], message, lambda entry: None))
+                send("reveal" + name, i, getattr(states[i], answer)(message, lambda entry: None))
         out["total" + name] = coordinator.total().words.tobytes()
     return out
 

@@ -76,8 +76,9 @@ class DealtWorld:
     def begin(self, number: int) -> messages.Expected:
         """Begin a round at the coordinator."""
         self.number, self.masked = number, {}
-        self.expected: messages.Expected = world.over_the_wire(self.coordinator.begin(number, blocks.inputs_of(number)))
-        return self.expected
+        expected: messages.Expected = world.over_the_wire(self.coordinator.begin(number, blocks.inputs_of(number)))
+        self.expected = expected
+        return expected
 
     def mask(
         self, index: int, number: int, expected: Iterable[int] | None = None, inputs: bytes | None = None
