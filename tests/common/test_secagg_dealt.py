@@ -614,13 +614,12 @@ def test_a_site_chooses_once_between_finishing_and_a_list() -> None:
     play.blocks[0].confirm(survivors_of(play, 0, range(4)), play.journals[0])
     play.blocks[1].finish(finish_of(play, 1), play.journals[1])
     for i in (0, 1):
-        for action in (
-            lambda i=i: play.blocks[i].finish(finish_of(play, i), play.journals[i]),
-            lambda i=i: play.blocks[i].confirm(survivors_of(play, i, (0, 1, 2, 4)), play.journals[i]),
-            lambda i=i: play.blocks[i].confirm(survivors_of(play, i, range(4)), play.journals[i]),
-        ):
+        state = play.blocks[i]
+        tries: list[tuple[Any, Any]] = [(state.finish, finish_of(play, i))]
+        tries += [(state.confirm, survivors_of(play, i, listed)) for listed in ((0, 1, 2, 4), range(4))]
+        for action, message in tries:
             with pytest.raises(ProtocolError, match="has answered, or has masked no vector"):
-                action()
+                action(message, play.journals[i])
     with pytest.raises(ProtocolError, match="has answered"):
         play.blocks[1].reveal(Proof(play.blocks[1].roster, 1, (), ()), play.journals[1])
 
@@ -771,12 +770,12 @@ def test_nothing_leaves_before_the_record_is_durable() -> None:
         play.blocks[0].mask(1, world.INPUTS, range(5), words, fails)
     assert np.array_equal(words, play.words(0, 1))
     play = masked_all()
-    for action in (
-        lambda: play.blocks[0].finish(finish_of(play, 0), fails),
-        lambda: play.blocks[1].confirm(survivors_of(play, 1, range(4)), fails),
+    for action, message in (
+        (play.blocks[0].finish, finish_of(play, 0)),
+        (play.blocks[1].confirm, survivors_of(play, 1, range(4))),
     ):
         with pytest.raises(StateError, match="disk"):
-            action()
+            action(message, fails)
     # The round is lost for these sites, and nothing of it is left to answer with.
     for i in (0, 1):
         with pytest.raises(ProtocolError, match="has answered"):

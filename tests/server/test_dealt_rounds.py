@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def survivors_of(state: RunState) -> list[list[int]]:
     ]
 
 
-def sum_of(study: Study, exchange: Relay, summed: dict[int, Sequence[int]]) -> Any:
+def sum_of(study: Study, exchange: Relay, summed: Mapping[int, Sequence[int]]) -> Any:
     """The sum of the steps that the survivors' integers make, by round."""
     sites = sites_of(exchange)
     level, total = shared_noise(study, len(sites)).level, 0.0
