@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,8 @@ def misdate(process: Process, fault: Fault, result: Any) -> Any:
         def now(cls, tz: Any = None) -> Any:
             return real_now(tz) + timedelta(seconds=ahead())
 
+    # gRPC's core, too, reads the system clock: deadlines that Python makes for it must be of that clock.
+    put(importlib.import_module("grpc._channel"), "time", SimpleNamespace(**{**vars(time), "time": real_time}))
     put(time, "time", lambda: real_time() + ahead())
     for module in ("privet.client.policy.consent", "privet.client.budget.chain"):
         put(importlib.import_module(module), "datetime", Shifted)

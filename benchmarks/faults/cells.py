@@ -418,6 +418,7 @@ _PLACES = (
                 ).fault(drawn, "fill", 2.0)
             ]
         },
+        others=("all", "without"),  # a round may begin and end while the disk is still full
         disk="victim",
     ),
     Cell(

@@ -90,12 +90,16 @@ class Stage:
         self.exits += found
         return found
 
+    def free(self, name: str) -> None:
+        """Free a disk that a fault has filled. Whoever filled it may have been killed before it did so."""
+        (self.world.folder / name / FILLER).unlink(missing_ok=True)
+
     def revive(self, name: str) -> None:
         """Restart a process that died, without its faults. Free its disk and restore hidden files, as operators do."""
         if sum(each == name for each, _ in self.exits) > _MOST_STARTS:
             raise RuntimeError(f"{name} ended more than {_MOST_STARTS} times: read {self.world.folder}/{name}.log")
         directory = self.world.folder / name
-        (directory / FILLER).unlink(missing_ok=True)
+        self.free(name)
         for hidden in directory.glob(f"*/*{HIDDEN}"):
             hidden.rename(hidden.with_name(hidden.name.removesuffix(HIDDEN)))
         self.start(replace(self.parts[name], faults=()))
@@ -117,6 +121,8 @@ def staged(stage: Stage) -> Iterator[Stage]:
     finally:
         for name in list(stage.running):
             stage.end(name)
+        for name in stage.parts:
+            stage.free(name)
 
 
 def play(

@@ -25,6 +25,7 @@ from privet.client.rounds.logbook import WITNESS
 from privet.client.site import load_site
 
 _SMALL_DISK = "24m"
+_REFUSED_WITHIN = 20.0  # seconds
 _STRANGER, _SECOND, FORKED = "stranger", "second", "forked"
 _MOVES = ("advertise", "share", "mask", "confirm", "reveal", "update")
 
@@ -133,7 +134,7 @@ def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
         case "proxy":
             return _over_bad_network(stage, parts, drawn)
         case "second":
-            script = once("asked", drawn.round, lambda: stage.start(replace(parts[0], name=_SECOND)))
+            script = once("asked", 1, lambda: _refused_second(stage, parts[0]))
         case "stranger":
             parts.append(_stranger(world, drawn))
         case "old ledger":
@@ -141,6 +142,12 @@ def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
         case "fork":
             return _fork(stage, parts)
     return play(stage, parts, script)
+
+
+def _refused_second(stage: Stage, first: Part) -> None:
+    """Start a second coordinator, and wait until it has ended: by then the first may have ended, too."""
+    stage.start(replace(first, name=_SECOND))
+    stage.running[_SECOND].join(_REFUSED_WITHIN)
 
 
 def _over_bad_network(stage: Stage, parts: Sequence[Part], drawn: Draw) -> bool:

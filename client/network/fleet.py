@@ -26,7 +26,6 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
-    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
@@ -279,10 +278,7 @@ class FleetLink:
         contents = reply.objects.contents
         if all(len(content) < INLINE for content in contents.values()):
             pieces = [push.SerializeToString(), *(contents[name] for name in part_names(reply.objects.tree))]
-            stored = self._bundle(GIVE, Bundle(pieces), PushMessagesResponse)
-            if stored is not None:
-                if stored.objects_to_push:
-                    raise UnreachableError("the coordinator could not store a part of the answer")
+            if self._bundle(GIVE, Bundle(pieces), Bundle) is not None:
                 return True
         accepted = self._call(self._client.PushMessages, push)
         for name in accepted.objects_to_push:

@@ -269,7 +269,8 @@ def sha256_of(path: Path) -> str:
 
 def sha256_of_form(form: FileFormat) -> str:
     """Return the SHA-256 of the settings of a file, in hexadecimal: with others, the same bytes are other texts."""
-    return hashlib.sha256(canonical_json(form.model_dump(mode="json", include=set(FileFormat.model_fields)))).hexdigest()
+    settings = form.model_dump(mode="json", include=set(FileFormat.model_fields))
+    return hashlib.sha256(canonical_json(settings)).hexdigest()
 
 
 def text_columns(study: Study) -> frozenset[str]:

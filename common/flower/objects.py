@@ -40,8 +40,8 @@ _MALFORMED = (
     UnexpectedObjectContentError,
 )
 _KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
-# The message, its record of records, and the one record in it.
-_MOST_PARTS = 3
+MOST_PARTS = 3
+"""Objects of a message: the message, its record of records, and the one record in it."""
 # Field numbers of Flower's recorddict.proto.
 _ITEM, _KEY, _VALUE, _TEXT, _BYTES = 1, 1, 2, 5, 6
 
@@ -113,8 +113,8 @@ def part_names(tree: Any) -> list[str]:
     for part in iterate_object_tree(tree):
         # Counted inside the loop: the tree comes from the sender, and may be huge.
         names.append(part.object_id)
-        if len(names) > _MOST_PARTS:
-            raise ProtocolError(f"a message of Flower: expected at most {_MOST_PARTS} parts, got more", SAME_VERSION)
+        if len(names) > MOST_PARTS:
+            raise ProtocolError(f"a message of Flower: expected at most {MOST_PARTS} parts, got more", SAME_VERSION)
     return names
 
 

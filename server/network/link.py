@@ -15,7 +15,7 @@ import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -34,8 +34,10 @@ from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
+    Status,
     SubStatus,
 )
+from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -56,8 +58,6 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.inflatable.inflatable_object import get_object_id
-from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
@@ -67,7 +67,7 @@ from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.bundles import GIVE, TAKE, Bundle
-from privet.common.flower.objects import part_names, put_together, take_apart
+from privet.common.flower.objects import MOST_PARTS, part_names, put_together, take_apart
 from privet.server.network.changes import Changes
 from privet.server.network.store import FileObjectStore, open_state
 
@@ -103,7 +103,10 @@ STORING = frozenset({PUSH_OBJECT, GIVE})
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
-_WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+_WAITING = (
+    "SELECT message_id, dst_node_id, delivered_at FROM message_ins WHERE delivered_at = '' "
+    "OR message_id NOT IN (SELECT reply_to_message_id FROM message_res)"
+)
 # Messages that a node was given and did not answer; at its next call for messages they are lost.
 _LOST = (
     "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at != '' "
@@ -123,6 +126,13 @@ _STORED = (
     "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
     "SELECT object_id, LENGTH(content) AS size FROM objects JOIN part ON object_id = part.id"
 )
+# The objects of a message.
+_PARTS = (
+    "WITH RECURSIVE part(id) AS (SELECT :id "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
+    "SELECT object_id, is_available FROM objects JOIN part ON object_id = part.id LIMIT :most"
+)
+_OVER = 403  # Flower's status for a run that has ended
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -209,8 +219,15 @@ class Link:
         return sorted(nodes, key=lambda node: node.id)
 
     def waiting(self) -> frozenset[int]:
-        """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
-        return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+        """Return the nodes for which a message is waiting: one quick query, so that it can be called often.
+
+        A message that was given to a node and is not answered is among them: a node that asks has lost it on the way.
+        """
+        return frozenset(
+            int64_to_uint64(row["dst_node_id"])
+            for row in _sql(self._state).query(_WAITING)
+            if not row["delivered_at"] or self._given[row["message_id"]] < _MOST_TIMES - 1
+        )
 
     def changed(self) -> bool:
         """Return whether anything in the link state changed since the last call. Much cheaper than a query."""
@@ -266,12 +283,10 @@ class Link:
         A node acts for itself only: the id or key of another node in the request, or another sender in a message, is
         401.
         """
-        kind, handler = _CALLS[{TAKE: PULL, GIVE: PUSH}.get(path, path)]
-        bundle = Bundle()
+        if path == GIVE:
+            return self._store_answer(body, node)
+        kind, handler = _CALLS[PULL if path == TAKE else path]
         try:
-            if path == GIVE:
-                bundle.ParseFromString(body)
-                body = bundle.pieces[0] if bundle.pieces else b""
             request = kind.FromString(body)
         except DecodeError:
             return 400, b""
@@ -280,53 +295,59 @@ class Link:
         if isinstance(request, PushMessagesRequest) and not _is_one_of_ours(request):
             return 400, b""
         try:
+            if path == TAKE:
+                return 200, self._next_message(request, node)
             if path == PULL:
                 self._give_again(node)
-            # A bundle is one transaction: stored whole or not at all. Flower's own calls must not be within one, as its
-            # store undoes half of what fails by ending its transaction.
-            with _sql(self._state).session() if path in (TAKE, GIVE) else nullcontext():
-                if path == TAKE:
-                    self._give_again(node)
-                answer = handler(request, self._state)
-                if path == TAKE:
-                    answer = Bundle([answer.SerializeToString(), *self._small_parts(answer)])
-                if path == GIVE:
-                    self._store_parts(request, answer, bundle.pieces[1:])
-            return 200, bytes(answer.SerializeToString())
+            return 200, bytes(handler(request, self._state).SerializeToString())
         except FlowerError as error:
             known = API_ERROR_MAP.get(error.code)
             return (500 if known is None else known.http_status_code), b""
         except (ValueError, IndexError):  # a request without a message, or with a false digest
             return 400, b""
 
-    def _small_parts(self, answer: Any) -> Iterator[bytes]:
-        """Yield the parts of an announced message in the order of `part_names`; empty for a large or missing one."""
+    def _next_message(self, request: PullMessagesRequest, node: int) -> bytes:
+        """Return a node's next message with its small parts, in the order of `part_names`; empty for a large one."""
         store = self._state.object_store
-        for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            for name in part_names(tree):
-                large = isinstance(store, FileObjectStore) and store.size(name)
-                yield b"" if large else self._state.get_object(message.metadata.run_id, name) or b""
+        with _sql(self._state).session():
+            self._give_again(node)
+            announced = handlers.pull_messages(request=request, state=self._state, store=store)
+            pieces = [announced.SerializeToString()]
+            for tree in announced.message_object_trees:
+                for name in part_names(tree):
+                    large = isinstance(store, FileObjectStore) and store.size(name)
+                    pieces.append(b"" if large else store.get(name) or b"")
+        return Bundle(pieces).SerializeToString()
 
-    def _store_parts(self, push: Any, answer: Any, contents: Sequence[bytes]) -> None:
-        """Store the parts that came with an answer; with the last of them, delete the message that it answers.
-
-        Raises:
-            ValueError: The number of parts is wrong, or a part has not the digest that names it.
-        """
-        names = part_names(push.message_object_trees[0])
-        if len(contents) != len(names):
-            raise ValueError("not one piece for each part")
-        metadata, missing = push.messages_list[0].metadata, list(answer.objects_to_push)
-        for name, content in zip(names, contents, strict=True):
-            if name not in missing or not content:
-                continue
-            if get_object_id(content) != name or not self._state.store_object(
-                metadata.run_id, answer.session_id, name, content
-            ):
-                raise ValueError("a part cannot be stored")
-            answer.objects_to_push.remove(name)
-        if missing and not answer.objects_to_push:
-            self._state.object_store.delete(metadata.reply_to_message_id)
+    def _store_answer(self, body: bytes, node: int) -> tuple[int, bytes]:
+        """Store an answer with all its parts, and delete the message that it answers: all of it, or nothing."""
+        bundle = Bundle()
+        try:
+            bundle.ParseFromString(body)
+            push = PushMessagesRequest.FromString(bundle.pieces[0])
+        except (DecodeError, IndexError):
+            return 400, b""
+        if not self._own(push, node):
+            return 401, b""
+        if not _is_one_of_ours(push) or len(part_names(push.message_object_trees[0])) != len(bundle.pieces) - 1:
+            return 400, b""
+        tree = push.message_object_trees[0]
+        contents = dict(zip(part_names(tree), bundle.pieces[1:], strict=True))
+        try:
+            answer = message_from_proto(push.messages_list[0])
+            run = answer.metadata.run_id
+            known = self._state.get_run_status({run}).get(run)
+            if known is None or known.status != Status.RUNNING:
+                return _OVER, b""
+            with _sql(self._state).session():
+                if self._state.store_message_res(answer) is not None:
+                    # In one transaction no session of Flower's is needed, which would tell what is still to come.
+                    for name in self._state.object_store.preregister(run, tree):
+                        self._state.object_store.put(name, contents[name])
+                    self._state.object_store.delete(answer.metadata.reply_to_message_id)
+        except (ValueError, TypeError, LookupError, AttributeError):  # no message, or a part with another digest
+            return 400, b""
+        return 200, b""
 
     def _give_again(self, node: int) -> None:
         """Deliver messages again that a node was given and did not receive: Flower marks them before they arrive.
@@ -436,13 +457,11 @@ class LinkGrid(Grid):
         objects = take_apart(message)
         # One transaction: a node that sees the message finds its parts.
         with _sql(self._state).session():
-            session = self._state.start_session(self._run)
-            header = remove_content_from_message(message)
-            stored, missing = self._state.store_message_and_object_tree(header, objects.tree, session)
-            complete = stored and all(
-                self._state.store_object(self._run, session, name, objects.contents[name]) for name in missing
-            )
-        return message.metadata.message_id if complete else ""
+            if self._state.store_message_ins(remove_content_from_message(message)) is None:
+                return ""
+            for name in self._state.object_store.preregister(self._run, objects.tree):
+                self._state.object_store.put(name, objects.contents[name])
+        return str(message.metadata.message_id)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Yield the answers to these messages that have arrived completely; each is read when it is yielded.
@@ -476,24 +495,19 @@ class LinkGrid(Grid):
 
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
         """Return the parts of a reply; None while a part is missing, and an empty mapping if one will never arrive."""
-        try:
-            names = part_names(self._state.object_store.get_object_tree(identity))
-        except NoObjectInStoreError:
+        parts = _sql(self._state).query(_PARTS, {"id": identity, "most": MOST_PARTS + 1})
+        if not 0 < len(parts) <= MOST_PARTS:
             return {}
         # Nothing is read before all parts are there: a poll every few milliseconds must not read megabytes each time.
-        for name in names:
-            if not self._whole(name):
-                return {} if self._state.get_object(self._run, name) is None else None
+        for part in parts:
+            if not part["is_available"]:
+                return {} if self._state.get_object(self._run, part["object_id"]) is None else None
         # Before reading: an answer larger than the study needs could exhaust the memory.
+        names = [part["object_id"] for part in parts]
         if sum(map(self._size, names)) > self._largest:
             return {}
-        contents = {}
-        for name in names:
-            content = self._state.get_object(self._run, name)
-            if not content:
-                return {}
-            contents[name] = content
-        return contents
+        contents = {name: self._state.object_store.get(name) for name in names}
+        return {} if not all(contents.values()) else {name: content or b"" for name, content in contents.items()}
 
     def _size(self, name: str) -> int:
         store = self._state.object_store

@@ -42,8 +42,8 @@ class _Terminal:
         return str(typer.prompt(question, default=default)).strip()
 
 
-def _reading(data: str | None, schema: bool, **_: object) -> str:
-    return "Describing the fields of a study" if schema else f"Reading {data or 'the data files'}"
+def _reading(data: str | None, source: str | None, schema: bool, **_: object) -> str:
+    return "Describing the fields of a study" if schema else f"Reading {source or data or 'the data files'}"
 
 
 @doing(_reading)
@@ -107,13 +107,27 @@ def new(
             metavar="FILE=STUDY",
         ),
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A study that trains: make one for the same sites with --kind.")
+    ] = None,
+    kind: Annotated[
+        Literal["statistics", "evaluate"] | None,
+        typer.Option(help="With --from. statistics: count units, labels and lengths. evaluate: measure an adapter."),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="With --kind evaluate: digest of the adapter, or base.", metavar="DIGEST")
+    ] = None,
+    measure: Annotated[
+        Literal["train", "test"] | None,
+        typer.Option(help="With --kind evaluate: which of a site's files are measured on. Default: train."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Take every proposal, and ask nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the study file if it exists.")] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of study files, for editors, and do nothing else.")
     ] = False,
 ) -> None:
-    """Make a study file from data files.
+    """Make a study file from data files; with --from, one that counts or measures from one that trains.
 
     It proposes the task, the columns, the labels, the unit of privacy, the base model, the sites, and values that fit
     the data's size. At a terminal it asks; otherwise, and with --yes, it takes its proposals. It prints each of them.
@@ -124,7 +138,7 @@ def new(
 
         typer.echo(json.dumps(study_schema(), indent=2, ensure_ascii=False))
         return
-    if not data:
+    if not data and source is None and kind is None:
         raise StudyError(
             "expected data files, or a directory of them; got none",
             "name one file for each site, as in `privet new north.csv south.csv west.csv`",
@@ -139,6 +153,11 @@ def new(
     from privet.common.files import write_whole
     from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
 
+    if source is not None or kind is not None:
+        text = _counting(data, source, kind, out, name, epsilon, adapter, measure)
+        write_whole(out, text.encode())
+        typer.echo(f"wrote     {out}\nnext: privet check {out}")
+        return
     wishes = Wishes(
         name,
         task,
@@ -156,7 +175,9 @@ def new(
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent
-    draft = draft_study(data, wishes, root, asker, lambda subject, text: typer.echo(folded(f"{subject:<9} {text}", 10)))
+    draft = draft_study(
+        data or (), wishes, root, asker, lambda subject, text: typer.echo(folded(f"{subject:<9} {text}", 10))
+    )
     directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
     write_whole(out, (directive + draft.text()).encode())
     typer.echo(f"wrote     {out}")
@@ -166,6 +187,32 @@ def new(
         typer.echo(folded(f"sites     {said}", 10))
     check = f"privet check {out}"
     typer.echo(f"next: {draft.before}\nthen: {check}" if draft.before else f"next: {check}")
+
+
+def _counting(
+    data: list[Path] | None,
+    source: Path | None,
+    kind: Literal["statistics", "evaluate"] | None,
+    out: Path,
+    name: str | None,
+    epsilon: float | None,
+    adapter: str | None,
+    measure: str | None,
+) -> str:
+    """Return the text of a study that trains nothing, made from one that trains."""
+    from privet.simulations.drafts.counting import draft_counting
+
+    if data or source is None or kind is None:
+        raise StudyError(
+            "expected --from and --kind together, and no data files",
+            "write for example `privet new --from study.toml --kind statistics --out counts.toml`",
+        )
+    if out.resolve().parent != source.resolve().parent:
+        raise StudyError(
+            f"--out: expected a file beside {source}, as its [simulation] names files from there; found {out}",
+            f"write `privet new --from {source} --kind {kind} --out {source.parent / out.name}`",
+        )
+    return draft_counting(source, kind, name=name, epsilon=epsilon, adapter=adapter, files=measure).text()
 
 
 def _command(context: typer.Context) -> str:

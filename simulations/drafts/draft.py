@@ -66,6 +66,7 @@ _SHOWN = 30  # labels
 _FEW = 16  # units in a step
 _CONSORTIUM = 3  # sites, whose sum hides each of them
 _MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
+_BLOCK = 64  # rounds with one set-up of secure aggregation
 _SPELLINGS = (
     "write each patient's id in one way in all files; or say how the ids are written: `privet new FILES --patient-ids "
     "number` if 101, 0101 and 101.0 are one patient, `text` if upper and lower case do not matter, `case` if they do"
@@ -704,7 +705,10 @@ def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: 
     sites = len(sizes)
     all_needed = mode == "distributed" and sites < _MAKING_UP
     tables["cohort"] = {"min_sites": sites if all_needed else min(3, sites)}
-    if sites == 2:
+    if all_needed:
+        # No site may be missed in any round, so one agreement on keys can serve many.
+        tables["secure_aggregation"] = {"block": min(_BLOCK, tables["training"]["rounds"])}
+    elif sites == 2:
         tables["secure_aggregation"] = {"corrupt": 0}
     return tables
 

@@ -269,6 +269,7 @@ def test_a_study_fits_its_files(tmp_path: Path, bert: Path, llama: Path, make: A
     document, said = made(tmp_path, files, base=str(llama if generates else bert), epsilon=3.0)
     assert document["privacy"]["mode"] == ("distributed" if generates else "local")
     assert document["privacy"]["epsilon"] == 3.0
+    assert ("block" in document.get("secure_aggregation", {})) == generates  # three sites, of which none may be missed
     assert set(document["simulation"]["sites"]) == set(SITES)
     assert any("become part of the study" in line for line in said) != generates
     assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")) == 3
