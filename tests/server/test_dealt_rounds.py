@@ -379,13 +379,13 @@ def test_a_study_and_its_cohort_decide_which_kind_of_block_a_round_is_of() -> No
 
 
 def test_a_block_of_many_sites_passes_every_sites_checks() -> None:
-    study = dealt_study(rounds=3800, block=60000, secure_aggregation={"corrupt_fraction": 0.1})
-    members = pins(70)
+    study = dealt_study(rounds=700, block=60000, secure_aggregation={"corrupt_fraction": 0.1})
+    members = pins(400)
     opened = RoundOpen(study.document(), 1, "", start_adapter().digest, tuple(members), b"")
     found = parameters_of(study, SPEC, opened, members)
     assert isinstance(found, DealtParameters)
-    assert (found.degree, found.corrupt, found.min_survivors, found.threshold) == (0, 7, 69, 39)
-    assert found.rounds == MAX_DEALT // 70
+    assert (found.degree, found.corrupt, found.min_survivors, found.threshold) == (0, 40, 399, 221)
+    assert found.rounds == MAX_DEALT // 400
     check_parameters(found, members, Floor())
 
 
