@@ -20,6 +20,7 @@ from privet.common.secagg.messages import Finish, Proof, Roster, Sealed, Survivo
 from privet.common.secagg.quantize import WORD
 from privet.common.secagg.shamir import SHARE_BYTES
 from privet.common.secagg.suites import Suite
+from tests.common.test_secagg_block import Captured, combinations_free_of_masks
 
 world = importlib.import_module("tests.support.secagg_world")
 blocks = importlib.import_module("tests.support.block_world")
@@ -218,29 +219,6 @@ def test_thresholds_without_one_list_would_open_a_sum_with_too_little_noise() ->
 
 
 # ---- What a coordinator can compute
-
-
-class Captured:
-    """The keys that each site adds and subtracts, in place of masks."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.keys: list[tuple[list[bytes], list[bytes]]] = []
-        monkeypatch.setattr(
-            masks, "apply", lambda words, plus, minus, **more: self.keys.append((list(plus), list(minus)))
-        )
-
-
-def free_of_masks(rows: list[tuple[list[bytes], list[bytes]]], known: set[bytes]) -> np.ndarray:
-    """Return a basis of the combinations of vectors in which no unknown mask is left: shape (basis, vectors)."""
-    place = {key: i for i, key in enumerate(sorted({k for both in rows for keys in both for k in keys} - known))}
-    matrix = np.zeros((len(rows), max(len(place), 1)))
-    for row, both in enumerate(rows):
-        for keys, sign in zip(both, (1, -1), strict=True):
-            for key in keys:
-                if key in place:
-                    matrix[row, place[key]] += sign
-    u, s, _ = np.linalg.svd(matrix)
-    return u[:, int((s > 1e-9).sum()) :].T
 
 
 def copied(state: dealt.DealtBlock) -> dealt.DealtBlock:
@@ -475,7 +453,7 @@ class Adversary:
         free_in_all = 0
         for number in sorted({vector.number for vector in self.vectors}):
             of_round = [vector for vector in self.vectors if vector.number == number]
-            free = free_of_masks([vector.keys for vector in of_round], known)
+            free = combinations_free_of_masks([vector.keys for vector in of_round], known)
             free_in_all += len(free)
             assert len(free) <= 1, "two sums of one round"
             for combination in free:
@@ -487,7 +465,7 @@ class Adversary:
                 assert len({v.step for v in inside}) == 1, "a sum over different models"
                 self.sums.append((number, tuple(v.site for v in inside)))
         if self.vectors:
-            everything = free_of_masks([vector.keys for vector in self.vectors], known)
+            everything = combinations_free_of_masks([vector.keys for vector in self.vectors], known)
             assert len(everything) == free_in_all, "rounds can be combined"
         return self
 
@@ -550,7 +528,7 @@ def test_a_list_for_each_site_opens_no_sum_of_two(monkeypatch: pytest.MonkeyPatc
     # s of the last three by three holders each, b of the first two by all: every mask but those of the two is known.
     known = {captured.keys[0][0][0], captured.keys[1][0][0]}
     known |= {key for plus, minus in captured.keys[2:] for key in (*plus[1:], *minus)}
-    (free,) = free_of_masks(captured.keys, known)
+    (free,) = combinations_free_of_masks(captured.keys, known)
     assert np.allclose(free, [free[0], free[0], 0, 0, 0])
     assert all(sum(owner not in lists[holder] for holder in revealed[owner]) >= 3 for owner in (2, 3, 4))
 
@@ -793,7 +771,7 @@ def test_a_vector_that_comes_late_stays_masked(monkeypatch: pytest.MonkeyPatch) 
     known = {key for plus, minus in captured.keys[-1:] for key in (*plus[1:], *minus)}
     known |= {plus[0] for plus, _ in captured.keys[:4]}
     vectors = [*captured.keys[:4], captured.keys[-1]]
-    (free,) = free_of_masks(vectors, known)
+    (free,) = combinations_free_of_masks(vectors, known)
     assert np.allclose(free, [*[free[0]] * 4, 0])
     assert len(shares_of(play.reveals.values(), 4)) >= play.parameters.threshold
 

@@ -36,17 +36,15 @@ from privet.common.study.study import Study
 from privet.server.rounds.blocks import _PATIENCE, Blocks
 from privet.server.rounds.masked import Waits
 from privet.server.rounds.participants import Participant
-from privet.server.rounds.rounds import run_study
-from privet.server.rounds.run_log import Unlogged
-from privet.server.rounds.state import RunDirectory, RunState
-from tests.server.test_block_rounds import asked, ends, run
+from privet.server.rounds.state import RunState
+from tests.server.test_block_rounds import asked, ends, killed_and_resumed, run
 from tests.support.logged_world import world_of
-from tests.support.masked_world import QUICK, Relay, members_of, sharing_study, silence
+from tests.support.masked_world import Relay, members_of, sharing_study, silence
 from tests.support.noise_world import moved, shared, sharing, sites_of
 from tests.support.secagg_world import pins
 from tests.support.sharing_world import SITES, Workers, initial, real_sites, worker_study
 from tests.support.site_log import logged
-from tests.support.synthetic import PEFT_CONFIG, SPEC, start_adapter
+from tests.support.synthetic import SPEC, start_adapter
 from tests.support.tiny import worker_of
 
 SET_UP = ["DealtParameters", "Roster", "DealDelivery", "Expected"]
@@ -228,18 +226,7 @@ def test_a_round_that_two_sites_miss_is_aborted_and_the_next_one_sets_up_anew(tm
 def test_a_coordinator_that_restarts_begins_a_new_block(tmp_path: Path) -> None:
     study = dealt_study(rounds=4)
     exchange = sharing(study, COUNT)
-    directory = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(statement: Any, published: Any) -> None:
-        if statement["round"] == 2:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        run_study(Unlogged(directory), exchange, kill, QUICK)
-    state = run_study(Unlogged(RunDirectory.open(tmp_path / "run")), exchange, timing=QUICK)
+    state = killed_and_resumed(tmp_path, study, exchange, 2)
     assert ends(state) == ["close"] * 4
     assert asked(exchange)[3] == [*SET_UP, *ALL]
     assert exact(study, exchange, state)
