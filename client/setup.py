@@ -14,6 +14,7 @@ from typing import Any
 from privet.client.budget.chain import on_one_disk
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.sealing import key_beside
+from privet.client.budget.withdrawals import anchor_withdrawals, withdrawn_key
 from privet.client.editing import Changes, change_file
 from privet.client.network.enrolment import Enrolment, new_site_file
 from privet.client.network.opening import check_migrated
@@ -92,6 +93,8 @@ def restore(file: Path) -> list[str]:
         beside, wanted = key_beside(ledger), file.parent / _LEDGER_KEY
         if beside.exists() and not wanted.exists():
             beside.rename(wanted)
+            if (withdrawn := withdrawn_key(beside)).exists():
+                withdrawn.rename(withdrawn_key(wanted))
             done.append(f"moved the ledger's key to {wanted}; restart `privet site serve` if it runs")
         missing["ledger_key"] = _LEDGER_KEY
     if _has_key(file.parent / "keys/identity.pem", asked.keys.identity):
@@ -232,6 +235,8 @@ def move_anchor(file: Path, anchor: Path, *, same_disk: bool) -> None:
                 opened.start_anchor(anchor)
         finally:
             opened.close()
+    # Before the site file names the new place: until then, the old one counts.
+    anchor_withdrawals(config, anchor)
     accepted = {"anchor_same_disk": True} if same_disk else {}
     change(file, {"anchor": relative_to(file, anchor), **accepted})
 

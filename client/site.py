@@ -18,6 +18,7 @@ from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key, read_mldsa_key
+from privet.common.retention import RetentionSection
 from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Column, Name, Section
@@ -192,6 +193,8 @@ class SiteConfig(Formatted):
     """The round log. Without it, a site takes part in no study."""
     coordinator: CoordinatorSection | None = None
     """The coordinator that `privet site serve` connects to."""
+    retention: Annotated[RetentionSection | None, Field(exclude_if=lambda value: value is None)] = None
+    """How long this site keeps what (`privet site retention`)."""
     resources: Resources = Resources()
 
     @model_validator(mode="after")

@@ -46,6 +46,13 @@ SiteFile = Annotated[
     typer.Argument(help="The site file (TOML), or the site's directory.", metavar="SITE", callback=site_file),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+PublicLog = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory where the round log is published.  [default: RUN/public; for a run in a coordinator's "
+        "directory, the directory's public]"
+    ),
+]
 RunName = Annotated[
     str,
     typer.Argument(help="Name of a run of this coordinator, as `privet coordinator status` lists it.", metavar="RUN"),

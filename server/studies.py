@@ -12,6 +12,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from privet.common.audit.release import ADAPTER
+from privet.common.clock import now
 from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.log.agreement import RoundStatement
@@ -19,6 +20,7 @@ from privet.common.log.encoding import one_line, shown
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
+from privet.common.study.terms import check_permit
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
@@ -206,7 +208,9 @@ def check_new(made: Coordinator, study: Study) -> None:
 
     Raises:
         StateError: One has.
+        RefusedError: The study's permit has expired.
     """
+    check_permit(study, now())
     for path in (made.directory / "runs").glob("*/withdrawn.json"):
         run = RunDirectory.open(path.parent)
         if run.study.digest == study.digest and run.withdrawn_begun:

@@ -249,7 +249,8 @@ class Chain:
             StateError: The file exists, is in the ledger's directory, or cannot be written.
         """
         _check_new_anchor(self._path, anchor)
-        self._anchor = anchor
+        # The head that the old anchor holds has not been written to this one.
+        self._anchor, self._anchored = anchor, None
         self.keep_anchor()
 
     def check_anchor(self, sequence: int, head: str) -> None:

@@ -120,6 +120,7 @@ def evaluate(
 
     The files are read as the site file says. `privet evaluate` on the adapter's directory has more options.
     """
+    from privet.client.budget.withdrawals import withdrawn_of
     from privet.client.commands.evaluate import show_evaluation
     from privet.client.network.adapters import FOLDER, adapter_at
     from privet.client.release.asking import Asked
@@ -142,6 +143,7 @@ def evaluate(
         answers=answers,
         openings=answers,
         forms=config.format or PLAINLY,
+        withdrawn=withdrawn_of(config),
     )
     release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
     show_evaluation(release, asked, config.resources, out, as_json=as_json)

@@ -12,6 +12,7 @@ import typer
 
 from privet.client.bases.names import on_this_machine
 from privet.client.bases.opened import open_base
+from privet.client.budget.withdrawals import Withdrawn, withdrawn_of
 from privet.client.commands.policy import named_study
 from privet.client.formats import FileFormat, Formatted
 from privet.client.site import IdRule, SiteConfig, load_site
@@ -52,6 +53,7 @@ class Source:
         declared: The count that the site declares.
         real: Whether there is a site file.
         formatted: Whether the site file has a table `[format]`.
+        withdrawn: Who is left out.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Source:
     declared: int | None = None
     real: bool = False
     formatted: bool = False
+    withdrawn: Withdrawn | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def _sources(study: Study, file: Path, paths: Sequence[Path], config: SiteConfig
                 config.rule_for(study.data.unit),
                 bases=config.resources.bases,
                 declared=config.declared_count,
+                withdrawn=withdrawn_of(config),
                 real=True,
                 formatted=config.format is not None,
             )
@@ -167,7 +171,7 @@ def _formatted(table: Mapping[str, Any]) -> Formatted:
 
 def _report(study: Study, root: Path, source: Source, faults: list[PrivetError]) -> Report:
     """Examine a site's files, and add what is wrong with them to `faults`."""
-    files = examine(study, source.train, source.test, source.form_of, source.rule)
+    files = examine(study, source.train, source.test, source.form_of, source.rule, source.withdrawn)
     for each in files:
         if each.fault is not None:
             each.fault.message = f"site {source.name}: {each.fault.message}" if source.name else each.fault.message

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from privet.client.budget.chain import LOST_ANCHOR, on_one_disk
 from privet.client.budget.releases import limit_of, open_ledger
+from privet.client.budget.withdrawals import anybody_withdrawn, withdrawn_of
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
@@ -65,6 +66,7 @@ _MENDS = {
     "patients": "`privet site setup SITE --patient-column COLUMN`",
     "ledger": "if the site has never had one, `privet site setup SITE` creates it; if it had one, `cp BACKUP LEDGER`",
     "anchor": "`privet site setup SITE --anchor PATH`",
+    "withdrawn": "`cp BACKUP FILE`, for each of the three files that is missing",
     "disk": "`df -h DIRECTORY` shows how full the disk is",
     "files": "`ulimit -n 65536` in the shell before the command",
     "device": "`privet site setup SITE --device cpu` trains on the CPU",
@@ -74,7 +76,9 @@ _MENDS = {
 """By check: what mends it where the finding itself names no command."""
 
 
-LOCAL = frozenset({"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "disk"})
+LOCAL = frozenset(
+    {"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "withdrawn", "disk"}
+)
 """The checks that need neither the coordinator nor the model, and take no time."""
 
 
@@ -107,6 +111,7 @@ def examine(
         ("patients", lambda: _patients(site)),
         ("ledger", lambda: _ledger(site, stated)),
         ("anchor", lambda: _anchor(site)),
+        *([("withdrawn", lambda: _withdrawn(site))] if anybody_withdrawn(site) else []),
         ("disk", lambda: _disk(file.parent)),
         ("files", _files),
         ("device", lambda: _device(site)),
@@ -167,6 +172,13 @@ def _data(site: SiteConfig) -> Check:
         columns_of(site, path)  # its first row
     files = number_of(len(site.train), "training file")
     return Check("data", True, f"{files}; {number_of(site.declared_count, 'unit')} declared")
+
+
+def _withdrawn(site: SiteConfig) -> Check:
+    found = withdrawn_of(site)
+    left = "the whole dataset was withdrawn, and the site takes part in no round"
+    text = left if found is not None and found.left else "the marks of those who were withdrawn can be read"
+    return Check("withdrawn", True, text)
 
 
 def _certificate(enrolment: Enrolment, now: datetime) -> Check:

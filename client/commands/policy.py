@@ -221,6 +221,8 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
         log = "in the round log" if row["logged"] else "NOT in the round log yet"
         typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
         typer.echo(f"  {row['task']}; {row['privacy']}")
+        if row["purpose"]:
+            typer.echo(folded(f"  purpose: {printable(str(row['purpose']))}", 4))
         for reason in row["reasons"]:
             typer.echo(folded(f"  {printable(str(reason))}", 4))
         if row["next"]:
@@ -230,6 +232,8 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
 
 def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     """Return what is printed about a proposed study, as JSON values."""
+    from privet.common.study.terms import purpose_text
+
     study = proposed.study
     _, findings, budget = _judge(config, study)
     codes = [each.code for each in findings]
@@ -244,6 +248,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
         "name": study.name,
         "study": study.digest,
         "task": study.task.kind,
+        "purpose": purpose_text(study),
         "privacy": private,
         "round": proposed.round,
         "rounds": study.rounds,

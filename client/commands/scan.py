@@ -94,6 +94,7 @@ def scan_site(
     is kept beside the file of approvals, with the digests of the files. Where the policy has `[scan]`, the site trains
     only on files with such a scan, within its limits. Exit code 3 if a limit is exceeded.
     """
+    from privet.client.budget.withdrawals import withdrawn_of
     from privet.client.commands.policy import named_study
     from privet.client.policy.rules import load_policy
     from privet.client.policy.scanned import broken, record_path, save
@@ -111,6 +112,7 @@ def scan_site(
         unit=config.patient_column if contract is None else contract.data.unit,
         names=_named(names),
         recognisers=load_recognisers(recogniser or ()),
+        withdrawn=withdrawn_of(config),
     )
     found, places = _scanned(source, as_json)
     path = record_path(config)

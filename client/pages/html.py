@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
 _VOID = ("meta", "line", "circle", "rect", "polyline", "path")
 _REFUSED = ("href", "src", "style")
+_LOCAL = re.compile(r"(?=[^#]|#)(?:\w[\w-]*(?:\.[\w-]+)*(?:/\w[\w-]*(?:\.[\w-]+)*)*)?(?:#[\w-]+)?", re.ASCII)
 _FEW, _SHORT = 4, 30
 """Columns, or letters of their names, that a telephone shows beside each other."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -61,6 +62,18 @@ def element(tag: str, attributes: Attributes, *children: Child) -> Html:
 
 def _shown(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def link(target: str, *children: Child) -> Html:
+    """Return a link to another file of the same folder, or to a place in it. Raises `ValueError` for any other target.
+
+    Args:
+        target: A relative path of plain names, with `#` and an id, or without.
+        children: What is shown.
+    """
+    if not _LOCAL.fullmatch(target):
+        raise ValueError("a page links to plain names in its own folder alone")
+    return Html(f'<a href="{target}">{joined(children)}</a>')
 
 
 def paragraph(*children: Child) -> Html:

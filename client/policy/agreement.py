@@ -16,7 +16,7 @@ from privet.common.masking.groups import smallest_sum
 from privet.common.masking.parameters import suite_of
 from privet.common.study.counts import cells_of, most_records
 from privet.common.study.study import Study
-from privet.common.study.terms import terms_text
+from privet.common.study.terms import purpose_text, terms_text
 
 LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
 """Findings that do not speak against an approval: they pass with it, or with time."""
@@ -56,6 +56,7 @@ def agreement(
     return [
         ("who asks", who),
         ("study", f"{study.name}, {study.digest}"),
+        *([("purpose", purpose_text(study))] if study.purpose is not None else []),
         ("task", _task(study, lacking)),
         ("base", _base(site, study)),
         ("training", _training(site, study)),
@@ -98,6 +99,8 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             )
         elif each.code == "E_SIMULATION":
             lines.append("no site can admit this: ask the coordinator for a study without settings of a simulation")
+        elif each.code == "E_PERMIT":
+            lines.append("no site can admit this: ask the coordinator for a study with a permit that holds")
         elif each.code == "E_RANK":
             most = each.allowed.removeprefix("at most ")
             lines.append(

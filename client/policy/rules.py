@@ -38,6 +38,7 @@ from privet.common.secagg.terms import Floor, accepted_suites, fraction_of
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Count, Positive, Section, simulation_fields
 from privet.common.study.study import Study
+from privet.common.study.terms import PERMIT, PERMIT_ALLOWED, permit_asked, permit_ended
 
 _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
 ShortText = Annotated[str, Field(min_length=1, max_length=128)]
@@ -245,6 +246,7 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
         *_privacy(policy.privacy, study, facts),
         *_column(study, facts),
         *_real(study),
+        *_permit(study, facts),
         *_cohort(policy.cohort, study),
         *_suite(study, facts),
         *_metrics(policy.metrics, study),
@@ -345,6 +347,12 @@ def _real(study: Study) -> Iterator[Finding]:
     fields = simulation_fields(study)
     if fields:
         yield _finding("E_SIMULATION", "simulation", _listed(fields), "no field that is for simulations alone")
+
+
+def _permit(study: Study, facts: Facts) -> Iterator[Finding]:
+    """Judge the study's permit by this site's clock, whatever the policy says."""
+    if permit_ended(study, facts.now):
+        yield _finding(*PERMIT, permit_asked(study), PERMIT_ALLOWED)
 
 
 def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from privet.client.budget.withdrawals import Withdrawn
 from privet.client.formats import FormatSection
 from privet.client.pages.suppression import SMALLEST
 from privet.client.release import memorisation
@@ -64,6 +65,7 @@ class Asked:
         canaries: File of planted records.
         alternatives: Random alternatives of each canary.
         forms: How the files are written.
+        withdrawn: Whose records are left out.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -82,6 +84,7 @@ class Asked:
     canaries: Path | None = None
     alternatives: int = 100
     forms: FormatSection = PLAINLY
+    withdrawn: Withdrawn | None = None
 
 
 @dataclass
@@ -149,7 +152,7 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
     work.prompts = [prompt_of(rows[index]) for index in work.chosen]
     if asked.choices is not None:
         work.questions = read_questions(
-            study, asked.files, asked.choices, asked.right, material.unit_column, asked.forms
+            study, asked.files, asked.choices, asked.right, material.unit_column, asked.forms, asked.withdrawn
         )
     if asked.train:
         trained = trained_records(study, asked)

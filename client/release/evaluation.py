@@ -98,7 +98,7 @@ def evaluate_release(
     """
     study = release.study
     check_asked(study, asked)
-    material = read_material(study, asked.files, asked.by, asked.forms)
+    material = read_material(study, asked.files, asked.by, asked.forms, asked.withdrawn)
     with mounted(release, resources) as host:
         work = prepare(host, study, asked, material)
         made = {}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.client.budget.withdrawals import Withdrawn
 from privet.client.formats import FormatSection, Formatted
 from privet.client.training.data import Records, concatenate, load_records
-from privet.client.training.files import read_columns
+from privet.client.training.files import kept_columns, read_columns
 from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, PrivetError, StudyError
@@ -48,7 +49,11 @@ class Material:
 
 
 def read_material(
-    study: Study, files: Sequence[tuple[str, Path]], columns: Sequence[str] = (), forms: FormatSection = PLAINLY
+    study: Study,
+    files: Sequence[tuple[str, Path]],
+    columns: Sequence[str] = (),
+    forms: FormatSection = PLAINLY,
+    withdrawn: Withdrawn | None = None,
 ) -> Material:
     """Read all records of some files.
 
@@ -57,6 +62,7 @@ def read_material(
         files: Site and path of each file; `UNNAMED` for a file of no named site.
         columns: Columns to group by.
         forms: How the files are written.
+        withdrawn: Whose records are left out.
 
     Raises:
         DataError: A file does not fit the study, or lacks a column.
@@ -77,14 +83,14 @@ def read_material(
     parts, dropped = [], dict[str, int]()
     groups: dict[str, list[str]] = {column: [] for column in columns}
     for number, (site, path) in enumerate(files):
-        records, report = load_records(path, own, training=False, form=forms.of(path))
+        records, report = load_records(path, own, training=False, form=forms.of(path), withdrawn=withdrawn)
         for reason, count in report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
         # A record whose unit is not known is a unit of its own.
         units = [f"{site}:{name}" if name else f"{number}:{row}" for row, name in enumerate(records.units)]
         parts.append(Records(records.rows, tuple(units)))
         for column in columns:
-            groups[column] += [value.strip() or NOT_GIVEN for value in _column(path, study, column, forms)]
+            groups[column] += [value.strip() or NOT_GIVEN for value in _column(path, study, column, forms, withdrawn)]
     return Material(
         records=concatenate(parts),
         unit_column=unit,
@@ -112,10 +118,11 @@ def _by(study: Study, unit: str | None) -> Study:
     return study.model_copy(update={"data": study.data.model_copy(update={"unit": unit})})
 
 
-def _column(path: Path, study: Study, column: str, forms: FormatSection) -> Sequence[str]:
+def _column(path: Path, study: Study, column: str, forms: FormatSection, withdrawn: Withdrawn | None) -> Sequence[str]:
     """Return the values of a column for the rows that are records: what is read as the unit comes with these rows."""
     try:
-        return load_records(path, _by(study, column), training=False, form=forms.of(path))[0].units
+        own = _by(study, column)
+        return load_records(path, own, training=False, form=forms.of(path), withdrawn=withdrawn)[0].units
     except DataError:
         if not _has(path, study, column, forms):
             raise
@@ -155,6 +162,7 @@ def read_questions(
     right: str | None,
     unit: str | None,
     forms: FormatSection = PLAINLY,
+    withdrawn: Withdrawn | None = None,
 ) -> list[Question]:
     """Read questions: the study's prompt, a column of choices, and the right choice.
 
@@ -167,6 +175,7 @@ def read_questions(
         right: Column of the right choice; None: the study's answer.
         unit: Column of the units.
         forms: How the files are written.
+        withdrawn: Whose records are left out.
 
     Raises:
         DataError: A file lacks a column, or a row has no list of two choices and more, or no right choice.
@@ -181,7 +190,7 @@ def read_questions(
     answer, found = right or columns["answer"], []
     for number, (site, path) in enumerate(files):
         needed = list(dict.fromkeys([columns["prompt"], choices, answer, *([unit] if unit else [])]))
-        table = read_columns(path, study, needed, forms.of(path)).columns
+        table = kept_columns(path, study, needed, forms.of(path), withdrawn).columns
         wrong = 0
         for row in range(len(table[choices])):
             texts = _choices(table[choices][row])

@@ -49,7 +49,13 @@ def keep_refusal(directory: Path, refusal: Refusal, envelope: bytes) -> None:
 
 
 def kept_refusals(directory: Path) -> list[tuple[Refusal, bytes]]:
-    """Return the refusals that a site keeps, with their envelopes, oldest first.
+    """Return the refusals that a site keeps, with their envelopes, oldest first. Raises as `kept_files`."""
+    found = [(refusal, path.read_bytes()) for path, refusal in kept_files(directory)]
+    return sorted(found, key=lambda each: (each[0].time, each[0].run, each[0].round))
+
+
+def kept_files(directory: Path) -> list[tuple[Path, Refusal]]:
+    """Return the files of the refusals that a site keeps.
 
     Raises:
         StateError: One cannot be read.
@@ -57,16 +63,15 @@ def kept_refusals(directory: Path) -> list[tuple[Refusal, bytes]]:
     found = []
     for path in sorted((directory / REFUSALS).glob("*.json")):
         try:
-            data = path.read_bytes()
-            statement = parse_statement(Envelope.decode(data).payload)
+            statement = parse_statement(Envelope.decode(path.read_bytes()).payload)
         except (OSError, PrivetError) as error:
             raise StateError(
                 f"{path}, the receipt of a refusal, cannot be read ({type(error).__name__})",
                 "restore the file from a backup",
             ) from None
         if isinstance(statement, Refusal):
-            found.append((statement, data))
-    return sorted(found, key=lambda each: (each[0].time, each[0].run, each[0].round))
+            found.append((path, statement))
+    return found
 
 
 def omitted_refusals(directory: Path, history: Replay) -> list[str]:

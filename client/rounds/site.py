@@ -13,6 +13,7 @@ from typing import Protocol
 
 from privet.client.budget.noise_memory import NoiseMemory, open_memory
 from privet.client.budget.releases import Bookkeeping, Releases
+from privet.client.budget.withdrawals import check_left
 from privet.client.policy.consent import check_lost, check_policy
 from privet.client.policy.scanned import check_scan
 from privet.client.rounds.history import Fetch
@@ -138,6 +139,7 @@ class RealSite:
                 f"the site file of {self.config.name} names no round log; without one, a site takes part in no study",
                 "run `privet site setup SITE`, which adds the `[log]` table",
             )
+        check_left(self.config)
         # The policy comes first and opens the ledger only when it needs it: a refusal by policy needs no ledger.
         check_policy(self.config, study, lambda: self.releases.began())
         if study.model.is_path and not self.has_begun(study):

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.client.budget.chain import Head
 from privet.client.budget.draws import Paid, Payment
+from privet.client.budget.withdrawals import withdrawn_of
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import SiteData, load_data
@@ -71,7 +73,7 @@ class Worker:
         self.trained: Callable[[Study, Meter], None] = lambda study, took: None
         # Called with what a round cost the dataset, before its update leaves; the numbers stay at the site.
         self.charged: Callable[[Study, int, Charge | None], None] = lambda study, number, charge: None
-        self._open: tuple[str, SiteData, ModelHost] | None = None
+        self._open: tuple[str, Head | None, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
         # A thread takes locks in this order: a study's turn, what is open, and the open model's own.
@@ -106,10 +108,15 @@ class Worker:
         # Messages of two studies may arrive at the same time, and each replaces what is open.
         with self._opening:
             found = self._open
+            # Whoever is withdrawn leaves the next round, also of a study that has begun: its files are read again.
+            withdrawn = withdrawn_of(self.site.config)
+            head = None if withdrawn is None else withdrawn.head
             if found is None or found[0] != study.digest:
                 host = self._host(study)
-                found = self._open = (study.digest, self._load(study, host), host)
-        return found[1], found[2]
+                found = self._open = (study.digest, head, self._load(study, host), host)
+            elif found[1] != head:
+                found = self._open = (study.digest, head, self._load(study, found[3]), found[3])
+        return found[2], found[3]
 
     def _host(self, study: Study) -> ModelHost:
         return open_host(study, self.site.config.resources, begun=self.site.has_begun(study))

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from privet.client.budget.withdrawals import Withdrawn
 from privet.client.formats import FileFormat
 from privet.client.pages.suppression import SMALLEST
 from privet.client.scan.kinds import ANY, KINDS
 from privet.client.scan.patterns import kinds_in, may_be_name
 from privet.client.scan.twins import Twins
 from privet.client.training.decoding import kind_of
-from privet.client.training.files import Row, read_rows
+from privet.client.training.files import Row, left_out, read_rows
 from privet.common.canonical import canonical_json
 from privet.common.errors import DataError, StateError, StudyError
 from privet.common.study.sections import Section
@@ -104,6 +105,7 @@ class Source:
         unit: Column that names the unit of privacy; it is not scanned.
         names: Names that the operator listed, in lower case.
         recognisers: Further recognisers by name.
+        withdrawn: Whose rows are left out.
     """
 
     train: Sequence[Path]
@@ -113,6 +115,7 @@ class Source:
     unit: str | None = None
     names: Collection[str] = ()
     recognisers: Mapping[str, Recogniser] = field(default_factory=dict)
+    withdrawn: Withdrawn | None = None
 
     @property
     def label(self) -> str | None:
@@ -174,10 +177,14 @@ def _file(
     places: Places,
     progress: Callable[[int], None],
 ) -> FileCounts:
-    before, number = sha256_of(path), 0
+    before, number, skipped = sha256_of(path), 0, 0
+    gone = _left_out(source, path)
     counts: dict[str, Counter[str]] = {}
     present = Counter[str]()
     for number, row in enumerate(read_rows(path, source.form_of(path)), start=1):
+        if gone(row):
+            skipped += 1
+            continue
         texts = _texts(source, path, row)
         if source.study is None:
             _check_header(path, texts, counts)
@@ -204,7 +211,9 @@ def _file(
             progress(totals["train"] + totals["test"])
     if sha256_of(path) != before:
         raise StateError(f"{path} changed while it was scanned", "run the scan again when nothing writes to the file")
-    _join_rare(path, [column for column, rows in present.items() if rows < min(SMALLEST, number)], counts, places)
+    _join_rare(
+        path, [column for column, rows in present.items() if rows < min(SMALLEST, number - skipped)], counts, places
+    )
     columns = {
         column: ColumnCounts(records=found.pop("", 0), kinds=dict(sorted(found.items())))
         for column, found in counts.items()
@@ -214,9 +223,31 @@ def _file(
         role="test" if test else "train",
         sha256=before,
         form=sha256_of_form(source.form_of(path)),
-        records=number,
+        records=number - skipped,
         columns=columns,
     )
+
+
+def _left_out(source: Source, path: Path) -> Callable[[Row], bool]:
+    """Return a function that says whether a row is left out.
+
+    Raises:
+        DataError: The row has no column of patients, and people were withdrawn by their ids.
+    """
+    withdrawn = source.withdrawn
+    if not withdrawn or withdrawn.column is None:
+        return lambda row: False
+    column, held = withdrawn.column, left_out(withdrawn, source.form_of(path))
+
+    def gone(row: Row) -> bool:
+        if column not in row and not kind_of(path).name.startswith("json"):
+            raise DataError(
+                f"{path}: expected the column {column}, by which people were withdrawn at this site",
+                "add the column to the file",
+            )
+        return held(row.get(column))
+
+    return gone
 
 
 def _join_rare(path: Path, rare: Sequence[str], counts: dict[str, Counter[str]], places: Places) -> None:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from privet.client.budget.withdrawals import Withdrawn, withdrawn_of
 from privet.client.formats import FileFormat
 from privet.client.site import IdRule, SiteConfig
-from privet.client.training.files import PLAIN, Columns, Table, check_exact, read_columns
+from privet.client.training.files import PLAIN, Columns, Table, check_exact, kept_columns
 from privet.client.training.forms import (
     Places,
     cleaned,
@@ -131,7 +132,13 @@ class DataReport:
 
 
 def load_records(
-    path: Path, study: Study, *, training: bool = True, rule: IdRule | None = None, form: FileFormat = PLAIN
+    path: Path,
+    study: Study,
+    *,
+    training: bool = True,
+    rule: IdRule | None = None,
+    form: FileFormat = PLAIN,
+    withdrawn: Withdrawn | None = None,
 ) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
@@ -152,6 +159,7 @@ def load_records(
         training: Whether the records are to train on.
         rule: How ids of patients are written.
         form: How the file is written.
+        withdrawn: Whose rows are left out, as if the file did not have them.
 
     Raises:
         DataError: The file is missing, of an unknown kind or does not match its format; a column is missing or has
@@ -161,7 +169,7 @@ def load_records(
     columns = dict(study.data.columns)
     unit_column = study.data.unit
     needed = list(dict.fromkeys([*columns.values(), *([unit_column] if unit_column else [])]))
-    table = read_columns(path, study, needed, form)
+    table = kept_columns(path, study, needed, form, withdrawn)
     rows_read = len(table.columns[needed[0]])
     raw = {role: table.columns[column] for role, column in columns.items()}
     for role in _LISTS.intersection(raw):
@@ -206,15 +214,19 @@ def load_records(
 def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tuple[list[Records], list[DataReport]]:
     """Return the records of each of a site's training files, or test files, with a report on each.
 
+    Whoever was withdrawn at the site is left out, whatever column the study names as its unit.
+
     Raises:
         DataError: A file does not fit the study. One error names what is wrong with all of them.
+        StateError, VerificationError: Who was withdrawn cannot be read or trusted.
     """
-    rule = site.rule_for(study.data.unit)
+    rule, withdrawn = site.rule_for(study.data.unit), withdrawn_of(site)
     found: list[tuple[Records, DataReport]] = []
     faults: list[DataError] = []
     for path in site.train if training else site.test:
         try:
-            found.append(load_records(path, study, training=training, rule=rule, form=site.form_of(path)))
+            form = site.form_of(path)
+            found.append(load_records(path, study, training=training, rule=rule, form=form, withdrawn=withdrawn))
         except DataError as error:
             faults.append(error)
     if faults:

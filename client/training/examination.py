@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from privet.client.budget.withdrawals import Withdrawn, withdrawn_of
 from privet.client.editing import quoted
 from privet.client.formats import FileFormat, toml_lines
 from privet.client.site import IdRule, SiteConfig
@@ -55,19 +56,22 @@ def examine(
     test: Sequence[Path],
     form_of: Callable[[Path], FileFormat],
     rule: IdRule | None,
+    withdrawn: Withdrawn | None = None,
 ) -> list[Examined]:
     """Read all files, each as the site file says; where one does not fit, find settings that do."""
     found = []
     for is_test, paths in ((False, train), (True, test)):
         for path in paths:
-            found.append(_examined(study, path, form_of(path), rule, test=is_test))
+            found.append(_examined(study, path, form_of(path), rule, withdrawn, test=is_test))
     return found
 
 
-def _examined(study: Study, path: Path, form: FileFormat, rule: IdRule | None, *, test: bool) -> Examined:
+def _examined(
+    study: Study, path: Path, form: FileFormat, rule: IdRule | None, withdrawn: Withdrawn | None, *, test: bool
+) -> Examined:
     records, report, fault = None, None, None
     try:
-        records, report = load_records(path, study, training=not test, rule=rule, form=form)
+        records, report = load_records(path, study, training=not test, rule=rule, form=form, withdrawn=withdrawn)
     except DataError as error:
         fault = error
     settings = _settings(study, path, form, fault)
@@ -127,7 +131,7 @@ def foreign_labels(study: Study, site: SiteConfig) -> dict[str, str]:
         `?`.
     """
     found: dict[str, str] = {}
-    for each in examine(study, site.train, site.test, site.form_of, site.rule_for(study.data.unit)):
+    for each in examine(study, site.train, site.test, site.form_of, site.rule_for(study.data.unit), withdrawn_of(site)):
         known = site.form_of(each.path).labels
         proposed_here = each.settings.get("labels", {}).items()
         found |= {label: meant for label, meant in proposed_here if meant == "?" or known.get(label) != meant}

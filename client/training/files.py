@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from privet.client.budget.withdrawals import Withdrawn
 from privet.client.formats import Delimiter, FileFormat
 from privet.client.training.csvrows import Body, check_length, read_body
 from privet.client.training.decoding import check_file, kind_of, text_of
+from privet.client.training.ids import names_by_rule
 from privet.client.training.proposals import hint_for
 from privet.common.errors import DataError
 from privet.common.files import close_to
@@ -38,16 +40,18 @@ class Table:
         kind: `csv`, `tsv`, `jsonl`, `json` or `parquet`, with `.gz` if the file is compressed.
         columns: The values by name of the column, all of one length.
         lines: The first line of each row, from 1; None where rows are not lines.
+        rows: The number of each row in the file, from 0; None where all of them are here.
     """
 
     kind: str
     columns: Columns
     lines: Sequence[int] | None = None
+    rows: Sequence[int] | None = None
 
     def places(self, rows: Sequence[int]) -> str:
         """Return where rows are, by number from 1 and by line: the first few of them. Rows are counted from 0."""
         shown, more = rows[:_SHOWN], len(rows) - _SHOWN
-        named = ", ".join(str(row + 1) for row in shown)
+        named = ", ".join(str((row if self.rows is None else self.rows[row]) + 1) for row in shown)
         text = f"{'row' if len(rows) == 1 else 'rows'} {named}"
         if self.lines is not None:
             lines = ", ".join(str(self.lines[row]) for row in shown)
@@ -62,6 +66,45 @@ def read_columns(path: Path, study: Study, names: Sequence[str], form: FileForma
         DataError: The file is missing, of an unknown kind, or does not match its format; or it has no such column.
     """
     return _guarded(path, lambda: _read_columns(path, study, names, form))
+
+
+def kept_columns(
+    path: Path, study: Study, names: Sequence[str], form: FileFormat = PLAIN, withdrawn: Withdrawn | None = None
+) -> Table:
+    """Return some columns of a file without the rows of people who were withdrawn, as if the file did not have them.
+
+    Raises:
+        DataError: As `read_columns`; also if people were withdrawn, and the file lacks the column of their ids.
+    """
+    if not withdrawn or withdrawn.column is None:
+        return read_columns(path, study, names, form)
+    table = read_columns(path, study, list(dict.fromkeys([*names, withdrawn.column])), form)
+    gone = left_out(withdrawn, form)
+    rows = [row for row, value in enumerate(table.columns[withdrawn.column]) if not gone(value)]
+    lines = None if table.lines is None else [table.lines[row] for row in rows]
+    columns = {name: [table.columns[name][row] for row in rows] for name in names}
+    return Table(table.kind, columns, lines, rows)
+
+
+def left_out(withdrawn: Withdrawn, form: FileFormat) -> Callable[[Any], bool]:
+    """Return a function that says of a value of the column of patients whether its rows are left out."""
+    known: dict[Any, bool] = {}
+
+    def gone(value: Any) -> bool:
+        if not isinstance(value, str | int | float):  # another type is refused where ids are read
+            return False
+        key = (type(value), value)
+        if key not in known:
+            known[key] = withdrawn.holds(names_by_rule(form.number(value)))
+        return known[key]
+
+    return gone
+
+
+def rows_left_out(path: Path, withdrawn: Withdrawn, form: FileFormat = PLAIN) -> int:
+    """Return how many rows of a file are left out. Raises as `read_rows`."""
+    gone = left_out(withdrawn, form)
+    return sum(gone(row.get(withdrawn.column or "")) for row in read_rows(path, form))
 
 
 def read_rows(path: Path, form: FileFormat = PLAIN) -> Iterator[Row]:

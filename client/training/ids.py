@@ -122,6 +122,12 @@ def canonical(value: str, rule: IdRule | None) -> str | None:
     return text if rule != "number" or not text else _number(_digits(text))
 
 
+def names_by_rule(value: Any) -> dict[str, str]:
+    """Return the names that an id has by each rule that it fits, and by none of them (`plain`); empty without an id."""
+    found = {rule or "plain": _name(value, rule) for rule in (None, *_RULES)}
+    return {rule: name for rule, name in found.items() if name}
+
+
 def spellings(names: Iterable[str]) -> Spellings:
     """Count the names that may be one unit.
 

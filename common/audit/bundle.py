@@ -249,10 +249,15 @@ def leaves_of(files: Files, size: int) -> Iterator[bytes]:
     return read_leaves(size, lambda name: _fetch(files, name))
 
 
-def check_bundle(files: Files, policy: Policy) -> Report:
+def check_bundle(files: Files, policy: Policy, told: Told | None = None) -> Report:
     """Verify a bundle: first its log, then all other files against the log.
 
     Any error in between, also an unforeseen one, makes the bundle fail. It never passes by an error.
+
+    Args:
+        files: The bundle's files by name.
+        policy: The log and the witnesses that the reader trusts.
+        told: Receives the leaves with their statements, up to the first wrong one.
     """
     runs: dict[str, _Run] = {}
     accounts = Accounts()
@@ -260,6 +265,8 @@ def check_bundle(files: Files, policy: Policy) -> Report:
     def observe(leaf: Leaf, statement: Statement) -> None:
         accounts.observe(leaf, statement)
         _note(runs, leaf, statement)
+        if told is not None:
+            told.append((leaf, statement))
 
     verdict = _verify_log(files, policy, accounts, observe)
     if not verdict.ok:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.errors import LOG_ALONE, PrivetError
+from privet.common.files import write_new
 from privet.common.options import Json
-from privet.common.progress import doing
+from privet.common.progress import closing, doing
 
 if TYPE_CHECKING:
     from privet.common.audit.bundle import Report
@@ -30,6 +31,7 @@ PolicyFile = Annotated[
 ]
 
 _FAILED, _LOG_ALONE = 1, LOG_ALONE
+_NAME_BUNDLE = "name a file that `privet audit bundle RUN --out FILE` wrote, or the directory of a published log"
 
 
 @doing("Verifying {bundle}")
@@ -192,6 +194,38 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
         typer.echo(f"{longer} extends the other log: {abs(len(one) - len(two))} leaves after the first {common}")
 
 
+@doing("Writing the page of {bundle}")
+def page(
+    bundle: Bundle,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The HTML file to write; it must not exist.  [default: the bundle's name with .html]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML file that verifies a bundle in a browser, offline, and shows rounds, lineage and members.
+
+    The page checks hashes, Ed25519 signatures and the order of statements, and names the first leaf that is wrong. It
+    says what it does not check: `privet audit verify` does that. It needs no policy: its reader compares words with a
+    site, or chooses a policy file in it. Weights are left out. The same bundle gives the same file.
+    """
+    from privet.common.audit.bundle import read_archive
+    from privet.common.audit.page import page as page_of
+    from privet.common.canonical import digest
+
+    name = bundle.resolve().name
+    try:
+        data = page_of(read_archive(bundle), name)
+    except PrivetError as error:
+        raise _could_not(bundle, error, _NAME_BUNDLE) from None
+    target = out or Path(f"{name.removesuffix('.tar')}.html")
+    write_new(target, data, 0o644)
+    result = f"{target}: {len(data)} bytes, SHA-256 {digest(data)[7:]}."
+    typer.echo(closing(result, f"open {target} in a browser, and compare its words with a site's page of the same log"))
+
+
 def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> Checkpoint:
     """Return the checkpoint of a copy. It may be from before a rotation that another copy, if it verifies, states."""
     from privet.common.audit.bundle import head_of, history_of
@@ -219,8 +253,7 @@ def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
     try:
         return read_archive(bundle), trusted
     except PrivetError as error:
-        hint = "name a file that `privet audit bundle RUN --out FILE` wrote, or the directory of a published log"
-        raise _could_not(bundle, error, hint) from None
+        raise _could_not(bundle, error, _NAME_BUNDLE) from None
 
 
 class UncheckedError(PrivetError):

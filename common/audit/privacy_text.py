@@ -225,22 +225,22 @@ def _promise(document: Mapping[str, Any], unit: str) -> str:
     planned = f"The study promised epsilon {costs['target']:g} over {_rounds(document['run']['rounds_planned'])}."
     if not costs["sites"]:
         return f"No round has ended yet: nothing was released, and epsilon is 0. {planned}"
-    run, delta = _up(costs["run"]), f"{costs['delta']:g}"
+    run, delta = rounded_up(costs["run"]), f"{costs['delta']:g}"
     shared = document["trust"]["model"] == "distributed"
     against = " against the coordinator together with the sites that section 6 allows for" if shared else ""
     whose = "they make" if shared else "anybody makes"
     alone = document["trust"].get("own_share_epsilon")
-    left = "nothing that counts" if alone is None else f"epsilon {_up(alone)}, at the same delta"
+    left = "nothing that counts" if alone is None else f"epsilon {rounded_up(alone)}, at the same delta"
     everybody = f" Against everybody, by each site's own noise alone: {left}." if shared else ""
     everywhere = (
         f"A {unit} with data at several sites is not covered: its gradients meet in one sum."
         if shared
-        else f"For a {unit} with data at every site, at most {_up(costs['at_every_site'])}."
+        else f"For a {unit} with data at every site, at most {rounded_up(costs['at_every_site'])}."
     )
     return (
         f"What any one site released in this run is ({run}, {delta})-differentially private for one {unit}{against}. "
         f"With or without that {unit}'s data, the probability of whatever {whose} of it differs by a factor of at most "
-        f"{_up(math.exp(costs['run']))}, and by at most {delta} more. {planned}\n\n"
+        f"{rounded_up(math.exp(costs['run']))}, and by at most {delta} more. {planned}\n\n"
         f"For the run: epsilon {run} for a {unit} whose data lie at one site. {everywhere}"
         + ("" if document["format"] == 1 else everybody)
     )
@@ -254,12 +254,12 @@ def _replacing(document: Mapping[str, Any], unit: str) -> str:
     found = document["epsilon"]["replacing"]
     pair, same = found["epsilon"], found["epsilon_at_same_delta"]
     group = (
-        f"removing and adding together are ({_up(pair)}, {_up_digits(found['delta'])})-differentially private"
+        f"removing and adding together are ({rounded_up(pair)}, {_up_digits(found['delta'])})-differentially private"
         if pair is not None
         else "group privacy promises nothing at this epsilon and delta"
     )
     alike = (
-        f"At delta {document['epsilon']['delta']:g}, replacing one costs an epsilon of at most {_up(same)}."
+        f"At delta {document['epsilon']['delta']:g}, replacing one costs an epsilon of at most {rounded_up(same)}."
         if same is not None
         else f"At delta {document['epsilon']['delta']:g} nothing is promised for replacing one."
     )
@@ -271,7 +271,7 @@ def _trust(document: Mapping[str, Any]) -> str:
     if trust["model"] == "local":
         return _TRUST["local"]
     own = trust["own_share_epsilon"]
-    left = "nothing that counts" if own is None else f"epsilon {_up(own)}, at the same delta"
+    left = "nothing that counts" if own is None else f"epsilon {rounded_up(own)}, at the same delta"
     rows = [[row[key] for key in ("sites", "survivors", "corrupt", "helpers")] for row in trust["shares"]]
     lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     return _TRUST["distributed"].format(own=left, shares=lines)
@@ -280,7 +280,8 @@ def _trust(document: Mapping[str, Any]) -> str:
 def _table(sites: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| site | rounds | epsilon | epsilon by rdp |", "|---|---|---|---|"]
     lines += [
-        f"| {site} | {c['rounds']} | {_up(c['epsilon'])} | {_up(c['epsilon_rdp'])} |" for site, c in sites.items()
+        f"| {site} | {c['rounds']} | {rounded_up(c['epsilon'])} | {rounded_up(c['epsilon_rdp'])} |"
+        for site, c in sites.items()
     ]
     return "\n".join(lines)
 
@@ -325,7 +326,7 @@ def _rounds(count: int) -> str:
     return f"{count} round{'' if count == 1 else 's'}"
 
 
-def _up(number: float) -> str:
+def rounded_up(number: float) -> str:
     """Return a number with four decimals, rounded up: a rounded bound must stay a bound."""
     return f"{math.ceil(number * 1e4) / 1e4:.4f}"
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import date
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from privet.common.errors import StudyError
 
@@ -21,6 +21,27 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 # JSON holds integers exactly below 2^53, and the digest is one of JSON.
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Column = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or text != text.strip():
+        raise ValueError("expected one line without control characters, and without blanks at its ends")
+    return text
+
+
+def _day(text: str) -> str:
+    try:
+        if date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"expected a day as YYYY-MM-DD, found {text!r}")
+
+
+Line = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
+"""A text for people. It is shown at sites and in documents, so nothing in it steers a terminal."""
+Day = Annotated[str, AfterValidator(_day)]
+"""A day as YYYY-MM-DD, which ends at midnight UTC."""
 
 # Server optimizers that keep a running mean of squared gradients.
 SQUARING = ("fedadam", "fedyogi", "adam")
@@ -488,17 +509,37 @@ class ReleaseSection(Section):
     a round."""
     purpose: Annotated[str, Field(pattern=r"^[ -~]{1,256}$")] | None = None
     """What it may be used for, in words. A site's policy may list the purposes for which it receives adapters."""
-    until: str | None = None
+    until: Day | None = None
     """Last day on which it may be received and used, as YYYY-MM-DD, in UTC."""
 
-    @model_validator(mode="after")
-    def _until_is_a_day(self) -> Self:
-        try:
-            if self.until is not None and date.fromisoformat(self.until).isoformat() != self.until:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"until: expected a day as YYYY-MM-DD, found {self.until!r}") from None
-        return self
+
+class PermitSection(Section):
+    """A permit to use the data, as of a health data access body (EHDS). After its last day, no round begins."""
+
+    number: Line
+    """Its number, as it was issued."""
+    purpose: Line
+    """The purpose that it permits, in its own words."""
+    expires: Day
+    """Last day on which it holds, as YYYY-MM-DD, in UTC. After it, sites refuse the study and its rounds, each by its
+    own clock, and the coordinator opens no round."""
+
+
+class PurposeSection(Section):
+    """Why the study is run, on which legal basis, and whom to ask. Shown to a site's people before they approve it.
+
+    privet checks no sentence of it. It is part of the study, so its digest covers it, and `privet dossier RUN` cites
+    it.
+    """
+
+    text: Line
+    """What the study is for, in one or two sentences."""
+    legal_basis: Line
+    """The legal basis on which the sites use their records for it."""
+    contacts: Annotated[tuple[Line, ...], Field(min_length=1, max_length=16)]
+    """Whom to ask: names with a role, an address or a telephone number, such as of the controller and of the data
+    protection officer."""
+    permit: Annotated[PermitSection | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 class Promise(NamedTuple):

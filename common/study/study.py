@@ -30,6 +30,7 @@ from privet.common.study.sections import (
     ModelSection,
     Name,
     PrivacySection,
+    PurposeSection,
     ReleaseSection,
     Schedule,
     Section,
@@ -82,6 +83,7 @@ class Study(Section):
     privacy: PrivacySection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     release: Annotated[ReleaseSection | None, Field(exclude_if=lambda value: value is None)] = None
+    purpose: Annotated[PurposeSection | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:

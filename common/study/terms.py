@@ -1,8 +1,9 @@
-"""The terms under which a study's adapter is released: who may receive it, for what, and until when.
+"""The terms under which a study runs and its adapter is released: why, by which permit, to whom, and until when.
 
 They are part of the study, so every site that took part has agreed to them, and the digest in the round log covers
-them. The coordinator gives no file against them, and a site's own software neither receives nor opens one. That binds
-whoever runs privet as it is: nothing can be taken back from others.
+them. A permit that has expired stops rounds at both ends. The coordinator gives no file against the terms, and a site's
+own software neither receives nor opens one. That binds whoever runs privet as it is: nothing can be taken back from
+others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from datetime import UTC, date, datetime, time, timedelta
 from privet.common.errors import RefusedError
 from privet.common.study.study import Study
 
+PERMIT = "E_PERMIT", "purpose.permit.expires"
+"""Code and rule of a refusal because of a permit."""
+PERMIT_ALLOWED = "a permit that has not expired"
+
 
 def check_until(study: Study, now: datetime) -> None:
     """Check that the released adapter of a study may still be received and used.
@@ -21,14 +26,61 @@ def check_until(study: Study, now: datetime) -> None:
         RefusedError: The last day of its terms is over, in UTC.
     """
     terms = study.release
-    if terms is None or terms.until is None:
-        return
-    ended = datetime.combine(date.fromisoformat(terms.until) + timedelta(days=1), time(), UTC)
-    if now >= ended:
+    if terms is not None and terms.until is not None and _over(terms.until, now):
         raise RefusedError(
             f"the terms of study {study.name} allow the use of its adapter until {terms.until} (UTC), which is over",
             "take an adapter of a later study; the sites may agree to new terms with it",
         )
+
+
+def permit_ended(study: Study, now: datetime) -> bool:
+    """Return whether the study has a permit whose last day is over, in UTC."""
+    permit = None if study.purpose is None else study.purpose.permit
+    return permit is not None and _over(permit.expires, now)
+
+
+def check_permit(study: Study, now: datetime) -> None:
+    """Check that the study's permit, where it has one, still holds.
+
+    Raises:
+        RefusedError: Its last day is over, in UTC; with the code that a site's policy gives, too.
+    """
+    if not permit_ended(study, now):
+        return
+    error = RefusedError(
+        f"the permit of study {study.name} has expired, so no round of it begins: {permit_asked(study)}",
+        "ask the body that issued the permit for a new one; then run a study with it, which the sites approve anew",
+    )
+    error.code, error.rule = PERMIT
+    error.asked, error.allowed = permit_asked(study), PERMIT_ALLOWED
+    raise error
+
+
+def permit_asked(study: Study) -> str:
+    """Return what a study with a permit asks, in words."""
+    permit = None if study.purpose is None else study.purpose.permit
+    return "no permit" if permit is None else f"a permit until {permit.expires} (UTC)"
+
+
+def purpose_text(study: Study) -> str:
+    """Return purpose, legal basis, contacts and permit in words; empty where the study states none."""
+    found = study.purpose
+    if found is None:
+        return ""
+    permit = ""
+    if found.permit is not None:
+        granted = _sentence(found.permit.purpose)
+        permit = f" Permit {found.permit.number} until {found.permit.expires} (UTC), for: {granted}"
+    basis, contacts = _sentence(found.legal_basis), _sentence("; ".join(found.contacts))
+    return f"{_sentence(found.text)} Legal basis: {basis} Contacts: {contacts}{permit}"
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _over(day: str, now: datetime) -> bool:
+    return now >= datetime.combine(date.fromisoformat(day) + timedelta(days=1), time(), UTC)
 
 
 def check_receiver(study: Study, site: str, answered: Collection[str]) -> None:

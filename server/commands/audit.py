@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import StateError, VerificationError
+from privet.common.errors import VerificationError
 from privet.common.files import write_durably
-from privet.common.options import Json, RunPath
+from privet.common.options import Json, PublicLog, RunPath
 from privet.common.progress import doing
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ def bundle(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
     with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not only their digest.")] = False,
-    public: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory where the round log is published.  [default: RUN/public; for a run in a coordinator's "
-            "directory, the directory's public]"
-        ),
-    ] = None,
+    public: PublicLog = None,
 ) -> None:
     """Pack a run into one archive for an auditor: log, proofs, study, statements, privacy statement and model card.
 
@@ -70,31 +64,13 @@ def bundle(
     get the policy from the consortium.
     """
     from privet.common.audit.bundle import write_archive
-    from privet.server.rounds.archive import bundle_files
+    from privet.server.rounds.archive import bundle_files, published_log
     from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
-    files = bundle_files(directory, public or _published_log(run), with_weights=with_weights)
+    files = bundle_files(directory, public or published_log(run), with_weights=with_weights)
     write_archive(out, files)
     typer.echo(f"{out}: {len(files)} files, {sum(map(len, files.values()))} bytes")
-
-
-def _published_log(run: Path) -> Path:
-    """Return where the log of a run is published: within a simulated run, beside the runs of a coordinator.
-
-    Raises:
-        StateError: It is at neither place, as for a copy of a deployed run.
-    """
-    from privet.common.audit.bundle import CHECKPOINT
-
-    places = [run / "public", run.resolve().parent.parent / "public"]
-    for place in places:
-        if (place / CHECKPOINT).is_file():
-            return place
-    raise StateError(
-        f"the published round log of the run is neither in {places[0]} nor in {places[1]}",
-        "name its directory with --public: of a deployed run, it is `public` in the coordinator's directory",
-    )
 
 
 def _awaits_cosignatures(run: RunDirectory, statement: Mapping[str, Any]) -> bool:

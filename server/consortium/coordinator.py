@@ -57,6 +57,7 @@ from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, KeysRequest, ReturnRequest, SiteKeys
 from privet.common.pki.keyfile import KEPT, MLDSA_KEY, public_key, read_key, read_mldsa_key
 from privet.common.pki.token import Token
+from privet.common.retention import RetentionSection
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members
@@ -93,6 +94,8 @@ class Settings(Section):
     """Of these, those from one address (IPv6: from one /64 network); half as many at each other port."""
     certificate_days: Annotated[float, Field(gt=0, le=30)] = 7
     """Lifetime of a site's certificate, in days."""
+    retention: RetentionSection | None = None
+    """How long this coordinator keeps what (`privet coordinator retention`)."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,9 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     (directory / "public/log.vkey").write_text(keys.public.text + "\n")
     # Written last: a directory without it was not created completely, and no command opens it.
     lines = [
-        f"{key} = {value!r}" if isinstance(value, int | float) else f'{key} = "{value}"' for key, value in settings
+        f"{key} = {value!r}" if isinstance(value, int | float) else f'{key} = "{value}"'
+        for key, value in settings
+        if value is not None
     ]
     (directory / "coordinator.toml").write_text("\n".join(lines) + "\n")
     sync_directory(directory)

@@ -19,7 +19,7 @@ from privet.common.audit.bundle import (
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
-from privet.common.errors import StateError
+from privet.common.errors import StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, LeafProof
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import parse_note
@@ -61,6 +61,49 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
     return {**files, **proofs, MANIFEST: canonical_json({"format": 1, "run": name}) + b"\n"}
 
 
+def published_log(run: Path) -> Path:
+    """Return where the log of a run is published: within a simulated run, beside the runs of a coordinator.
+
+    Raises:
+        StateError: It is at neither place, as for a copy of a deployed run.
+    """
+    places = [run / "public", run.resolve().parent.parent / "public"]
+    for place in places:
+        if (place / CHECKPOINT).is_file():
+            return place
+    raise StateError(
+        f"the published round log of the run is neither in {places[0]} nor in {places[1]}",
+        "name its directory with --public: of a deployed run, it is `public` in the coordinator's directory",
+    )
+
+
+def own_policy(run: Path) -> Path:
+    """Return the policy that the owner of a run's log keeps: within a simulated run, beside a coordinator's public log.
+
+    Raises:
+        StateError: There is none, as for a bundle or a copy of a run.
+    """
+    home = run.resolve().parent.parent
+    for place in (run / "log" / "policy", home / "public" / "log.policy"):
+        if place.is_file():
+            return place
+    raise StateError(
+        f"there is no policy of the round log beside {run}",
+        "name it with --policy: a site keeps one in consortium/log.policy",
+    )
+
+
+def _nonce(name: str, data: bytes) -> str:
+    """Return the nonce in a round's statement. Raises `VerificationError` if there is none."""
+    try:
+        return str(json.loads(data)["nonce"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{name} is no statement of a round ({type(error).__name__})",
+            "resume the run once: that writes all statements again",
+        ) from None
+
+
 def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[str, bytes]]:
     """Return the run's name in the log, and proofs for the leaves that an auditor looks at first.
 
@@ -72,7 +115,7 @@ def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[s
         stated.append(admit(history, index, data, tree.root_at))
         tree.append(leaf_hash(data))
     runs = [statement.run for _, statement in stated if isinstance(statement, RunOpen) and statement.study == study]
-    nonces = {json.loads(data)["nonce"] for name, data in files.items() if name.startswith(ROUNDS)}
+    nonces = {_nonce(name, data) for name, data in files.items() if name.startswith(ROUNDS)}
     runs += [
         statement.run for _, statement in stated if isinstance(statement, RoundOpened) and statement.nonce in nonces
     ]

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from privet.common.clock import now
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
 from privet.common.masking.bounds import bound_of, largest_term
@@ -26,6 +27,7 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values, weights_by_value
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
+from privet.common.study.terms import check_permit
 from privet.server.exchange import Exchange
 from privet.server.rounds.blocks import Blocks
 from privet.server.rounds.collect import Shape, collect
@@ -78,6 +80,7 @@ def run_study(
             aggregation in three in a row. The run can be resumed.
         DivergedError: The aggregate is not finite; the last closed round's adapter is kept.
         ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
+        RefusedError: The study's permit has expired. The run can be withdrawn.
         StateError: The first round did not change the adapter; or state and log do not match.
     """
     run = log.run
@@ -94,6 +97,7 @@ def run_study(
         while not state.stopped:
             # A site that was revoked since the last round must not enter the cohort that is drawn below.
             log.keep_in_step()
+            check_permit(run.study, now())
             participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
             left = log.left
             # The log has this cohort; another one would be a second `round-open` of the same round. If one of its

@@ -100,18 +100,6 @@ def gather(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",
             "simulate the study again in a new directory",
         )
-    attacks = {}
-    for name in ATTACK_KINDS:
-        file = path / "attacks" / f"{name}.json"
-        if file.is_file():
-            attacks[name] = read_json(
-                file, f"{file} cannot be read", f"run the attack again: `privet attack {name} --help`"
-            )
-            if attacks[name].get("attacked") != run.study.digest:
-                raise StateError(
-                    f"the attack result {file} belongs to another study than this run directory",
-                    f"run the attack again (see `privet attack {name} --help`), or remove the file",
-                )
     simulated = (path / "study.toml").is_file()
     return RunFacts(
         name=path.resolve().name,
@@ -119,13 +107,34 @@ def gather(
         summary=summary,
         statements=state.statements,
         privacy=privacy_document(run.study, state.statements, simulated=simulated),
-        attacks=attacks,
+        attacks=attacks_of(path, run.study),
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
         data=data_of(path, _sites(summary)) if simulated else "",
         ended=state.stopped,
     )
+
+
+def attacks_of(path: Path, study: Study) -> dict[str, Mapping[str, Any]]:
+    """Return the results of attacks that a run directory holds, by attack.
+
+    Raises:
+        StateError: A file of them cannot be read, or belongs to another study.
+    """
+    attacks: dict[str, Mapping[str, Any]] = {}
+    for name in ATTACK_KINDS:
+        file = path / "attacks" / f"{name}.json"
+        if file.is_file():
+            attacks[name] = read_json(
+                file, f"{file} cannot be read", f"run the attack again: `privet attack {name} --help`"
+            )
+            if attacks[name].get("attacked") != study.digest:
+                raise StateError(
+                    f"the attack result {file} belongs to another study than this run directory",
+                    f"run the attack again (see `privet attack {name} --help`), or remove the file",
+                )
+    return attacks
 
 
 def _sites(summary: Mapping[str, Any]) -> int:

@@ -12,18 +12,25 @@ import pytest
 
 from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
-from privet.client.commands import policy, reservations
+from privet.client.commands import head, policy, reservations
 from privet.client.commands import site as site_commands
 from privet.client.policy.consent import approved, check_policy, record_approval
 from privet.client.policy.rules import base_digest
+from privet.client.rounds.logbook import WITNESS
+from privet.client.rounds.memory import Memory
 from privet.client.rounds.site import RealSite
 from privet.client.site import load_site
 from privet.client.training.data import site_records
 from privet.common.errors import DataError, PolicyError, StateError, StudyError
+from privet.common.log.checkpoint import Checkpoint
+from privet.common.log.note import parse_note
+from privet.common.pki.words import words_of
 from privet.common.privacy import accounting
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.study.study import load_study
 from tests.support.consortium_world import run
+from tests.support.log_world import ORIGIN, signed
+from tests.support.site_log import with_log
 from tests.support.tiny import write_policy
 
 STUDY = """\
@@ -266,3 +273,24 @@ def test_a_policy_is_written_once_and_explained(files: tuple[Path, Path]) -> Non
     site.write_text(SITE.replace('policy = "policy.toml"\n', ""))
     with pytest.raises(StateError, match="refuses every study"):
         run(policy.policy, site)
+
+
+def test_a_site_reads_out_the_words_of_a_head_that_it_cosigned(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The reader of an audit page types them: of the newest checkpoint, or of the one of the page's size."""
+    site = with_log(files[0])
+    with pytest.raises(StateError, match="no checkpoint yet"):
+        run(head.head, site)
+    notes = {size: signed(Checkpoint(ORIGIN, size, bytes(31) + bytes([size]))) for size in (3, 8)}
+    log = load_site(site).log
+    assert log is not None
+    with Memory(log.state / WITNESS).rows(write=True) as rows:
+        for size, note in notes.items():
+            rows.keep(size, note)
+    for given, size in (((), 8), (("--size", 3), 3)):
+        said = run(head.head, site, *given, "--out", tmp_path / f"{size}.txt").output
+        assert words_of(parse_note(notes[size]).text.encode()) in said.splitlines()
+        assert f"{ORIGIN}, {size} leaves:" in said
+        assert (tmp_path / f"{size}.txt").read_bytes() == notes[size]
+    with pytest.raises(StateError, match="no checkpoint of 5 leaves") as refused:
+        run(head.head, site, "--size", 5)
+    assert refused.value.hint == "its last ones have 3, 8 leaves; choose one with --size"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from privet.server.app import LOG, PUBLIC
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.dossier.evidence import gather as evidence_of
+from privet.simulations.dossier.folder import documents
+from privet.simulations.dossier.records import model_card
 from privet.simulations.reporting.gather import gather
 from privet.simulations.reporting.page import page
 from privet.simulations.runs.simulate import prepare, run_simulation
@@ -54,7 +58,16 @@ def test_sites_count_their_records_together(tmp_path: Path, bert: Path, kind: st
     assert summary["epsilon"] is None or 0.98 < summary["epsilon"] <= 1.0
     found = {cell["name"]: cell for cell in summary["counts"]["cells"]}
     expected = {"units": 180, "missing": 0, "label.0": 60, "label.1": 60, "label.2": 60}
+    evidence = evidence_of(tmp_path / "run")
+    texts = [each.text for made in documents(evidence) for each in made.sentences()]
+    assert any("Nothing is trained" in text for text in texts)
+    assert sum("Over all sites, " in text for text in texts) >= len(expected)
     if kind == "none":  # masks carry them exactly
+        (statement,) = evidence.statements
+        few = {**statement, "metrics": {**statement["metrics"], "label.0": 3.0, "label.1": 117.0}}
+        said = [each.text for each in model_card(replace(evidence, statements=[few])).sentences()]
+        assert any("counts are not shown" in text for text in said)
+        assert not any(": 3.0," in text for text in said)
         assert {name: found[name]["value"] for name in expected} == expected
     else:
         for name, count in expected.items():  # within 6 deviations

@@ -19,7 +19,9 @@ import pytest
 
 from privet.client.formats import FormatSection
 from privet.client.site import SiteConfig
+from privet.common.retention import RetentionSection
 from privet.common.study.reading import validate
+from privet.common.study.sections import PurposeSection
 from privet.simulations.data.federation import Simulation, check_files, load_plan
 from tests.support.forks import Forks
 from tests.support.pages import PAGES, ROOT, blocks, commands, inline, links, rows, text_of
@@ -79,10 +81,13 @@ def test_the_readme_s_path_is_run_where_the_tutorial_is() -> None:
 def test_its_files_are_valid() -> None:
     tables = [tomllib.loads(block) for block in blocks("docs/researcher.md", "toml")]
     (simulation,) = [table for table in tables if "sites" in table.get("simulation", {})]
-    site, formats = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    site, formats, kept = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
     assert validate(FormatSection, formats["format"], what="format").labels == {"J": "yes", "N": "no"}
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
+    assert validate(SiteConfig, {**site, **kept}, what="site").retention == RetentionSection()
+    (purpose,) = (tomllib.loads(block) for block in blocks("docs/privacy-officer.md", "toml"))
+    assert validate(PurposeSection, purpose["purpose"], what="purpose").permit is not None
 
 
 @pytest.mark.parametrize("file", sorted(DEMO.parent.glob("*.toml")), ids=lambda file: file.stem)

@@ -1,0 +1,321 @@
+"""The people who were withdrawn from a site's data, and whether the whole dataset was: marks, and never ids.
+
+A mark is HMAC-SHA256 of an id under a key of the site. Ids of patients are few and easily guessed, so a plain hash
+would name its patient to whoever tries them all; a slow one would in days. The marks lie beside the ledger, and the key
+beside the ledger's key, in another directory. A thief of a backup of the marks alone learns how many there are.
+
+The marks are rows of a hash chain with an anchor of its own, as the ledger is (`client/budget/chain.py`), and no rows
+of the ledger. Each statement of a site in the round log names its ledger's last row by number: a row for each
+withdrawal would tell everybody when one person left. See docs/decisions/0024-tombstones-and-sources.md.
+
+Fails closed. Without the key, with an old copy of the marks, or where the site file names patients by another column
+than the marks are of, nothing is read from any file.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from privet.client.budget.chain import Chain, Head
+from privet.client.budget.sealing import key_beside
+from privet.client.site import SiteConfig
+from privet.common.errors import RefusedError, StateError
+from privet.common.files import write_new
+
+_TABLES = """
+CREATE TABLE entries (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    content TEXT NOT NULL,
+    head TEXT NOT NULL
+) STRICT;
+CREATE TRIGGER entries_keep BEFORE UPDATE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
+CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
+"""
+_KEY_BYTES = 32
+_RESTORE = "restore the newest copies of all three from backups; until then this site reads no file"
+
+Names = Mapping[str, str]
+"""The names of one id, by the rule of ids that gives it (`privet.client.training.ids.names_by_rule`)."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the marks of a site lie.
+
+    Attributes:
+        marks: The hash chain, beside the ledger.
+        key: The key, beside the ledger's key.
+        anchor: The chain's last head, beside the ledger's anchor; None if the site has none.
+    """
+
+    marks: Path
+    key: Path
+    anchor: Path | None
+
+    @classmethod
+    def of(cls, site: SiteConfig) -> Places | None:
+        """Return the places of a site; None if its file names no ledger, as of a simulated site."""
+        if site.ledger is None:
+            return None
+        key = withdrawn_key(site.ledger_key or key_beside(site.ledger))
+        anchor = None if site.anchor is None else _anchor_beside(site.anchor)
+        return cls(site.ledger.with_suffix(".withdrawn"), key, anchor)
+
+    @property
+    def files(self) -> list[Path]:
+        """All of them."""
+        return [self.marks, self.key, *([] if self.anchor is None else [self.anchor])]
+
+
+@dataclass(frozen=True)
+class Withdrawn:
+    """Who is left out of everything that a site reads.
+
+    Attributes:
+        column: Column of the site's files that identifies patients.
+        head: Number and head of the last row of the chain: another one means that somebody was withdrawn since.
+        rules: Rules of ids under which an id is compared.
+        left: Whether the whole dataset was withdrawn.
+    """
+
+    column: str | None
+    head: Head
+    rules: tuple[str, ...]
+    left: bool
+    _marks: frozenset[str] = field(repr=False)
+    _key: bytes = field(repr=False)
+
+    def __bool__(self) -> bool:
+        """Whether anybody is left out."""
+        return bool(self._marks)
+
+    def holds(self, names: Names) -> bool:
+        """Return whether the id with these names was withdrawn."""
+        return any(_mark(self._key, rule, names[rule]) in self._marks for rule in self.rules if rule in names)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One withdrawal, as a certificate names it.
+
+    Attributes:
+        row: Its row of the chain.
+        head: Head of that row.
+        time: Time of the row, ISO 8601.
+        mark: The person's mark; empty for the whole dataset.
+        again: Whether the person was withdrawn before; the row is then that of the first time.
+    """
+
+    row: int
+    head: str
+    time: str
+    mark: str
+    again: bool = False
+
+
+class Withdrawals:
+    """The open chain of a site's withdrawals."""
+
+    def __init__(self, site: SiteConfig, chain: Chain, key: bytes) -> None:
+        self._site = site
+        self._chain = chain
+        self._key = key
+
+    @classmethod
+    @contextmanager
+    def open(cls, site: SiteConfig, *, create: bool = False) -> Iterator[Withdrawals | None]:
+        """Open a site's withdrawals for the block; None if there never were any.
+
+        Args:
+            site: The site file.
+            create: Whether to make them where there never were any.
+
+        Raises:
+            StateError: One of marks, key and anchor is missing or cannot be read; or with `create`, the site file names
+                no ledger.
+            VerificationError: A row was changed, or an old copy was restored.
+        """
+        places = Places.of(site)
+        if places is None and create:
+            raise StateError(
+                f"the site file of {site.name} names no ledger, beside which withdrawals are kept",
+                "run `privet site setup SITE`, which puts the line back",
+            )
+        there = [] if places is None else [path for path in places.files if path.exists()]
+        if places is None or not (there or create):
+            yield None
+            return
+        if there and len(there) < len(places.files):
+            gone = ", ".join(str(path) for path in places.files if path not in there)
+            raise StateError(f"people were withdrawn from this site's data, but {gone} is missing", _RESTORE)
+        if not there:
+            write_new(places.key, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
+            Chain.create(places.marks, _TABLES, places.anchor).close()
+        chain = Chain.open(places.marks, _TABLES, places.anchor)
+        try:
+            yield cls(site, chain, _read_key(places.key))
+        finally:
+            chain.close()
+
+    def withdrawn(self) -> Withdrawn:
+        """Return who is left out.
+
+        Raises:
+            StateError: The site file names patients by another column than the marks are of.
+        """
+        rows, head = self._rows()
+        marks = frozenset(mark for row in rows if row["kind"] == "withdraw" for mark in row["marks"].values())
+        columns = [row["column"] for row in rows if row["kind"] in ("withdraw", "renamed")]
+        own = self._site.patient_column
+        if marks and columns[-1] != own:
+            raise StateError(
+                f"people were withdrawn by their ids in the column {columns[-1]}, but patient_column in the site file "
+                f"is {own}: nobody could be left out",
+                "put `patient_column` back; or, if the column has only got another name and holds the same ids, run "
+                "`privet site withdraw SITE --renamed`",
+            )
+        rule = self._site.patient_ids
+        rules = ("plain", "number", "text", "case") if rule is None else (rule,)
+        left = any(row["kind"] == "leave" for row in rows)
+        return Withdrawn(own, head, rules, left, marks, self._key)
+
+    def add(self, people: Iterable[Names]) -> list[Entry]:
+        """Withdraw people, each with all names of an id. Durable on return. Who was withdrawn before stays so."""
+        found = []
+        with self._chain.transaction():
+            known = {
+                mark: Entry(row["row"], row["head"], row["time"], row["marks"]["plain"], again=True)
+                for row in self._read()
+                if row["kind"] == "withdraw"
+                for mark in row["marks"].values()
+            }
+            for names in people:
+                marks = {rule: _mark(self._key, rule, name) for rule, name in names.items()}
+                if marks["plain"] in known:
+                    found.append(known[marks["plain"]])
+                    continue
+                self._chain.append({"kind": "withdraw", "column": self._site.patient_column, "marks": marks})
+                row = self._read()[-1]
+                found.append(Entry(row["row"], row["head"], row["time"], marks["plain"]))
+                known[marks["plain"]] = found[-1]
+        self._chain.keep_anchor()
+        return found
+
+    def leave(self) -> Entry:
+        """Withdraw the whole dataset: this site takes part in no later round. Durable on return, and for good."""
+        with self._chain.transaction():
+            before = [row for row in self._read() if row["kind"] == "leave"]
+            if not before:
+                self._chain.append({"kind": "leave", "dataset": self._site.dataset})
+            row = before[0] if before else self._read()[-1]
+        self._chain.keep_anchor()
+        return Entry(row["row"], row["head"], row["time"], "", again=bool(before))
+
+    def rename(self) -> None:
+        """Record that the present `patient_column` holds the ids that the marks are of. Durable on return."""
+        with self._chain.transaction():
+            self._chain.append({"kind": "renamed", "column": self._site.patient_column})
+        self._chain.keep_anchor()
+
+    def _rows(self) -> tuple[list[dict[str, Any]], Head]:
+        with self._chain.reading():
+            return self._read(), self._chain.last()
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return all rows, within a transaction, each with its number and head."""
+        rows = self._chain.query("SELECT sequence, head, content FROM entries ORDER BY sequence", {})
+        return [{**json.loads(content), "row": sequence, "head": head} for sequence, head, content in rows]
+
+
+def anybody_withdrawn(site: SiteConfig) -> bool:
+    """Return whether there is any file of withdrawals, readable or not."""
+    places = Places.of(site)
+    return places is not None and any(path.exists() for path in places.files)
+
+
+def withdrawn_of(site: SiteConfig) -> Withdrawn | None:
+    """Return who is left out of everything that a site reads; None if nobody ever was. Raises as `Withdrawals.open`."""
+    with Withdrawals.open(site) as found:
+        return None if found is None else found.withdrawn()
+
+
+def withdrawn_key(ledger_key: Path) -> Path:
+    """Return where the key of marks lies, beside the ledger's key."""
+    return ledger_key.with_name(f"{ledger_key.stem}-withdrawn.key")
+
+
+def anchor_withdrawals(site: SiteConfig, anchor: Path) -> None:
+    """Keep the head of the marks beside the ledger's new anchor as well. Nothing happens if nobody was ever withdrawn.
+
+    Args:
+        site: The site file, which names the old anchor or none.
+        anchor: The ledger's new anchor.
+
+    Raises:
+        StateError, VerificationError: As `Withdrawals.open`.
+    """
+    places, target = Places.of(site), _anchor_beside(anchor)
+    if places is None or not places.marks.exists() or target == places.anchor:
+        return
+    old = places.anchor if places.anchor is not None and places.anchor.exists() else None
+    chain = Chain.open(places.marks, _TABLES, old)
+    try:
+        if not target.exists():  # an interrupted attempt has made it
+            chain.start_anchor(target)
+    finally:
+        chain.close()
+
+
+def _anchor_beside(anchor: Path) -> Path:
+    return anchor.with_name(f"{anchor.stem}-withdrawn.json")
+
+
+def check_left(site: SiteConfig) -> None:
+    """Check that a site's dataset was not withdrawn as a whole.
+
+    Raises:
+        RefusedError: It was.
+        StateError, VerificationError: As `Withdrawals.open`.
+    """
+    found = withdrawn_of(site)
+    if found is not None and found.left:
+        error = RefusedError(
+            f"site {site.name} has withdrawn its dataset from all studies, for good",
+            "continue without this site; its operator may ask the coordinator to revoke it",
+        )
+        error.code, error.rule, error.asked, error.allowed = "E_WITHDRAWN", "dataset", "a round", "no round"
+        raise error
+
+
+def _mark(key: bytes, rule: str, name: str) -> str:
+    return hmac.digest(_key_of(key, rule), name.encode(), "sha256").hex()
+
+
+@lru_cache(maxsize=16)
+def _key_of(key: bytes, rule: str) -> bytes:
+    return HKDF(SHA256(), _KEY_BYTES, None, f"privet withdrawal 1: {rule}".encode()).derive(key)
+
+
+def _read_key(file: Path) -> bytes:
+    try:
+        if file.stat().st_mode & 0o077:
+            raise StateError(
+                f"other users of this machine can read the key of withdrawals {file}", f"run `chmod 600 {file}`"
+            )
+        key = bytes.fromhex(file.read_text("ascii").strip())
+    except (OSError, ValueError) as error:
+        raise StateError(f"the key of withdrawals {file} is malformed ({type(error).__name__})", _RESTORE) from None
+    if len(key) != _KEY_BYTES:
+        raise StateError(f"the key of withdrawals {file} is malformed: expected {_KEY_BYTES} bytes", _RESTORE)
+    return key

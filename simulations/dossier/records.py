@@ -1,0 +1,370 @@
+"""The documents in no regulation's order: NIST SP 800-226 statement, model card, data sheets of sites."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from privet.client.pages.suppression import SMALLEST, hidden
+from privet.common.audit.counts import counts_document
+from privet.common.log.statements import Genesis, Join, Revoke, RoundClose, RoundOpened, RunOpen, SiteRound
+from privet.common.progress import number_of
+from privet.simulations.dossier import parts
+from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.sources import Claim, Document, OfLeaf, Section, Sentence, missing
+
+
+def nist(evidence: Evidence) -> Document:
+    """Return the statement in the order of the evaluation pyramid of NIST SP 800-226 (2025)."""
+    study = evidence.study
+    sections = [
+        parts.head(evidence, "nist-sp-800-226"),
+        Section("Epsilon and delta", (*parts.privacy(evidence), *_by_site(evidence))),
+    ]
+    if study.private:
+        sections += [
+            Section("Unit of privacy", (*_unit(evidence), *_replaced(evidence))),
+            Section("Mechanism", tuple(_mechanism(evidence))),
+            Section("Accounting", tuple(_accounting(evidence))),
+        ]
+    sections += [
+        Section("Utility", tuple(parts.measured(evidence)) or tuple(_counted(evidence))),
+        Section("Trust model", (*parts.hidden_sums(evidence), *_shares(evidence))),
+        Section("Randomness", tuple(_randomness(evidence))),
+        Section("Side channels", tuple(parts.side_channels(evidence))),
+        Section("Not covered", tuple(parts.not_covered(evidence))),
+        Section(
+            "Base of the pyramid: access and collection",
+            (
+                missing("who may read the records at a site, and how they were collected", parts.EACH_SITE),
+                Sentence(
+                    "What privet claims about keys, machines and messages is written down with its tests.",
+                    Claim("SECURITY.md", "what-is-claimed"),
+                ),
+            ),
+        ),
+    ]
+    return Document("nist-sp-800-226", "Statement in the order of NIST SP 800-226", tuple(sections))
+
+
+def _by_site(evidence: Evidence) -> list[Sentence]:
+    costs = evidence.privacy.get("epsilon", {"sites": {}})
+    source = parts.last_end(evidence)
+    said = [
+        Sentence(
+            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {parts.shown(cost['epsilon'])}, rounded "
+            f"up; {parts.shown(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
+            source,
+            evidence.log,
+            rounds=cost["rounds"],
+            epsilon=cost["epsilon"],
+            epsilon_rdp=cost["epsilon_rdp"],
+        )
+        for site, cost in costs["sites"].items()
+    ]
+    if costs.get("at_every_site") is not None:
+        said.append(
+            Sentence(
+                f"A unit with data at every site: epsilon {parts.shown(costs['at_every_site'])} at most.",
+                source,
+                Claim("docs/privacy.md", "the-guarantee"),
+                at_every_site=costs["at_every_site"],
+            )
+        )
+    return said
+
+
+def _unit(evidence: Evidence) -> list[Sentence]:
+    return [
+        Sentence(
+            f"The unit is a {evidence.study.privacy.unit}. Neighbouring data sets differ by adding or removing one.",
+            evidence.field("privacy.unit"),
+            Claim("docs/privacy.md", "the-guarantee"),
+        )
+    ]
+
+
+def _replaced(evidence: Evidence) -> list[Sentence]:
+    """Return what replacing one unit by another costs, once a round has ended."""
+    costs = evidence.privacy["epsilon"]
+    if not costs["sites"]:
+        return []
+    same, unit = costs["replacing"]["epsilon_at_same_delta"], evidence.study.privacy.unit
+    if same is None:
+        text, figures = f"At delta {costs['delta']:g}, nothing is promised for replacing one {unit} by another.", {}
+    else:
+        text, figures = (
+            f"Replacing one {unit} by another is both: epsilon {parts.shown(same)} at most, at delta "
+            f"{costs['delta']:g}.",
+            {"replacing": float(same)},
+        )
+    return [Sentence(text, parts.last_end(evidence), Claim("docs/privacy.md", "the-guarantee"), **figures)]
+
+
+def _mechanism(evidence: Evidence) -> list[Sentence]:
+    leaf, opened = evidence.all(RunOpen)[-1]
+    claim = Claim("docs/privacy.md", "why-it-holds")
+    said = []
+    if opened.privacy is None:
+        return [Sentence("The log states no mechanism.", leaf)]
+    for name, each in (
+        ("Training", opened.privacy.training if evidence.study.training.rounds else None),
+        ("Validation", opened.privacy.validation),
+        ("The first round, one sum over all units", opened.privacy.head),
+    ):
+        if each is not None:
+            said.append(
+                Sentence(
+                    f"{name}: mechanism {each.mechanism}, noise multiplier {each.noise_multiplier:.6g}, sampling rate "
+                    f"{each.sampling_rate:g}, {number_of(each.steps, 'step')} in a round.",
+                    leaf,
+                    claim,
+                    noise_multiplier=each.noise_multiplier,
+                    sampling_rate=each.sampling_rate,
+                    steps=each.steps,
+                )
+            )
+    said.append(
+        Sentence(
+            f"Before noise, the gradient or the counts of one {evidence.study.privacy.unit} have an L2 norm of at most "
+            f"{opened.privacy.clip_norm:g}, by {evidence.study.privacy.clipping} clipping.",
+            evidence.field("privacy.clip_norm"),
+            evidence.field("privacy.clipping"),
+            claim,
+            clip_norm=opened.privacy.clip_norm,
+        )
+    )
+    return said
+
+
+def _accounting(evidence: Evidence) -> list[Sentence]:
+    leaf, opened = evidence.all(RunOpen)[-1]
+    accountant = "" if opened.privacy is None else opened.privacy.accountant
+    said = [
+        Sentence(
+            f"Accountant: {accountant}. The scope is this run: every round that a site was asked into counts, also if "
+            "its update was lost.",
+            leaf,
+            Claim("docs/privacy.md", "accounting"),
+        )
+    ]
+    own = {each.site: leaf for leaf, each in evidence.all(SiteRound)}
+    for cost in evidence.report.costs:
+        if cost.site in own:
+            limit = "no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
+            said.append(
+                Sentence(
+                    f"{cost.site}'s account over all rounds of this log: epsilon {parts.shown(cost.computed)} at delta "
+                    f"{cost.delta:g}, computed; the site states {parts.shown(cost.stated)} and {limit}.",
+                    own[cost.site],
+                    evidence.log,
+                    computed=cost.computed,
+                    stated=cost.stated,
+                )
+            )
+    said.append(missing("what the same people's data cost in studies outside this log", parts.EACH_SITE))
+    return said
+
+
+def _shares(evidence: Evidence) -> list[Sentence]:
+    """Return what shared noise relies on; nothing where each site adds all of its noise."""
+    trust, claim = evidence.privacy["trust"], Claim("docs/privacy.md", "noise-in-shares")
+    said = [
+        Sentence(
+            f"Of {row['sites']} sites that are asked, a sum has at least {row['survivors']}. At most {row['corrupt']} "
+            f"of them are corrupt, and at least {row['helpers']} add their share of the noise.",
+            evidence.field("privacy.mode"),
+            evidence.field("secure_aggregation.corrupt"),
+            claim,
+            **{name: float(value) for name, value in row.items()},
+        )
+        for row in trust.get("shares", ())
+    ]
+    if said:
+        alone = trust["own_share_epsilon"]
+        left = "nothing that counts" if alone is None else f"epsilon {parts.shown(alone)}, at the same delta"
+        said.append(
+            Sentence(
+                f"If every other site is corrupt, a site's own share of the noise leaves: {left}.",
+                evidence.log,
+                claim,
+            )
+        )
+    return said
+
+
+def _randomness(evidence: Evidence) -> list[Sentence]:
+    found = evidence.privacy.get("randomness")
+    if found is None:
+        return [Sentence("No noise is drawn.", evidence.field("privacy.mode"))]
+    return [
+        Sentence(
+            f"Sampling and noise come from {found['stream']}, keyed by the {found['key']}; the noise is a "
+            f"{found['noise']}.",
+            evidence.log,
+            Claim("docs/privacy.md", "noise-and-floating-point"),
+        )
+    ]
+
+
+def model_card(evidence: Evidence) -> Document:
+    """Return the model card."""
+    return Document(
+        "model-card",
+        "Model card",
+        (
+            parts.head(evidence, "model-card"),
+            Section("Model", (*parts.release(evidence), *parts.training(evidence))),
+            Section("Intended use", (*parts.purpose(evidence), missing("uses that are out of scope", parts.PROVIDER))),
+            Section("How it was made", tuple(parts.course(evidence))),
+            Section("Privacy", tuple(parts.privacy(evidence))),
+            Section(
+                "Measured",
+                (
+                    *parts.measured(evidence),
+                    *_counted(evidence),
+                    missing("results by group, with intervals, on records that no site trained on", parts.EACH_SITE),
+                ),
+            ),
+            Section("Attacks", tuple(parts.attacks(evidence))),
+            Section(
+                "Limits",
+                (
+                    missing("how well it does on data unlike the sites'", parts.PROVIDER),
+                    Sentence(
+                        "Whether the sites trained as they say is not shown: the log holds who said what.",
+                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
+                    ),
+                ),
+            ),
+        ),
+    )
+
+
+def _counted(evidence: Evidence) -> list[Sentence]:
+    """Return the result of a study that counts. Without noise, counts of few records are not shown."""
+    if not evidence.study.counts:
+        return []
+    closed = evidence.all(RoundClose)
+    if not closed:
+        return [Sentence("No round was closed, so there is no result.", evidence.log)]
+    document, leaf = counts_document(evidence.study, evidence.statements), closed[-1][0]
+    cells = {each["name"]: each for each in document["cells"]}
+    secret = frozenset[str]()
+    if not evidence.study.private:
+        secret = hidden({name: float(each["value"]) for name, each in cells.items()})
+    said = [
+        Sentence(
+            f"Over all sites, {each['title']}: {each['value']:.1f}, 95 % interval {each['low']:.1f} to "
+            f"{each['high']:.1f}.",
+            leaf,
+            value=float(each["value"]),
+        )
+        for name, each in cells.items()
+        if name not in secret
+    ]
+    if secret:
+        said.append(
+            Sentence(
+                f"{len(secret)} counts are not shown, as they are below {SMALLEST}, or such a count follows from them.",
+                leaf,
+                Claim("docs/dossier.md", "small-counts"),
+            )
+        )
+    return said
+
+
+def data_sheets(evidence: Evidence) -> Document:
+    """Return a data sheet for each site: what the log shows of it, and what it has to add."""
+    return Document(
+        "data-sheets",
+        "Data sheets of the sites",
+        (
+            parts.head(evidence, "data-sheets"),
+            Section(
+                "All sites",
+                (
+                    Sentence(
+                        "Here is what the log shows of each site. It holds no count of records. Commitments to counts "
+                        f"can be opened by the site alone. Counts below {SMALLEST} are not shown.",
+                        evidence.log,
+                        Claim("docs/dossier.md", "small-counts"),
+                    ),
+                    *_counted(evidence),
+                ),
+            ),
+            *_sheets(evidence),
+        ),
+    )
+
+
+@dataclass
+class _Shown:
+    """What the log shows of one site: leaves by what they say of it, each in order."""
+
+    asked: list[OfLeaf] = field(default_factory=list)
+    stated: list[tuple[OfLeaf, SiteRound]] = field(default_factory=list)
+    summed: list[OfLeaf] = field(default_factory=list)
+    membership: list[Sentence] = field(default_factory=list)
+
+
+def _sheets(evidence: Evidence) -> list[Section]:
+    """Return the section of each site that was asked into a round, in one pass over the log."""
+    sites: defaultdict[str, _Shown] = defaultdict(_Shown)
+    joins: list[tuple[OfLeaf, Genesis | Join]] = [*evidence.all(Genesis), *evidence.all(Join)]
+    for leaf, joined in joins:
+        for member in joined.joining:
+            text = f"A member of the consortium since {parts.day_of(joined.time)}."
+            sites[member.site].membership.append(Sentence(text, leaf))
+    for leaf, revoked in evidence.all(Revoke):
+        text = f"Revoked on {parts.day_of(revoked.time)}: {revoked.reason}."
+        sites[revoked.site].membership.append(Sentence(text, leaf))
+    for leaf, opened in evidence.all(RoundOpened):
+        for site in opened.cohort:
+            sites[site].asked.append(leaf)
+    for leaf, stated in evidence.all(SiteRound):
+        sites[stated.site].stated.append((leaf, stated))
+    for leaf, closed in evidence.all(RoundClose):
+        for site in closed.survivors:
+            sites[site].summed.append(leaf)
+    return [Section(site, tuple(_sheet(evidence, site, shown))) for site, shown in sorted(sites.items()) if shown.asked]
+
+
+def _sheet(evidence: Evidence, site: str, shown: _Shown) -> list[Sentence]:
+    said = [
+        *shown.membership,
+        Sentence(
+            f"Asked into {number_of(len(shown.asked), 'round')}; it stated {len(shown.stated)}; its update is in "
+            f"{len(shown.summed)} sums.",
+            *_ends(shown.asked),
+            evidence.log,
+            asked=len(shown.asked),
+            stated=len(shown.stated),
+            summed=len(shown.summed),
+        ),
+    ]
+    if shown.stated:
+        leaf, last = shown.stated[-1]
+        if last.charge is not None:
+            limit = "it states no limit" if last.charge.limit is None else f"its limit is {last.charge.limit:g}"
+            said.append(
+                Sentence(
+                    f"Its account has spent epsilon {parts.shown(last.charge.epsilon)} at delta {last.charge.delta:g}, "
+                    f"by its own word; {limit}.",
+                    leaf,
+                    epsilon=last.charge.epsilon,
+                )
+            )
+        if last.commitments:
+            said.append(Sentence(f"It committed to values of: {', '.join(sorted(last.commitments))}.", leaf))
+        said.append(Sentence(f"It names its policy by the digest {last.policy}.", leaf))
+    return [
+        *said,
+        missing("the count that it declares, and the dates between which its records lie", f"site {site}"),
+        missing("provenance, inclusion and exclusion, labels, and what was removed before training", f"site {site}"),
+    ]
+
+
+def _ends(leaves: list[OfLeaf]) -> tuple[OfLeaf, *tuple[OfLeaf, ...]]:
+    """Return the first and the last of some leaves."""
+    return (leaves[0],) if len(leaves) == 1 else (leaves[0], leaves[-1])

@@ -1,0 +1,495 @@
+"""The documents in the order of a regulation: AI Act Annex IV, a DPIA, EDPB Opinion 28/2024, HIPAA, a permit.
+
+Headings name the points of the text; each point has sentences or a gap. What a text asks for was read in: Regulation
+(EU) 2024/1689, Annex IV; Regulation (EU) 2016/679, Article 35(7); EDPB Opinion 28/2024, section 3.2; 45 CFR 164.308,
+164.312, 164.316 and 164.514; Regulation (EU) 2025/327.
+"""
+
+from __future__ import annotations
+
+from privet.common.log.statements import Export, Genesis, Join, Refusal, Revoke, RoundAbort, RunOpen, SiteRound
+from privet.common.progress import number_of
+from privet.common.study.terms import permit_asked
+from privet.simulations.dossier import parts
+from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.parts import CONTROLLER, EACH_SITE, PAGE, PROVIDER
+from privet.simulations.dossier.sources import Claim, Document, Section, Sentence, missing
+
+
+def annex_iv(evidence: Evidence) -> Document:
+    """Return the technical documentation in the order of Annex IV of the AI Act."""
+    return Document(
+        "annex-iv",
+        "Technical documentation, in the order of Annex IV of the AI Act",
+        (
+            parts.head(evidence, "annex-iv"),
+            Section("1. General description", tuple(_general(evidence))),
+            Section("2. Elements and development", tuple(_development(evidence))),
+            Section("3. Monitoring, functioning and control", tuple(_functioning(evidence))),
+            Section(
+                "4. Appropriateness of the performance metrics",
+                (missing("why the metrics suit the intended use", PROVIDER),),
+            ),
+            Section(
+                "5. Risk management system",
+                (
+                    missing("the risk management system (Article 9)", PROVIDER),
+                    Sentence(
+                        "Inputs to it are the measured risks in the assessment of anonymity and in the NIST statement "
+                        "of this dossier.",
+                        Claim(PAGE, "the-documents"),
+                    ),
+                ),
+            ),
+            Section("6. Changes over the lifecycle", (*parts.course(evidence), *_later(evidence))),
+            Section("7. Standards applied", (missing("harmonised standards and other solutions", PROVIDER),)),
+            Section(
+                "8. EU declaration of conformity", (missing("a copy of the declaration, if there is one", PROVIDER),)
+            ),
+            Section(
+                "9. Post-market monitoring",
+                (
+                    missing("the monitoring plan (Article 72)", PROVIDER),
+                    Sentence(
+                        "privet can count an adapter's answers at a site, and compare the counts with a reference.",
+                        Claim("docs/use.md", "watch-what-it-answers"),
+                    ),
+                ),
+            ),
+        ),
+    )
+
+
+def _general(evidence: Evidence) -> list[Sentence]:
+    study = evidence.study
+    said = [
+        *parts.purpose(evidence),
+        missing(
+            "the provider's name and address, and the version of the AI system that the adapter is part of", PROVIDER
+        ),
+        *parts.release(evidence),
+    ]
+    if not study.counts:
+        said.append(
+            Sentence(
+                f"The adapter is a file in PEFT's format. It works only on the base model {study.model.base}.",
+                evidence.field("model.base"),
+                Claim("docs/use.md", "use-a-trained-adapter"),
+            )
+        )
+    return [
+        *said,
+        Sentence(
+            "The versions of the coordinator's software are in software.json and in the SBOM of this dossier. The log "
+            "holds the digest of this file.",
+            evidence.file("software.json"),
+            evidence.all(RunOpen)[-1][0],
+        ),
+        missing("the versions of the software at the sites, and the hardware that the system runs on", EACH_SITE),
+        missing("the user interface, and the instructions for use", PROVIDER),
+    ]
+
+
+def _development(evidence: Evidence) -> list[Sentence]:
+    study = evidence.study
+    columns = ", ".join(f"{column} ({role})" for role, column in sorted(study.data.columns.items()))
+    return [
+        *parts.training(evidence),
+        *parts.privacy(evidence),
+        *parts.hidden_sums(evidence),
+        Sentence(
+            f"Records stay at their sites. A site's files hold these columns: {columns}. A record has at most "
+            f"{study.data.max_length} tokens; longer ones are cut.",
+            evidence.field("data.columns"),
+            evidence.field("data.max_length"),
+        ),
+        missing(
+            "where the records come from, how they were selected, labelled and cleaned, and for whom they stand",
+            EACH_SITE,
+        ),
+        missing("the computing resources that were used", EACH_SITE),
+        missing("the measures of human oversight (Article 14)", PROVIDER),
+        *parts.measured(evidence),
+        missing("a test on records that no site trained on, and by group of persons", EACH_SITE),
+        *parts.attacks(evidence),
+        Sentence(
+            "What privet claims about security, under which assumptions, and what it does not claim, is written down "
+            "with the tests of each claim.",
+            Claim("SECURITY.md", "what-is-claimed"),
+            Claim("SECURITY.md", "what-is-not-claimed"),
+        ),
+        *parts.egress(evidence),
+    ]
+
+
+def _functioning(evidence: Evidence) -> list[Sentence]:
+    return [
+        missing("capabilities and limits in the intended use, and accuracy for specific persons or groups", PROVIDER),
+        missing("foreseeable unintended outcomes, and the oversight that meets them", PROVIDER),
+        *parts.not_covered(evidence),
+        Sentence(
+            "Each step of the run is a signed entry of a log that the sites witness, and that can be verified offline.",
+            evidence.log,
+            Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
+        ),
+    ]
+
+
+def _later(evidence: Evidence) -> list[Sentence]:
+    if any(each.type == "adapter-state" for _, each in evidence.told):
+        return []  # told with the release
+    return [
+        Sentence("The log states no change of the adapter's state: it is in use, if it was released.", evidence.log)
+    ]
+
+
+def dpia(evidence: Evidence) -> Document:
+    """Return the input of a data protection impact assessment, in the order of Article 35(7) GDPR."""
+    return Document(
+        "dpia-input",
+        "Input for a data protection impact assessment, in the order of Article 35(7) GDPR",
+        (
+            parts.head(evidence, "dpia-input"),
+            Section("(a) The processing and its purposes", tuple(_processing(evidence))),
+            Section(
+                "(b) Necessity and proportionality",
+                (
+                    missing("why the processing is necessary and proportionate to the purposes", CONTROLLER),
+                    *_minimal(evidence),
+                ),
+            ),
+            Section(
+                "(c) Risks to the rights and freedoms of data subjects",
+                (
+                    *parts.not_covered(evidence),
+                    *parts.side_channels(evidence),
+                    *parts.attacks(evidence),
+                    missing("the likelihood and severity of each risk for data subjects", CONTROLLER),
+                ),
+            ),
+            Section(
+                "(d) Measures",
+                (
+                    *parts.privacy(evidence),
+                    *parts.hidden_sums(evidence),
+                    *_policies(evidence),
+                    *parts.egress(evidence),
+                    *_withdrawal(),
+                    missing("measures at the sites' machines, and the training of their staff", EACH_SITE),
+                ),
+            ),
+            Section(
+                "Advice and views",
+                (
+                    missing("the advice of the data protection officer", CONTROLLER),
+                    missing("the views of data subjects or their representatives", CONTROLLER),
+                ),
+            ),
+        ),
+    )
+
+
+def _processing(evidence: Evidence) -> list[Sentence]:
+    counts = " the study's counts" if evidence.study.counts else " an update of the adapter"
+    noisy = " with noise" if evidence.study.private else ""
+    return [
+        *parts.purpose(evidence),
+        *parts.course(evidence),
+        Sentence(
+            f"In each round a site sends{counts}{noisy}, and a signed statement for the log. With its consent, it "
+            "declares a count of units in the clear. No record and no id of a unit leaves a site.",
+            evidence.file("study.json"),
+            Claim("docs/architecture.md", "one-round"),
+            Claim("SECURITY.md", "privacy-of-records"),
+        ),
+        *parts.release(evidence),
+        missing(
+            "categories of data subjects and of data, recipients outside the consortium, and transfers", CONTROLLER
+        ),
+        missing(
+            "how long records, log, ledgers and this dossier are kept (`privet site retention SITE` says)", EACH_SITE
+        ),
+    ]
+
+
+def _minimal(evidence: Evidence) -> list[Sentence]:
+    study = evidence.study
+    said = [
+        Sentence(
+            f"Of a site's files, {number_of(len(set(study.data.columns.values())), 'column')} are read"
+            + (f", and column {study.data.unit}, which names units." if study.data.unit else "."),
+            evidence.field("data"),
+        )
+    ]
+    if study.private and study.privacy.unit == "patient":
+        said.append(
+            Sentence(
+                f"At most {number_of(study.privacy.max_records_per_unit, 'record')} of a patient enter one step.",
+                evidence.field("privacy.max_records_per_unit"),
+            )
+        )
+    return said
+
+
+def _policies(evidence: Evidence) -> list[Sentence]:
+    rounds = evidence.all(SiteRound)
+    refusals = evidence.all(Refusal)
+    if not rounds:
+        return [Sentence("No site has stated a round.", evidence.log)]
+    policies = {(each.site, each.policy) for _, each in rounds}
+    return [
+        Sentence(
+            "Each site judges a study by its own policy before it opens a file. Each statement of a site names the "
+            f"digest of its policy: {len(policies)} in all. The policies stay at the sites.",
+            rounds[0][0],
+            rounds[-1][0],
+            evidence.log,
+            Claim("docs/site-policy.md", "the-sites-policy"),
+            policies=len(policies),
+        ),
+        Sentence(
+            f"The log holds {number_of(len(refusals), 'refusal')} of sites in this run.",
+            evidence.log,
+            *(leaf for leaf, _ in refusals[:8]),
+            refusals=len(refusals),
+        ),
+    ]
+
+
+def _withdrawal() -> list[Sentence]:
+    return [
+        Sentence(
+            "A site can withdraw a person from all later studies. What earlier studies released stays released, and "
+            "differential privacy bounds what it tells about that person.",
+            Claim("docs/operate-site.md", "a-person-withdraws"),
+        )
+    ]
+
+
+def anonymity(evidence: Evidence) -> Document:
+    """Return the assessment of anonymity, with the elements that EDPB Opinion 28/2024 names."""
+    return Document(
+        "anonymity-assessment",
+        "Input for an assessment of anonymity, after EDPB Opinion 28/2024",
+        (
+            parts.head(evidence, "anonymity-assessment"),
+            Section(
+                "The question",
+                (
+                    Sentence(
+                        "By the Opinion, a model is anonymous only if it is insignificantly likely that personal data "
+                        "of training are extracted from it, and that queries obtain them. privet measures, and does "
+                        "not answer the question.",
+                        Claim(PAGE, "anonymity-assessment"),
+                    ),
+                    *_bound_alone(evidence),
+                    missing("whether the model is anonymous", CONTROLLER),
+                ),
+            ),
+            Section(
+                "Design: sources and preparation of data",
+                (
+                    missing("which sources were chosen, and how identifiers were removed before training", EACH_SITE),
+                    Sentence(
+                        "A site can scan its files for identifiers before training. The result stays at the site.",
+                        Claim("docs/operate-site.md", "scan-before-training"),
+                    ),
+                    *_minimal(evidence),
+                ),
+            ),
+            Section("Design: method of training", (*parts.training(evidence), *parts.privacy(evidence))),
+            Section("Design: limits of the guarantee", tuple(parts.not_covered(evidence))),
+            Section(
+                "Design: outputs of the model",
+                (
+                    missing("which measures limit what a deployed model answers", "the deployer"),
+                    *parts.egress(evidence),
+                ),
+            ),
+            Section(
+                "Analysis: is it built as designed?",
+                (
+                    *parts.course(evidence),
+                    Sentence(
+                        "The log proves what each party stated, and that nobody changed it since. It cannot prove that "
+                        "a site trained as it states.",
+                        evidence.log,
+                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
+                    ),
+                    Sentence(
+                        "The coordinator's modules are named by SHA-256, so a reviewer can compare them with a release "
+                        "of privet.",
+                        evidence.file("software.json"),
+                    ),
+                    missing("reports of reviews of the code that ran", "the consortium"),
+                ),
+            ),
+            Section("Tests: resistance to attacks", (*parts.attacks(evidence), *_further_tests())),
+            Section(
+                "Documentation",
+                (
+                    missing("the impact assessment, or why none was needed", CONTROLLER),
+                    missing("the advice of the data protection officer", CONTROLLER),
+                ),
+            ),
+        ),
+    )
+
+
+def _bound_alone(evidence: Evidence) -> list[Sentence]:
+    """Return what the bound of differential privacy says about the question, and what it leaves open."""
+    if not evidence.study.private:
+        return parts.privacy(evidence)
+    factor, shown = parts.factor_of(evidence.privacy["epsilon"]["run"])
+    return [
+        Sentence(
+            f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}. The larger the "
+            "factor, the more depends on what attacks reach.",
+            parts.last_end(evidence),
+            Claim("docs/attacks.md", "results"),
+            factor=factor,
+        )
+    ]
+
+
+def _further_tests() -> list[Sentence]:
+    return [
+        missing(
+            "what the model repeats of its training records, as `privet evaluate RUN --train FILE` counts it", EACH_SITE
+        ),
+        missing("tests of attribute inference and of model inversion: privet has none", "whoever tests the adapter"),
+    ]
+
+
+def hipaa_activity(evidence: Evidence) -> Document:
+    """Return the events that an activity review looks at, in order of the log."""
+    said = []
+    for leaf, each in evidence.told:
+        when, at = parts.day_of(each.time), evidence.at(leaf, each)
+        if isinstance(each, Genesis):
+            names = ", ".join(member.site for member in each.members)
+            said.append(Sentence(f"{when}: the consortium {each.consortium} begins with {names}.", at))
+        elif isinstance(each, Join):
+            said.append(Sentence(f"{when}: {each.member.site} joins.", at))
+        elif isinstance(each, Revoke):
+            said.append(Sentence(f"{when}: {each.site} is revoked ({each.reason}).", at))
+        elif isinstance(each, RunOpen):
+            said.append(Sentence(f"{when}: the coordinator opens run {each.run}.", at))
+        elif isinstance(each, RoundAbort):
+            said.append(Sentence(f"{when}: round {each.round} is aborted: {each.reason}", at))
+        elif isinstance(each, Refusal):
+            what = f"round {each.round}" if each.round else "the run"
+            said.append(Sentence(f"{when}: {each.site} refuses {what} with {each.code}.", at))
+        elif isinstance(each, Export):
+            said.append(Sentence(f"{when}: the coordinator releases the adapter in {len(each.files)} files.", at))
+    return Document(
+        "hipaa-activity-review",
+        "Input for a review of information system activity (45 CFR 164.308(a)(1)(ii)(D), 164.312(b))",
+        (
+            parts.head(evidence, "hipaa-activity-review"),
+            Section("Events of the log, by the clocks of their authors", tuple(said)),
+            Section("What each site sent", tuple(_sent(evidence))),
+            Section(
+                "The review",
+                (
+                    missing(
+                        "who looked at this log and at the site's application log, when, and what was found", EACH_SITE
+                    ),
+                    Sentence(
+                        "A site's application log holds what it answered and what it refused. It stays at the site.",
+                        Claim("docs/operate-site.md", "day-by-day"),
+                    ),
+                    missing("that documentation is kept for six years (164.316(b)(2)(i))", EACH_SITE),
+                ),
+            ),
+        ),
+    )
+
+
+def _sent(evidence: Evidence) -> list[Sentence]:
+    rounds = evidence.all(SiteRound)
+    said = []
+    for site in sorted({each.site for _, each in rounds}):
+        own = [(leaf, each) for leaf, each in rounds if each.site == site]
+        (first, began), (last, ended) = own[0], own[-1]
+        said.append(
+            Sentence(
+                f"{site} states {number_of(len(own), 'update')}, from {parts.day_of(began.time)} to "
+                f"{parts.day_of(ended.time)}.",
+                first,
+                *([last] if last != first else []),
+                evidence.log,
+                updates=len(own),
+            )
+        )
+    return said or [Sentence("No site has stated an update.", evidence.log)]
+
+
+def hipaa_expert(evidence: Evidence) -> Document:
+    """Return what an expert needs for a determination. The determination is theirs."""
+    return Document(
+        "hipaa-expert-input",
+        "Input for an expert determination (45 CFR 164.514(b)(1))",
+        (
+            parts.head(evidence, "hipaa-expert-input"),
+            Section("Methods", (*parts.training(evidence), *parts.privacy(evidence), *parts.hidden_sums(evidence))),
+            Section("Results", tuple(parts.attacks(evidence))),
+            Section("Limits", (*parts.not_covered(evidence), *parts.side_channels(evidence))),
+            Section(
+                "Identifiers in the records",
+                (
+                    missing("counts of the 18 kinds of identifiers in the training files (164.514(b)(2))", EACH_SITE),
+                    Sentence(
+                        "`privet site scan SITE` counts them at a site, without contents.",
+                        Claim("docs/operate-site.md", "scan-before-training"),
+                    ),
+                ),
+            ),
+            Section(
+                "The determination",
+                (
+                    missing("whether the risk is very small, for which recipients, and until when", "the expert"),
+                    missing("the expert's name, knowledge and experience", "the expert"),
+                ),
+            ),
+        ),
+    )
+
+
+def permit(evidence: Evidence) -> Document | None:
+    """Return the fields of the study's permit, and whether each round began while it held; None without one."""
+    found = None if evidence.study.purpose is None else evidence.study.purpose.permit
+    if found is None:
+        return None
+    said = [
+        Sentence(f"Number: {found.number}.", evidence.field("purpose.permit.number")),
+        Sentence(f"Permitted purpose: “{found.purpose}”", evidence.field("purpose.permit.purpose")),
+        Sentence(f"Last day: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
+    ]
+    times = parts.rounds_in_time(evidence)
+    if times is not None:
+        days = [parts.day_of(time) for time in times]
+        within = days[1] <= found.expires
+        said.append(
+            Sentence(
+                f"By the coordinator's clock, rounds began from {days[0]} to {days[1]}: "
+                + ("all of them while the permit held." if within else "NOT all of them while the permit held."),
+                evidence.log,
+                evidence.field("purpose.permit.expires"),
+                within=float(within),
+            )
+        )
+    said += [
+        Sentence(
+            f"The study asks for {permit_asked(evidence.study)}. After it, each site refuses the study and its rounds "
+            "by its own clock, and the coordinator opens no round.",
+            evidence.field("purpose.permit.expires"),
+            Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
+        ),
+        missing("that the permit was issued as the study says, its conditions, and the secure environment", CONTROLLER),
+    ]
+    return Document(
+        "ehds-permit",
+        "The data permit (Regulation (EU) 2025/327)",
+        (parts.head(evidence, "ehds-permit"), Section("The permit, in the study's words", tuple(said))),
+    )

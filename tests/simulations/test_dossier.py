@@ -1,0 +1,393 @@
+"""The dossier: no sentence without a source, sources that hold, figures of the log, and none of a changed run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+from privet.client.pages.html import link
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import PrivetError, RefusedError, StateError
+from privet.common.log.checkpoint import LeafProof, verify_leaf
+from privet.common.log.merkle import leaf_hash
+from privet.common.privacy.accounting import plan
+from privet.common.study.study import kept_study
+from privet.server.rounds import rounds
+from privet.simulations.dossier import parts
+from privet.simulations.dossier.commands import dossier
+from privet.simulations.dossier.evidence import gather
+from privet.simulations.dossier.folder import dossier_files
+from privet.simulations.dossier.sources import Claim, Gap, OfLeaf, Section, Sentence
+from tests.conftest import Run
+from tests.server.test_permit import LAST, PERMIT, PURPOSE
+from tests.simulations.test_deployed_reports import PRIVATE, deployed
+from tests.support.consortium_world import run
+from tests.support.logged_world import LoggedWorld, world_of
+from tests.support.masked_world import masked_study
+from tests.support.pages import ROOT
+
+CANARIES = {
+    "attack": "canaries",
+    "canaries": 20,
+    "included": 10,
+    "arms": [
+        {
+            "arm": "epsilon 8",
+            "audit": {"epsilon": 1.25, "right": 9, "guesses": 12},
+            "claimed_epsilon": 8.0,
+            "holds": True,
+        },
+        {
+            "arm": "no privacy",
+            "audit": {"epsilon": 3.5, "right": 12, "guesses": 12},
+            "claimed_epsilon": None,
+            "holds": None,
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> LoggedWorld:
+    purpose = {**PURPOSE, "text": "Sort <notes> by `urgency`", "permit": {**PERMIT, "expires": "2199-12-31"}}
+    made = world_of(tmp_path_factory.mktemp("world"), masked_study(**PRIVATE, purpose=purpose))
+    for site in made.sites.values():
+        site.metrics = lambda number: (10.0, 10.0 * 0.1 / number, 4.0 + number)
+    return made
+
+
+@pytest.fixture(scope="module")
+def path(world: LoggedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = deployed(tmp_path_factory.mktemp("deployed"), world)
+    (made.parents[1] / "public/log.policy").write_text(world.policy.text)  # as at a coordinator
+    (made / "attacks").mkdir()
+    found = {**CANARIES, "attacked": world.study.digest}
+    (made / "attacks" / "canaries.json").write_text(json.dumps(found))
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "dossier"
+    result = run(dossier, path, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "each with its source" in result.output
+    return out
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "dossier.json").read_bytes()))
+
+
+def sentences(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for each in document["documents"]:
+        for section in each["sections"]:
+            assert section["sentences"], (each["name"], section["title"])
+            yield from section["sentences"]
+
+
+def figures(document: Mapping[str, Any], name: str) -> list[float]:
+    return [each["figures"][name] for each in sentences(document) if name in each.get("figures", {})]
+
+
+# Sources
+
+
+def test_a_sentence_without_a_source_cannot_be_made() -> None:
+    for wrong in ((), ("docs/privacy.md",), (None,), (Claim("a", "b"), "c")):
+        with pytest.raises(TypeError):
+            Sentence("something", *wrong)
+    with pytest.raises(TypeError):
+        Sentence(" ", Gap("nobody"))
+    with pytest.raises(ValueError, match="says nothing"):
+        Section("Empty", ())
+
+
+def test_a_link_leads_to_a_plain_name_in_the_folder() -> None:
+    for good in ("a.html", "sources/rounds/0001.json", "leaves.html#leaf-3", "#top"):
+        assert f'href="{good}"' in link(good, "x")
+    for bad in ("", "//host/x", "/etc/passwd", "javascript:x", "../up", "a/../b", 'a"b', "http://x.y"):
+        with pytest.raises(ValueError, match="plain names"):
+            link(bad, "x")
+
+
+def test_every_sentence_has_a_source_and_every_source_holds(made: Path, world: LoggedWorld) -> None:
+    document, study = whole(made), kept_study(made / "sources/study.json")
+    found = list(sentences(document))
+    assert len(found) > 150
+    assert [each["text"] for each in found if not each["sources"]] == []
+    kinds = {source["kind"] for each in found for source in each["sources"]}
+    assert kinds == {"leaf", "log", "file", "study", "claim", "gap"}
+    for source in (source for each in found for source in each["sources"]):
+        _check(source, made, study.document(), study.digest, world)
+
+
+def _check(source: dict[str, Any], folder: Path, study: dict[str, Any], name: str, world: LoggedWorld) -> None:
+    match source["kind"]:
+        case "leaf":
+            file = folder / f"sources/leaf-{source['index']:06d}.json"
+            data = file.read_bytes()
+            assert "sha256:" + leaf_hash(data).hex() == source["digest"]
+            proof = LeafProof.parse(file.with_suffix(".tlog-proof").read_bytes())
+            assert verify_leaf(proof, data, world.policy).size > source["index"]
+            assert f'"type":"{source["type"]}"' in _payload(data)
+        case "log":
+            lines = (folder / "sources/checkpoint").read_text().split("\n")
+            assert [source["origin"], str(source["size"])] == lines[:2]
+        case "file":
+            data = (folder / "sources" / source["path"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == source["sha256"]
+        case "study":
+            assert source["study"] == name
+            value: Any = study
+            for part in source["field"].split("."):
+                value = value[part]
+        case "claim":
+            headings = re.findall(r"^#+ (.*)$", (ROOT / source["page"]).read_text(), re.MULTILINE)
+            assert source["anchor"] in {_slug(each) for each in headings}, source
+        case _:
+            assert source["who"]
+
+
+def _payload(leaf: bytes) -> str:
+    return base64.b64decode(json.loads(leaf)["payload"]).decode()
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+# Figures
+
+
+def test_figures_are_those_that_the_log_gives(made: Path, path: Path, world: LoggedWorld) -> None:
+    document, mechanism = whole(made), plan(world.study)
+    assert mechanism is not None
+    with world.journal() as journal:
+        stated = [json.loads(_payload(leaf))["predicate"] for leaf in journal._log.leaves()]
+    opened = [each for each in stated if each["type"] == "round-open"]
+    rounds = {site: [each["round"] for each in opened if site in each["cohort"]] for site in opened[0]["cohort"]}
+    spent = {site: mechanism.spent(numbers) for site, numbers in rounds.items()}
+    assert figures(document, "spent") == pytest.approx([max(spent.values())] * len(figures(document, "spent")))
+    sheet = next(each for each in document["documents"] if each["name"] == "nist-sp-800-226")
+    by_site = [each for each in sheet["sections"][1]["sentences"] if "epsilon_rdp" in each.get("figures", {})]
+    assert [each["figures"]["epsilon"] for each in by_site] == pytest.approx([spent[site] for site in sorted(spent)])
+    assert {*figures(document, "promised")} == {world.study.privacy.epsilon}
+    assert {*figures(document, "noise_multiplier")} == {each.noise_multiplier for each in mechanism.kinds}
+    assert {*figures(document, "closed")} == {sum(each["type"] == "round-close" for each in stated)}
+    last = [each for each in stated if each["type"] == "round-close"][-1]
+    assert {*figures(document, "validation_accuracy")} == {last["metrics"]["validation_accuracy"]}
+    assert {*figures(document, "epsilon_at_least")} == {1.25, 3.5}
+    for each in sentences(document):  # a bound that is shown rounded stays a bound
+        if (value := each.get("figures", {}).get("spent")) is not None:
+            assert float(re.findall(r"epsilon ([\d.]+) at most", each["text"])[0]) >= value
+
+
+def test_a_factor_is_rounded_up_and_never_overflows() -> None:
+    assert parts.factor_of(1.0)[1] == "2.7183"
+    assert parts.factor_of(20.0)[1] == "exp(20.0000)"
+    assert parts.factor_of(1e6)[0] < float("inf")
+    assert parts.shown(float("inf")) == "infinite"
+    assert Sentence("x", Gap("y"), epsilon=float("inf")).document()["figures"] == {"epsilon": None}
+
+
+# Pages
+
+
+def test_pages_show_a_source_for_each_sentence_and_their_links_lead_somewhere(made: Path) -> None:
+    pages = {file.name: file.read_text() for file in made.glob("*.html")}
+    assert len(pages) == 11
+    for name, text in pages.items():
+        assert "<script" not in text
+        assert "default-src 'none'" in html.unescape(text)
+        for target in re.findall(r'href="([^"]*)"', text):
+            file, _, anchor = target.partition("#")
+            assert (made / (file or name)).is_file(), (name, target)
+            assert not anchor or f'id="{anchor}"' in pages[file or name], (name, target)
+        assert "Sort <notes>" not in text
+    assert "“Sort &lt;notes&gt; by <code>urgency</code>”" in pages["dpia-input.html"]
+    document = whole(made)
+    for each in document["documents"]:
+        items = re.findall(r"<li>(.*?)</li>", pages[f"{each['name']}.html"], re.DOTALL)
+        assert len(items) == sum(len(section["sentences"]) for section in each["sections"])
+        assert all('class="source"' in item for item in items)
+    gaps = {each["text"] for each in sentences(document) if any(s["kind"] == "gap" for s in each["sources"])}
+    shown = html.unescape(re.sub(r"</?code>", "`", pages["index.html"]))
+    assert [gap for gap in gaps if gap not in shown] == []
+
+
+def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) -> None:
+    texts = "\n".join(file.read_text() for file in made.iterdir() if file.is_file())
+    assert not re.search(r"complian|conforms|certified", texts, re.IGNORECASE)
+    # The synthetic sites commit to these counts; their values are in no leaf.
+    stated = [each["text"] for each in sentences(whole(made)) if "committed" in each["text"]]
+    assert set(stated) == {"It committed to values of: units."}
+
+
+def test_the_files_of_a_dossier_are_listed_with_their_digests(made: Path) -> None:
+    listed = whole(made)["files"]
+    present = {file.relative_to(made).as_posix(): file for file in made.rglob("*") if file.is_file()}
+    assert set(listed) == set(present) - {"index.html", "dossier.json"}
+    assert {name: digest(present[name].read_bytes()) for name in listed} == listed
+
+
+def test_a_decision_on_egress_is_told_with_its_leaf(path: Path) -> None:
+    evidence = gather(path)
+    assert "no decision on egress" in parts.egress(evidence)[0].text
+    leaf, _ = evidence.told[-1]
+    fields = {"type": "egress-decision", "format": 1, "verdict": "refused", "reason": "too large a bound"}
+    decision: Any = SimpleNamespace(type="egress-decision", time=0, model_dump=lambda mode: fields)
+    (said,) = parts.egress(replace(evidence, told=[(leaf, decision)]))
+    assert "verdict: refused; reason: too large a bound" in said.text
+    assert said.sources == (OfLeaf(leaf.index, "egress-decision", leaf.hash),)
+
+
+# Bills of materials
+
+
+def test_the_bills_of_materials_are_valid_cyclonedx(made: Path, world: LoggedWorld) -> None:
+    for name in ("sbom.cdx.json", "ml-bom.cdx.json"):
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str((made / name).read_text()) is None
+    model = json.loads((made / "ml-bom.cdx.json").read_bytes())
+    told = {each["name"]: each["value"] for each in model["metadata"]["component"]["properties"]}
+    assert told["privet:permit.number"] == PERMIT["number"]
+    assert told["privet:study"] == world.study.digest
+    data = [each["name"] for each in model["components"] if each["type"] == "data"]
+    assert data == [f"records of {site}" for site in sorted(world.sites)]
+
+
+# Which runs
+
+
+def test_a_bundle_gives_the_same_dossier_to_anybody(
+    privet: Run, world: LoggedWorld, path: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "flu"
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns("attacks"))
+    public, policy = path.parents[1] / "public", world.folder / "log/policy"
+    tar = tmp_path / "flu.tar"
+    assert privet("audit", "bundle", path, "--out", tar)[0] == 0
+    assert dossier_files(gather(tar, policy)) == dossier_files(gather(copy, policy, public))
+    for wrong, why in ((tar, "no policy"), (copy, "no policy")):
+        with pytest.raises(StateError, match=why):
+            gather(wrong)
+    with pytest.raises(StateError, match="is no policy"):
+        gather(tar, tar)
+
+
+def test_a_run_without_privacy_and_a_simulation_say_so(tmp_path: Path) -> None:
+    world = world_of(tmp_path / "world", masked_study(training={"rounds": 2}))
+    for site in world.sites.values():
+        site.keeps_ledger = False
+    (world.folder / "run/study.toml").touch()
+    world.play()
+    files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
+    document = json.loads(files["dossier.json"])
+    assert document["simulated"] is True
+    for each in document["documents"]:
+        assert "SIMULATION" in each["sections"][0]["sentences"][1]["text"]
+    said = " ".join(each["text"] for each in sentences(document))
+    assert "There is NO differential privacy" in said
+    assert "no table [purpose]" in said
+    assert "ehds-permit.html" not in files
+    for name in ("sbom.cdx.json", "ml-bom.cdx.json"):
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(files[name].decode()) is None
+
+
+def _edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
+    def edit(run: Path, public: Path) -> None:
+        document = json.loads((run / name).read_bytes())
+        change(document)
+        (run / name).write_bytes(canonical_json(document) + b"\n")
+
+    return edit
+
+
+def _in_the_log(run: Path, public: Path) -> None:
+    for entries in public.glob("tile/entries/*.p/*"):
+        entries.write_bytes(entries.read_bytes().replace(b'"payload":"', b'"payl0ad":"', 1))
+
+
+def _not_json(run: Path, public: Path) -> None:
+    (run / "rounds/0001.json").write_bytes(b"[]\n")
+
+
+def _lost(run: Path, public: Path) -> None:
+    (run / "rounds/0002.json").unlink()
+
+
+def _card(run: Path, public: Path) -> None:
+    (run / "release/README.md").write_text("# better\n")
+
+
+TAMPERED: dict[str, Callable[[Path, Path], None]] = {
+    "an epsilon": _edited("rounds/0003.json", lambda each: each["privacy"]["epsilon"].update({"site-0001": 0.1})),
+    "a metric": _edited("rounds/0002.json", lambda each: each["metrics"].update(validation_accuracy=0.99)),
+    "the software": _edited("software.json", lambda each: each["versions"].update(privet="9.9")),
+    "the study": _edited("study.json", lambda each: each["purpose"].update(text="Sell notes.")),
+    "a leaf": _in_the_log,
+    "a statement that is none": _not_json,
+    "a lost statement": _lost,
+    "the card": _card,
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_there_is_no_dossier_of_a_changed_run(
+    what: str, privet: Run, world: LoggedWorld, path: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "coordinator"
+    shutil.copytree(path.parents[1] / "public", home / "public")
+    shutil.copytree(path, home / "runs/flu")
+    TAMPERED[what](home / "runs/flu", home / "public")
+    policy = world.folder / "log/policy"
+    code, out, err = privet("dossier", home / "runs/flu", "--policy", policy, "--out", tmp_path / "dossier")
+    assert (code, out) == (5, ""), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "dossier").exists()
+
+
+def test_an_attack_s_result_that_is_malformed_or_of_another_study_is_refused(path: Path, tmp_path: Path) -> None:
+    home = tmp_path / "coordinator"
+    shutil.copytree(path.parents[1] / "public", home / "public")
+    shutil.copytree(path, home / "runs/flu")
+    file = home / "runs/flu/attacks/canaries.json"
+    good = json.loads(file.read_bytes())
+    for bad in ({**good, "arms": [{}]}, {**good, "attacked": "sha256:0"}):
+        file.write_text(json.dumps(bad))
+        with pytest.raises(PrivetError, match=r"lacks a field|another study"):
+            dossier_files(gather(home / "runs/flu"))
+
+
+def test_a_run_that_has_not_ended_says_so_and_so_does_its_permit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purpose = {**PURPOSE, "permit": PERMIT}
+    world = world_of(tmp_path / "world", masked_study(training={"rounds": 3}, purpose=purpose))
+    times = iter([LAST, LAST, LAST + timedelta(seconds=1)])
+    monkeypatch.setattr(rounds, "now", lambda: next(times))
+    with pytest.raises(RefusedError, match="has expired"):
+        world.play()
+    files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
+    said = {each["name"]: each for each in json.loads(files["dossier.json"])["documents"]}
+    heads = [section["text"] for section in said["ehds-permit"]["sections"][0]["sentences"]]
+    assert any("has not ended" in text for text in heads)
+    stated = " ".join(each["text"] for each in said["ehds-permit"]["sections"][1]["sentences"])
+    # By the coordinator's clock in the log, which is another one than that of this test: the year 2027.
+    assert "NOT all of them while the permit held" in stated
+    released = [each["text"] for each in said["model-card"]["sections"][1]["sentences"]]
+    assert any("exports no adapter" in text for text in released)
