@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -345,6 +346,36 @@ def test_a_round_in_which_training_failed_can_be_asked_for_again() -> None:
         site.respond(opened)
     site.contribute = honest  # type: ignore[method-assign]
     assert isinstance(site.respond(opened), Secured)
+
+
+def test_of_a_block_only_the_secrets_of_rounds_to_come_are_kept() -> None:
+    study = dealt_study(rounds=12, block=3)
+    exchange = sharing(study, COUNT)
+    blocks, start, members = Blocks(), start_adapter(), members_of(study, exchange)
+
+    def count() -> dict[str, int]:
+        gc.collect()
+        kinds = (
+            "DealtBlock",
+            "_Slot",
+            "MaskedState",
+            "Confirmed",
+            "Dealt",
+            "_Own",
+            "Advertised",
+            "HybridChannels",
+            "Keys",
+        )
+        found = [type(each).__name__ for each in gc.get_objects() if type(each).__module__.startswith("privet.")]
+        return {kind: found.count(kind) for kind in (*kinds, "Channel", "_Round", "DealtAggregator")}
+
+    before = count()
+    for number in range(1, 7):
+        opened = RoundOpen(study.document(), number, f"{number:032x}", start.digest, tuple(members), start.data)
+        blocks.collect(exchange, study, SPEC, members, opened, Waits(60, 60))
+        left = {kind: now - before[kind] for kind, now in count().items()}
+        kept = {"DealtBlock": COUNT, "_Round": COUNT, "DealtAggregator": 1, "Channel": 2 * COUNT * (COUNT - 1)}
+        assert left == {**dict.fromkeys(left, 0), **kept, "_Slot": COUNT * (-number % 3)}, number
 
 
 def test_a_study_and_its_cohort_decide_which_kind_of_block_a_round_is_of() -> None:
