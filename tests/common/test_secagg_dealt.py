@@ -259,13 +259,14 @@ class Adversary:
         self.honest = range(self.corrupt, self.n)
         self.records = {i: record() for i in self.honest}
         self.live: dict[int, list[dealt.DealtBlock]] = {i: [] for i in self.honest}
-        self.evil: dict[bytes, dealt.DealtBlock] = {}
+        self.evil: dict[bytes, dealt.DealtBlock] = {}  # of a corrupt site, by roster
+        # Rosters by the digest of members: whatever the members, the secrets of a roster are the same.
+        self.rosters: dict[bytes, bytes] = {}
         self.tags: dict[tuple[bytes, int, int], bytes] = {}  # what, from, to
         self.vectors: list[Vector] = []
         self.lists: dict[bytes, tuple[int, ...]] = {}  # F by its digest
         # Holders of shares that are known: of b or s, by slot and owner.
         self.shares: dict[tuple[bool, bytes, int], set[int]] = {}
-        self.slots: dict[bytes, dict[int, tuple[bytes, dict[int, bytes]]]] = {}  # by slot: self seed, pairs, by owner
         self.refused: set[str] = set()
         self.sums: list[tuple[int, tuple[int, ...]]] = []
 
@@ -292,33 +293,30 @@ class Adversary:
             states[i], deals[i] = dealt.deal(sent[i][0], roster)
         least, mixed = max(parameters.min_survivors, parameters.threshold), dice.random() < 0.3
         common = sorted(dice.sample(range(self.n), dice.randint(least, self.n)))
+        th = transcript.roster_digest(transcript.parameters_digest(parameters), roster)
         for i in range(self.n):
             members = sorted(dice.sample(range(self.n), dice.randint(least, self.n))) if mixed else common
+            if i < self.corrupt:
+                members = list(range(self.n))
             if i not in members:
                 continue
             items = tuple(
                 Sealed(j, next(item.data for item in deals[j].sealed if item.site == i)) for j in members if j != i
             )
-            delivery = messages.DealDelivery(
-                transcript.roster_digest(transcript.parameters_digest(parameters), roster), i, items, parameters.suite
-            )
-            joined, _ = dealt.join(states[i], delivery)
-            self.look(joined, i)
+            joined, _ = dealt.join(states[i], messages.DealDelivery(th, i, items, parameters.suite))
+            self.rosters[joined.roster] = th
             if i in self.honest:
                 self.live[i].append(joined)
                 self.live[i] = self.live[i][-2:]
-            else:
-                self.evil[joined.roster] = joined
+                continue
+            self.evil[th] = joined
+            # A corrupt site gives the coordinator all shares that it holds.
+            for number, other, of_self in itertools.product(joined._slots, joined._members, (True, False)):
+                self.shares.setdefault((of_self, self.slot(joined, number), other), set()).add(i)
 
-    def look(self, joined: dealt.DealtBlock, owner: int) -> None:
-        """Note the secrets of a site, to name masks by, and what a corrupt site gives the coordinator of them."""
-        for number, slot in joined._slots.items():
-            name = b"%d" % number + joined.roster
-            self.slots.setdefault(name, {})[owner] = (slot.self_seed, dict(slot.pairs))
-            if owner < self.corrupt:
-                for other in joined._members:
-                    self.shares.setdefault((True, name, other), set()).add(owner)
-                    self.shares.setdefault((False, name, other), set()).add(owner)
+    def slot(self, state: dealt.DealtBlock, number: int) -> bytes:
+        """The name of the secrets that a block has for a round."""
+        return b"%d" % number + self.rosters[state.roster]
 
     def fork(self) -> None:
         i = self.dice.choice(self.honest)
@@ -349,8 +347,7 @@ class Adversary:
             zip([other for other in others if other < i], minus, strict=True)
         )
         step = transcript.step_digest(state.roster, number, inputs)
-        name = b"%d" % number + state.roster
-        self.vectors.append(Vector(i, number, step, name, plus[0], pairs, (plus, minus)))
+        self.vectors.append(Vector(i, number, step, self.slot(state, number), plus[0], pairs, (plus, minus)))
         self.lists[sent.sharers] = expected
         for tag in sent.tags:
             self.tags[sent.sharers, i, tag.site] = tag.data
@@ -362,19 +359,19 @@ class Adversary:
             if other == me:
                 continue
             data = self.tags.get((what, other, me))
-            if other < self.corrupt and state.roster in self.evil and me in self.evil[state.roster]._channels:
-                data = self.evil[state.roster]._channels[me][0].tag(what)
+            if other < self.corrupt:
+                data = self.evil[self.rosters[state.roster]]._channels[me][0].tag(what)
             if data is None:
                 # Of another list, if there is any: the site has to notice.
                 data = next((d for (_, a, b), d in self.tags.items() if (a, b) == (other, me)), bytes(16))
             found.append(Tag(other, data))
         return tuple(found)
 
-    def end(self, i: int, state: dealt.DealtBlock, survivors: tuple[int, ...]) -> None:
-        """Try to finish a round, to confirm survivors, or to prove them."""
+    def end(self, i: int, state: dealt.DealtBlock, survivors: tuple[int, ...], finish: float) -> None:
+        """Try to finish a round, as often as `finish` says, to confirm survivors, or to prove them."""
         masked, roster = state._masked, state.roster
         move = self.dice.random()
-        if masked is not None and move < 0.4:
+        if masked is not None and move < finish:
             tags = self.tags_to(state, masked.sharers, masked.sharers_digest)
             self.reveal(state, masked, self.attempt(lambda: state.finish(Finish(roster, i, tags), self.records[i])))
         elif masked is not None and i in survivors:
@@ -395,7 +392,7 @@ class Adversary:
         if sent is None:
             return
         listed = was.sharers if isinstance(was, site.MaskedState) else was.survivors
-        name = b"%d" % was.context.binding.round + state.roster
+        name = self.slot(state, was.context.binding.round)
         for share in sent.shares:
             self.shares.setdefault((share.site in listed, name, share.site), set()).add(sent.site)
 
@@ -424,11 +421,11 @@ class Adversary:
                                 self.open(i, state, number, self.own_list(i) if apart else expected, inputs)
                 else:
                     sites = [*self.honest] * 2
-                    one_list = self.dice.random() < 0.7
+                    one_list, finish = self.dice.random() < 0.7, self.dice.choice([0.1, 0.4, 0.95])
                     for i in sites:
                         for state in self.live[i][-2:]:
                             if self.dice.random() < 0.95:
-                                self.end(i, state, survivors if one_list else self.list_of(state))
+                                self.end(i, state, survivors if one_list else self.list_of(state), finish)
         return self
 
     def known(self) -> set[bytes]:
@@ -478,13 +475,15 @@ def test_whatever_a_coordinator_asks_a_round_has_one_sum_or_none(monkeypatch: py
     assert refused == {"ProtocolError", "StateError", "VerificationError", "TooFewSitesError"}
 
 
-@pytest.mark.parametrize("broken", ["no record", "no inputs", "both lists"])
+@pytest.mark.parametrize("broken", ["no record", "no inputs", "no tags", "both lists"])
 def test_the_random_coordinator_breaks_a_build_that_lacks_a_check(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     record: Callable[[], Any] = world.Journal
     if broken == "no record":
         record = lambda: lambda entry: None  # noqa: E731
     elif broken == "no inputs":
         monkeypatch.setattr(dealt, "step_digest", lambda mh, t, inputs: transcript.step_digest(mh, t, bytes(32)))
+    elif broken == "no tags":
+        monkeypatch.setattr(masks.Channel, "check", lambda self, what, tag: None)
     else:
         monkeypatch.setattr(site.Once, "take", lambda self, step: None)
         record = lambda: lambda entry: None  # noqa: E731
@@ -737,6 +736,22 @@ def test_what_is_on_record_is_not_done_again_in_a_second_block_or_by_a_copy() ->
         other.confirm(survivors_of(play, 1, range(4)), play.journals[1])
 
 
+def test_one_old_ledger_may_open_a_second_sum_and_none_does_not() -> None:
+    """Four sites, one of them corrupt, three in a sum: two lists of a round may share a single honest site."""
+    parameters = dealt_world.dealt_parameters(4, corrupt=1, dropouts=1)
+    first = dealt_world.DealtWorld(parameters, b"first", missing={2}).join()
+    assert first.equal(first.play(1))
+    for old, sites in (({0, 3}, (1, 2, 3)), ({1, 3}, (1, 2, 3))):
+        second = dealt_world.DealtWorld(parameters, b"second", missing={0}).join()
+        # Site 3 is corrupt and has no record that binds it.
+        second.journals = {i: world.Journal() if i in {2, *old} else first.journals[i] for i in range(4)}
+        if 1 in old:
+            assert second.play(1).survivors == sites
+            continue
+        with pytest.raises(StateError, match="mask step"):
+            second.play(1)
+
+
 def test_nothing_leaves_before_the_record_is_durable() -> None:
     def fails(entry: site.RecordedStep) -> None:
         raise StateError("the disk is full")
@@ -847,6 +862,35 @@ def test_items_that_were_changed_are_refused_and_the_true_ones_accepted_after(su
     assert dealt.join(play.dealt[0], play.deliveries[0])[1].site == 0
     with pytest.raises(ProtocolError, match="answers once"):
         dealt.join(play.dealt[0], play.deliveries[0])
+
+
+def test_a_delivery_of_too_few_of_a_stranger_or_of_another_suite_is_refused_and_the_true_one_accepted_after() -> None:
+    play = dealt_world.DealtWorld(dealt_world.dealt_parameters(6, rounds=2, dropouts=1), missing={5}).deal()
+    true = play.deliveries[0]
+    other = next(each for each in HYBRID if each is not true.suite)
+    for changes, error in (
+        ({"sealed": true.sealed[1:]}, TooFewSitesError),
+        ({"sealed": (*true.sealed, Sealed(5, true.sealed[0].data))}, ProtocolError),
+        ({"suite": other}, ProtocolError),
+    ):
+        with pytest.raises(error):
+            dealt.join(play.dealt[0], dataclasses.replace(true, **changes))
+    assert dealt.join(play.dealt[0], true)[1].site == 0
+
+
+def test_shares_of_fewer_than_a_quorum_open_no_secret() -> None:
+    play = dealt_world.DealtWorld(dealt_world.dealt_parameters(5, rounds=2, dropouts=1)).deal()
+    own, quorum = dict(play.dealt[2].own), graph.quorum(5, 1)
+    play.join()
+    for number, secrets in own.items():
+        held = {i + 1: state._slots[number].shares[2] for i, state in play.blocks.items()}
+        for size in (quorum - 1, quorum):
+            for points in itertools.combinations(held, size):
+                found = shamir.combine({point: held[point][:SHARE_BYTES] for point in points})
+                assert (found == secrets.self_seed) is (size == quorum)
+                seed = shamir.combine({point: held[point][SHARE_BYTES:] for point in points})
+                pair = masks.pair_secret(seed, transcript.slot_digest(play.deliveries[0].roster, number), 2, 3)
+                assert (pair == secrets.pairs[3]) is (size == quorum)
 
 
 def test_a_member_list_without_one_site_for_some_makes_no_sum_with_the_others() -> None:
