@@ -646,7 +646,7 @@ def test_a_proof_that_is_none_is_refused(attack: str) -> None:
     assert play.blocks[0].reveal(true, play.journals[0]).site == 0
 
 
-@pytest.mark.parametrize("attack", ["too few", "swapped", "of another round", "another site's"])
+@pytest.mark.parametrize("attack", ["too few", "swapped", "out of order", "of another round", "another site's"])
 def test_tags_that_do_not_show_that_all_are_there_finish_no_round(attack: str) -> None:
     play = begun()
     before = finish_of(play.collect(1), 0)
@@ -659,6 +659,7 @@ def test_tags_that_do_not_show_that_all_are_there_finish_no_round(attack: str) -
     tags = {
         "too few": true.tags[:-1],
         "swapped": (Tag(1, true.tags[1].data), Tag(2, true.tags[0].data), *true.tags[2:]),
+        "out of order": true.tags[::-1],
         "of another round": before.tags,
         "another site's": finish_of(play, 1).tags,
     }[attack]
@@ -696,6 +697,11 @@ def test_a_round_is_masked_once_and_never_an_earlier_one() -> None:
     play.mask(1, 3)
     with pytest.raises(VerificationError):
         play.blocks[1].confirm(survivors_of(play, 1, (1, 2, 3)), play.journals[1])
+    play = begun(4, rounds=4, corrupt=0).collect(1, {3}).confirm()
+    play.mask(0, 2, range(3))
+    with pytest.raises(ProtocolError, match="has answered, or has masked no vector"):
+        play.blocks[0].reveal(play.proofs[0], play.journals[0])
+    assert [entry.step for entry in play.journals[0].entries] == ["mask", "choice", "mask"]
 
 
 @pytest.mark.parametrize(
@@ -769,6 +775,12 @@ def test_nothing_leaves_before_the_record_is_durable() -> None:
     ):
         with pytest.raises(StateError, match="disk"):
             action(message, fails)
+    with pytest.raises(StateError, match="disk"):
+        play.blocks[2].mask(2, world.INPUTS, range(5), words, fails)
+    with pytest.raises(ProtocolError, match="has answered, or has masked no vector"):
+        play.blocks[2].finish(finish_of(play, 2), play.journals[2])
+    with pytest.raises(ProtocolError, match="has answered"):
+        play.blocks[1].reveal(Proof(play.blocks[1].roster, 1, (), ()), play.journals[1])
     # The round is lost for these sites, and nothing of it is left to answer with.
     for i in (0, 1):
         with pytest.raises(ProtocolError, match="has answered"):
@@ -808,10 +820,11 @@ def test_what_is_revealed_in_one_round_opens_no_other() -> None:
 
 def test_what_a_site_holds_opens_no_item_and_no_round_that_is_over() -> None:
     """The coordinator keeps all items. Whoever seizes the site later finds no key to them."""
-    play = begun(5, rounds=3)
+    play = begun(5, rounds=4)
     play.play(1)
+    play.play(3, {"mask": {4}})
     state = play.blocks[0]
-    assert sorted(state._slots) == [2, 3]
+    assert sorted(state._slots) == [4]
     assert (state._masked, state._confirmed) == (None, None)
     for there, back in state._channels.values():
         for channel in (there, back):
@@ -882,6 +895,7 @@ def test_shares_of_fewer_than_a_quorum_open_no_secret() -> None:
     play = dealt_world.DealtWorld(dealt_world.dealt_parameters(5, rounds=2, dropouts=1)).deal()
     own, quorum = dict(play.dealt[2].own), graph.quorum(5, 1)
     play.join()
+    seeds = set()
     for number, secrets in own.items():
         held = {i + 1: state._slots[number].shares[2] for i, state in play.blocks.items()}
         for size in (quorum - 1, quorum):
@@ -891,6 +905,9 @@ def test_shares_of_fewer_than_a_quorum_open_no_secret() -> None:
                 seed = shamir.combine({point: held[point][SHARE_BYTES:] for point in points})
                 pair = masks.pair_secret(seed, transcript.slot_digest(play.deliveries[0].roster, number), 2, 3)
                 assert (pair == secrets.pairs[3]) is (size == quorum)
+        seeds |= {secrets.self_seed, seed}
+    # Each round has seeds of its own: what one round opens of a site, the other does not need.
+    assert len(seeds) == 2 * len(own)
 
 
 def test_a_member_list_without_one_site_for_some_makes_no_sum_with_the_others() -> None:
@@ -923,6 +940,20 @@ def lying(monkeypatch: pytest.MonkeyPatch, liar: int, lie: Callable[..., Any], n
         play.blocks[i], play.joined[i] = dealt.join(state, play.deliveries[i])
         play.coordinator.admit(play.joined[i])
     return play
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_dealer_whose_secret_does_not_fit_its_commitment_is_named_by_the_receiver(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    play = dealt_world.DealtWorld(dealt_world.dealt_parameters(5, rounds=2, dropouts=1))
+    th = transcript.roster_digest(transcript.parameters_digest(play.parameters), play.roster)
+    wrong, honest = (transcript.slot_digest(th, number), 4), dealt.pair_commitment
+    with monkeypatch.context() as patched:
+        patched.setattr(dealt, "pair_commitment", lambda *of: bytes(32) if of[:2] == wrong else honest(*of))
+        play.deal()
+    with pytest.raises(VerificationError, match="the secret that site-0004 sent this site"):
+        dealt.join(play.dealt[0], play.deliveries[0])
 
 
 @pytest.mark.parametrize("wrong", [1, 3])
