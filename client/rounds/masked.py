@@ -49,7 +49,11 @@ Contribute = Callable[[RoundOpen], Contribution]
 """Trains for an opened round, or returns the contribution that was trained for it before."""
 
 Revealed = Callable[[Study, RoundOpen], None]
-"""Is told that a round's sum holds this site's vector, and that this site has helped to unmask it."""
+"""Is told that this site has helped to unmask a round's sum, which holds its vector.
+
+In a block that tolerates drop-outs, the other sites may have confirmed a list without this one: its vector is then in no
+sum. So a study with a block takes no noise back.
+"""
 
 State = Callable[[RoundOpen, bytes], bytes]
 """Returns the site's signed statement for the round log, from the round and the masked vector."""

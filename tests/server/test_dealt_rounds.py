@@ -21,6 +21,7 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.secagg.encoding import decode, encode, is_kind, kind_of
+from privet.common.secagg.links import HybridChannels
 from privet.common.secagg.messages import (
     MAX_DEALT,
     BlockParameters,
@@ -188,6 +189,26 @@ def test_a_block_goes_on_for_a_while_without_a_site_that_does_not_answer(tmp_pat
     ]
     assert list(state.statements[3]["failures"]) == ["site-0001"]
     assert "asked again with the next set-up" in state.statements[3]["failures"]["site-0001"]
+
+
+def test_a_site_whose_items_do_not_open_keeps_others_out_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = dealt_study(rounds=3, block=2)
+    exchange = sharing(study, COUNT)
+    honest = HybridChannels.seal
+
+    def spoilt(self: HybridChannels, other: int, plain: bytes, beside: bytes) -> bytes:
+        item = honest(self, other, plain, beside)
+        return item[:-1] + bytes([item[-1] ^ 1]) if (self._me, other) == (0, 3) else item
+
+    monkeypatch.setattr(HybridChannels, "seal", spoilt)
+    state = run(tmp_path, study, exchange)
+    assert survivors_of(state) == [[0, 1, 2, 4, 5]] * 3
+    assert exact(study, exchange, state)
+    for set_up in (0, 2):
+        assert "from site number 0 to site number 3" in state.statements[set_up]["failures"]["site-0003"]
+    assert sites_of(exchange)[3].trained == []
 
 
 def test_a_late_vector_is_in_no_sum_and_the_round_has_one(tmp_path: Path) -> None:
