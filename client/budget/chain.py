@@ -259,9 +259,13 @@ class Chain:
         Raises:
             VerificationError: It is not: the file was rolled back, rewritten or replaced.
         """
-        with self.reading() as database:
-            row = database.execute("SELECT head FROM entries WHERE sequence = ?", (sequence,)).fetchone()
-            last, _ = self.last()
+        with self.reading():
+            self._check_holds(sequence, head)
+
+    def _check_holds(self, sequence: int, head: str) -> None:
+        """Do what `check_anchor` does, within a transaction."""
+        row = self._database.execute("SELECT head FROM entries WHERE sequence = ?", (sequence,)).fetchone()
+        last, _ = self.last()
         if row is None:
             raise self.wrong(
                 f"it ends at row {last}, but row {sequence} is on record elsewhere: an old copy was restored, or the "
@@ -280,6 +284,7 @@ class Chain:
 
         Raises:
             StateError: The anchor cannot be written.
+            VerificationError: The file no longer holds the last head that this process has written to the anchor.
         """
         if self._anchor is None:
             return
@@ -287,6 +292,9 @@ class Chain:
         with self.transaction():
             head = self.last()
             if head != self._anchored:
+                # An old copy that was put back while the process runs: writing its head would hide that.
+                if self._anchored is not None and self._anchored[0]:
+                    self._check_holds(*self._anchored)
                 write_durably(self._anchor, canonical_json({"sequence": head[0], "head": head[1]}) + b"\n")
                 self._anchored = head
 

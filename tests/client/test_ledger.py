@@ -1213,6 +1213,21 @@ def test_heads_seen_before_stay_part_of_the_chain(ledger: Ledger) -> None:
             ledger.check_anchor(sequence, seen)
 
 
+def test_an_old_copy_that_is_put_back_while_the_process_runs_lets_nothing_leave(
+    anchored: Ledger, path: Path, anchor: Path
+) -> None:
+    step = RecordedStep(b"session", 1, "mask", b"roster", b"lists")
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(":memory:")) as old:
+        live.backup(old)
+        anchored.take(step)
+        kept = anchor.read_bytes()
+        old.backup(live)
+        # The same row is missing, so that the ledger takes the step again; its row has the number of the lost one.
+        with pytest.raises(VerificationError, match="on record elsewhere"):
+            anchored.take(replace(step, lists=b"other"))
+    assert anchor.read_bytes() == kept
+
+
 def test_a_wiped_ledger_is_not_begun_again(anchored: Ledger, path: Path, anchor: Path) -> None:
     anchored.close()
     shutil.rmtree(path.parent)

@@ -96,6 +96,8 @@ def test_a_round_with_too_few_vectors_confirmations_or_shares_has_no_sum() -> No
         with pytest.raises(TooFewSitesError, match=words):
             play.play(1, drops)
         assert not play.coordinator.holds(2)
+    with pytest.raises(TooFewSitesError, match="4 sites sent a masked vector, the round needs at least 5"):
+        begun().collect(1, {0}).coordinator.finishes()
 
 
 def test_transcripts_of_rounds_and_lists_differ() -> None:
@@ -889,6 +891,8 @@ def test_a_delivery_of_too_few_of_a_stranger_or_of_another_suite_is_refused_and_
         with pytest.raises(error):
             dealt.join(play.dealt[0], dataclasses.replace(true, **changes))
     assert dealt.join(play.dealt[0], true)[1].site == 0
+    with pytest.raises(ProtocolError, match="answers once"):
+        dealt.deal(play.advertised[0], play.roster)
 
 
 def test_shares_of_fewer_than_a_quorum_open_no_secret() -> None:
@@ -1044,6 +1048,29 @@ def test_the_coordinator_refuses_deals_of_another_form() -> None:
         with pytest.raises(ProtocolError, match="site-0000 must"):
             play.coordinator.admit(dataclasses.replace(changed, signature=signature))
     play.coordinator.admit(good)
+
+
+def test_the_coordinator_sets_up_no_block_of_too_few_sites_and_takes_no_strangers() -> None:
+    def signed(play: Any, message: Any) -> Any:
+        binding = play.coordinator._binding
+        key = world.identity(message.site).key
+        return dataclasses.replace(message, signature=key.sign(transcript.signed_bytes(message, binding)))
+
+    parameters = dealt_world.dealt_parameters(6, rounds=2, dropouts=1)
+    play = dealt_world.DealtWorld(parameters, missing={5})
+    _, good = dealt.deal(play.advertised[0], play.roster)
+    with pytest.raises(ProtocolError, match="site-0005 sent shares, but no keys"):
+        play.coordinator.admit(signed(play, dataclasses.replace(good, site=5)))
+    with pytest.raises(TooFewSitesError, match="4 sites shared their secrets"):
+        dealt_world.DealtWorld(parameters).deal({0, 1})
+    with pytest.raises(TooFewSitesError, match="4 sites opened the items"):
+        dealt_world.DealtWorld(parameters).join({0, 1}).begin(1)
+    play = dealt_world.DealtWorld(parameters).deal({3})
+    with pytest.raises(ProtocolError, match="site-0003 joined the block, but shared no secrets"):
+        play.coordinator.admit(signed(play, messages.Joined(play.coordinator._binding.roster, 3)))
+    # Of the items it keeps the commitments alone.
+    kept = [item.data for each in play.coordinator._deals.values() for item in each.sealed]
+    assert {len(data) for data in kept} == {2 * messages.DIGEST_BYTES}
 
 
 def test_a_coordinator_begins_only_rounds_that_the_block_holds() -> None:
