@@ -51,8 +51,8 @@ Contribute = Callable[[RoundOpen], Contribution]
 Revealed = Callable[[Study, RoundOpen], None]
 """Is told that this site has helped to unmask a round's sum, which holds its vector.
 
-In a block that tolerates drop-outs, the other sites may have confirmed a list without this one: its vector is then in no
-sum. So a study with a block takes no noise back.
+In a block that tolerates drop-outs, the other sites may have confirmed a list without this one: its vector is then in
+no sum. So a study with a block takes no noise back.
 """
 
 State = Callable[[RoundOpen, bytes], bytes]
