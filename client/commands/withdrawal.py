@@ -46,6 +46,7 @@ def withdraw(
     from privet.client.budget.certificate import write_certificate
     from privet.client.budget.releases import open_ledger
     from privet.client.budget.withdrawals import Withdrawals
+    from privet.client.setup import change
     from privet.client.site import load_site
 
     config = load_site(site)
@@ -71,6 +72,7 @@ def withdraw(
             entries = [found.leave()] if everything else found.add(people)
             folder = out or site.resolve().parent / "certificates"
             paths = [write_certificate(config, ledger, each, folder) for each in entries]
+            change(site, {"withdrawals": True})  # so that marks are missed where all of them are lost
     finally:
         ledger.close()
     new = sum(not each.again for each in entries)
@@ -95,8 +97,14 @@ def _people(config: SiteConfig, file: Path) -> list[Names]:
             f"the site file of {config.name} names no patient_column, so nobody could be left out by an id",
             "name the column of patients: `privet site setup SITE --patient-column COLUMN`",
         )
+    if config.declared_count is None:
+        raise StateError(
+            f"the site file of {config.name} declares no count, so the count that others see follows from the files: "
+            "it would tell when a person left",
+            "declare the count that others have seen until now: `privet site setup SITE --declared-count NUMBER`",
+        )
     try:
-        lines = sys.stdin.readlines() if str(file) == "-" else file.read_text(encoding="utf-8").splitlines()
+        lines = sys.stdin.readlines() if str(file) == "-" else file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(
             f"{file} cannot be read ({type(error).__name__})",
