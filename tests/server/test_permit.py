@@ -13,7 +13,7 @@ from privet.client.policy.rules import Facts, judge
 from privet.client.site import SiteConfig
 from privet.common.errors import RefusedError, StudyError
 from privet.common.study.study import Study
-from privet.common.study.terms import check_permit, purpose_text
+from privet.common.study.terms import check_permit, check_until, purpose_text
 from privet.server.rounds import rounds
 from privet.server.studies import check_new
 from tests.client.test_policy import NOON, policy_of
@@ -83,6 +83,14 @@ def test_a_site_refuses_after_the_permit_s_last_day_whatever_its_policy_says() -
     site = SiteConfig(name="berlin", train=(Path("a.csv"),))
     assert advice(site, [found], "site.toml", "x")[0].startswith("no site can admit this")
     assert judge(policy_of(), agreed(purpose=PURPOSE), Facts(**{**vars(facts), "now": NOON})) == ()
+
+
+def test_the_last_day_of_all_is_a_day_without_end() -> None:
+    study = masked_study(
+        purpose={**PURPOSE, "permit": {**PERMIT, "expires": "9999-12-31"}}, release={"until": "9999-12-31"}
+    )
+    check_permit(study, LAST)
+    check_until(study, LAST)
 
 
 def test_the_coordinator_begins_no_run_and_opens_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
