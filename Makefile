@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo demo-llm deploy-demo test test-most test-ray unit slow check docs dist sbom bench clean
+.PHONY: help setup demo demo-llm demo-console deploy-demo test test-most test-ray unit slow check docs dist sbom bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -67,6 +67,14 @@ demo-llm: $(VENV)/.dev  ## Fine-tune a language model over four synthetic hospit
 deploy-demo: $(VENV)/.dev  ## Run a coordinator and three hospitals as processes over TLS, one study end to end.
 	rm -rf runs/deploy-demo
 	$(BIN)/privet deploy simulations/studies/deploy.toml --out runs/deploy-demo
+
+CONSOLE := runs/demo-console
+demo-console: $(VENV)/.dev  ## Open the console of a demonstration coordinator, with a study of three hospitals under way.
+	rm -rf $(CONSOLE) && mkdir -p runs
+	@$(BIN)/privet deploy simulations/studies/deploy.toml --out $(CONSOLE) >$(CONSOLE).log 2>&1 & \
+	for second in {1..120}; do [ -f $(CONSOLE)/consortium/coordinator/members.db ] && break; sleep 1; done; \
+	echo "A site's console: $(BIN)/privet console site $(CONSOLE)/consortium/SITE"; \
+	$(BIN)/privet console coordinator -C $(CONSOLE)/consortium/coordinator
 
 test:  ## Run all tests.
 	$(MAKE) test-most

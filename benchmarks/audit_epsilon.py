@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from privet.client.bases.files import pins_of
+from privet.client.release.separation import clopper_pearson
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping, noisy, per_sample_gradients
 from privet.client.training.features import Feature
@@ -65,7 +66,6 @@ from privet.common.privacy.noise import Randomness, SecretRandomness
 from privet.common.privacy.shared_noise import SharedNoise, contribute
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
-from privet.simulations.attacks.statistics import clopper_pearson
 
 Integers = NDArray[np.int64]
 Values = NDArray[np.float64]

@@ -24,6 +24,7 @@ from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Column, Name, Section
 
 BaseName = Annotated[str, Field(min_length=1, max_length=200)]
+ApproverKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 IdRule = Literal["number", "text", "case"]
 """How the ids of patients are written (`privet.client.training.ids`)."""
 
@@ -146,6 +147,9 @@ class SiteConfig(Formatted):
     """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
+    canaries: Annotated[int, Field(ge=20)] | None = None
+    """Number of canaries that this site plants in studies whose gate asks for them: made-up records, each of which
+    enters the training with probability 1/2. At most `declared_count`. They cost records no privacy. None: none."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The number of units that this site declares. It is the site's weight, and it is public. Private studies need
     it. None: the number of units, rounded to two digits."""
@@ -161,6 +165,9 @@ class SiteConfig(Formatted):
     first one. Without a policy file, a site refuses every study."""
     approvals: Path | None = None
     """File of the studies that a person at this site approved. `privet site approve` adds to it."""
+    approvers: Annotated[dict[Name, ApproverKey], Field(exclude_if=lambda value: not value)] = Field(default={})
+    """Public keys of the people who approve studies, in hexadecimal, by name. `privet site approver SITE NAME` adds
+    one. With this table, an approval counts only if it is signed with the key of one of them."""
     dataset: Name | None = None
     """The dataset's lasting name. The ledger records spending under it. A new version of the data keeps the name,
     because it holds the same people."""
@@ -199,6 +206,13 @@ class SiteConfig(Formatted):
     retention: Annotated[RetentionSection | None, Field(exclude_if=lambda value: value is None)] = None
     """How long this site keeps what (`privet site retention`)."""
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _canaries_are_few(self) -> Self:
+        # Sums have room for some times the declared count.
+        if self.canaries is not None and self.declared_count is not None and self.canaries > self.declared_count:
+            raise ValueError(f"canaries: expected at most declared_count, {self.declared_count}, found {self.canaries}")
+        return self
 
     @model_validator(mode="after")
     def _rule_has_a_column(self) -> Self:

@@ -32,6 +32,8 @@ _GROUPS = {
     "base": "Pin a base model in a study (`privet base DIRECTORY`), or import one from another format.",
     "audit": "Verify a round log, read its history, and compare copies of it.",
     "coordinator": "Found a consortium, manage its members, serve it, and run studies.",
+    "console": "Open a console in a browser, on this machine alone: of a site, or of a coordinator.",
+    "gate": "Pass or refuse a candidate, the adapter of a study with a gate. Sites test and sign it.",
     "registry": "Follow released adapters: where each comes from, what it cost, and whether it is still in use.",
     "site": "Set up a site, decide which studies it admits, and show what left it and what its dataset spent.",
 }

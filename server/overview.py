@@ -35,11 +35,17 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
         "asking": [row.keys.site for row in rows if row.state == "pending"],
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
-        "runs": [_run(path) for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()],
+        "runs": [run_status(path) for path in run_paths(made)],
     }
 
 
-def _run(path: Path) -> dict[str, Any]:
+def run_paths(made: Coordinator) -> list[Path]:
+    """Return the directories of all runs."""
+    return [path for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()]
+
+
+def run_status(path: Path) -> dict[str, Any]:
+    """Return the status of one run."""
     directory = RunDirectory.open(path)
     state, wait = directory.load(), directory.waiting
     ends = [statement["type"] for statement in state.statements]
@@ -57,6 +63,7 @@ def _run(path: Path) -> dict[str, Any]:
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
         "released": (path / "release").is_dir(),
+        **({} if directory.study.gate is None else {"gated": True}),
     }
 
 
@@ -80,6 +87,8 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
     state = "finished" if run["ended"] else "running" if run["waiting"] else "unfinished"
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
+    elif run["ended"] and run.get("gated") and not run["released"]:
+        state = "ended with a candidate (`privet gate status`)"
     rounds = f"{run['closed']} of {run['rounds']} rounds closed, {run['aborted']} aborted"
     lines = _entry("run", f"{run['run']}: {rounds}, {state}{', released' if run['released'] else ''}")
     if run["waiting"]:

@@ -21,6 +21,7 @@ from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.common.study.terms import check_permit
+from privet.server.consortium.candidates import log_reviews
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
@@ -29,11 +30,11 @@ from privet.server.network.service import admit_members, link_of, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
-from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.state import STOP, RunDirectory, RunState
 from privet.server.rounds.timing import Timing
 from privet.server.rounds.watch import Wait
 
-_CONFIG, _STOP = "adapter_config.json", "stop"
+_CONFIG = "adapter_config.json"
 # Seconds between two notes of what a stage waits for, while it waits for more than a few sites.
 _NOTED, _FEW = 0.5, 50
 
@@ -95,7 +96,7 @@ class StudyRun:
         if metrics_port:
             MetricsServer(metrics_port, metrics.registry)
         # A request to stop from an earlier process must not stop this one after its first round.
-        (self.directory.path / _STOP).unlink(missing_ok=True)
+        (self.directory.path / STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:
             self.check_going()  # it may have been withdrawn while this process waited for the log
             public = self.made.directory / "public"
@@ -126,6 +127,7 @@ class StudyRun:
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
         log_decisions(self.made, journal)
+        log_reviews(self.made, journal)
         if journal.history.genesis is not None:
             # Before anybody consents, a site can compare the study that it is asked to approve with the log.
             journal.sign_head()
@@ -134,7 +136,7 @@ class StudyRun:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
             say(line_of(statement, self.directory.study.rounds))
-            if (self.directory.path / _STOP).exists():
+            if (self.directory.path / STOP).exists():
                 if self.directory.load().stopped:
                     raise StoppedError(
                         f"run {self.name} stopped after its last round, before its release",
@@ -157,11 +159,7 @@ class StudyRun:
 
     def stop(self) -> None:
         """Ask the process that runs it to stop after the current round. Raises `StateError` if the run has ended."""
-        if self.directory.load().stopped:
-            raise StateError(
-                f"run {self.name} has ended, so there is nothing to stop", "`privet coordinator status` lists all runs"
-            )
-        (self.directory.path / _STOP).touch()
+        self.directory.ask_to_stop()
 
 
 def free_name(made: Coordinator, name: str) -> str:

@@ -21,11 +21,12 @@ RunName = Annotated[str, typer.Argument(help="Name of a run of the consortium, a
 
 @doing("Asking for the adapters of the consortium")
 def adapters(site: SiteFile, as_json: Json = False) -> None:
-    """List the adapters that the consortium released, and what became of them.
+    """List the adapters that the consortium released, what became of them, and candidates that wait for this site.
 
     The list follows from the round log, which this site replays. An adapter that this site has received, and that was
     revoked since, is refused by all commands from now on.
     """
+    from privet.client.network import candidates
     from privet.client.network.adapters import FOLDER, follow, offered
     from privet.client.network.proposals import consulted
     from privet.client.site import load_site
@@ -35,10 +36,21 @@ def adapters(site: SiteFile, as_json: Json = False) -> None:
     if log is not None:
         follow(log.history, folder)
     rows = [] if log is None else [_row(each, folder) for each in offered(log.history, config.name, folder)]
+    found = () if log is None else candidates.waiting(log.history, config.name, now())
+    gated = [{"run": each.name, "adapter": each.adapter, "signatures": each.gate.terms.signatures} for each in found]
+    lacking = () if log is None else candidates.omitted(log.history, site.resolve().parent / candidates.FOLDER)
     if as_json:
-        typer.echo(json.dumps({"adapters": rows}))
+        typer.echo(json.dumps({"adapters": rows, "candidates": gated, "omitted_reviews": lacking}))
         return
-    if not rows:
+    for name in lacking:
+        said = (
+            f"WARNING: the candidate of run {name} was decided about, and the round log lacks this site's review of it"
+        )
+        typer.echo(folded(f"{said}; ask the coordinator's operator to explain", 2))
+    for each in found:
+        typer.echo(f"{each.name}  {each.adapter[7:19]}  candidate: {each.gate.terms.signatures} sites have to sign it")
+        typer.echo(f"  next: test it with `privet gate test {site} {each.name}`")
+    if not rows and not found:
         typer.echo("the consortium has released no adapter yet")
     for row in rows:
         typer.echo(f"{row['run']}  {row['adapter'][7:19]}  {row['state']}; {row['privacy']}")

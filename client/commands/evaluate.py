@@ -105,7 +105,7 @@ def evaluate(
         canaries=canaries,
         forms=PLAINLY if form is None else load_format(form),
     )
-    release = open_release(run)
+    release = open_release(run, testing=True)
     show_evaluation(release, asked, Resources(physical_batch=batch), out, as_json=as_json, formed=form is not None)
 
 

@@ -9,9 +9,10 @@ import typer
 
 from privet.common.errors import StateError
 from privet.common.options import SiteFile
-from privet.common.progress import closing
+from privet.common.progress import closing, doing
 
 
+@doing("Reading what {site} cosigned")
 def head(
     site: SiteFile,
     size: Annotated[

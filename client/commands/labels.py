@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from privet.client.commands.guide import Guide
-from privet.client.commands.policy import named_study, proposed_studies
+from privet.client.commands.policy import named_study
 from privet.client.training.examination import foreign_labels, label_command, labels_of
 from privet.common.errors import PrivetError, StudyError
 from privet.common.study.study import Study
@@ -91,6 +91,8 @@ def asked_studies(guide: Guide, study: str | None) -> list[Study]:
     site = guide.site
     if study is not None:
         return [named_study(guide.file, site, study, read=not guide.yes)[0]]
+    from privet.client.network.proposals import proposed_studies
+
     try:
         found = [each.study for each in proposed_studies(guide.file, site) if not each.ended]
     except PrivetError:

@@ -8,14 +8,13 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from privet.common.clock import now
 from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import most_like, write_new
 from privet.common.options import Json, SiteFile
@@ -23,7 +22,6 @@ from privet.common.progress import doing, folded, number_of, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
-    from privet.client.policy.agreement import Price
     from privet.client.site import SiteConfig
     from privet.common.study.study import Study
 
@@ -80,6 +78,12 @@ def policy(
 
 
 _REFUSES = "this site refuses it"
+Approver = Annotated[
+    str | None, typer.Option("--as", help="Name of the approver who signs, if the site file names approvers.")
+]
+ApproverPassphrase = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="File that holds the passphrase of the approver's key.")
+]
 
 
 @doing("Judging {study} by the policy of {site}")
@@ -100,14 +104,15 @@ def check(
     prints nothing of them but counts. It sends nothing. Exit code 3 if the site would refuse the study.
     """
     from privet.client.policy.agreement import LATER
+    from privet.client.policy.opinion import judged, unfit_of
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
 
     config = load_site(site)
     asked, _ = named_study(site, config, study, read=True)
-    digest, findings, budget = _judge(config, asked)
+    digest, findings, budget = judged(config, asked)
     against = [each for each in findings if each.code not in LATER]
-    unfit = None if against or budget is not None else _unfit(config, asked)
+    unfit = None if against or budget is not None else unfit_of(config, asked)
     if as_json:
         reasons = [vars(finding) for finding in findings]
         spoken = "" if budget is None else budget.message
@@ -137,38 +142,50 @@ def approve(
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Approve without a question.")] = False,
+    by: Approver = None,
+    until: Annotated[
+        datetime | None,
+        typer.Option(help="Last day of the approval (UTC).", formats=["%Y-%m-%d"], show_default=False),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why, for the signed approval.")] = "",
+    passphrase_file: ApproverPassphrase = None,
 ) -> None:
     """Show what a study asks of this site, and record that you approve it.
 
     The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply, and
     the site's data files must fit the study: otherwise the command says what to change, records nothing, and ends with
     exit code 3.
+    Where the site file names approvers, the approval is signed with the key of the one that --as names.
     On a terminal it asks before it records; --yes leaves the question out. There it also asks which columns and labels
     of the files are those of the study, where they differ, and writes the answers to the site file.
     """
     from privet.client.commands.columns import settle_columns
     from privet.client.commands.guide import Guide
-    from privet.client.network.serve import is_served
+    from privet.client.network.lock import is_served
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
+    from privet.client.policy.decisions import needs_signature
+    from privet.client.policy.opinion import judged, price_of, said, unfit_of
     from privet.client.site import load_site
     from privet.client.training.glance import lacking_columns
 
     config = load_site(site)
+    if config.approvers and by is None:
+        raise needs_signature(config)
     asked, who = named_study(site, config, study, read=not yes)
     lacking, _ = lacking_columns(config, asked)
-    for name, text in agreement(config, asked, who, _price(config, asked), lacking):
+    for name, text in agreement(config, asked, who, price_of(config, asked), lacking):
         typer.echo(_paragraph(name, text))
     terminal, mapped = sys.stdin.isatty(), False
     if lacking and terminal and not yes:
         mapped = settle_columns(Guide(site, yes=False), asked)
         config = load_site(site)
-    _, findings, budget = _judge(config, asked)
+    _, findings, budget = judged(config, asked)
     against = [each for each in findings if each.code not in LATER]
-    unfit = None if against or budget is not None else _unfit(config, asked)
+    unfit = None if against or budget is not None else unfit_of(config, asked)
     if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
         config, mapped = load_site(site), True
-        unfit = _unfit(config, asked)
+        unfit = unfit_of(config, asked)
     if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
         _show(against, budget, unfit)
@@ -183,11 +200,16 @@ def approve(
     if terminal and not yes and not typer.confirm("\nApprove this study for this site?"):
         typer.echo("not approved; nothing was recorded")
         raise typer.Exit(1)
-    record(config, asked, datetime.now(UTC))
+    if by is None:
+        record(config, asked, datetime.now(UTC))
+    else:
+        end = None if until is None else until.replace(tzinfo=UTC) + timedelta(days=1)
+        _decide(config, asked, by, "approve", reason, end, passphrase_file)
     typer.echo(f"\napproved  {asked.name} {asked.digest}")
+    findings = judged(config, asked)[1] if by is not None else findings
     for each in findings:
-        if each.code in LATER - {"E_NOT_APPROVED"}:
-            typer.echo(f"not yet   {printable(_said(each))}")
+        if each.code in LATER - (set() if by is not None else {"E_NOT_APPROVED"}):
+            typer.echo(f"not yet   {printable(said(each))}")
     if is_served(config) and mapped:
         typer.echo("A process serves this site with the former site file. Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
@@ -197,6 +219,77 @@ def approve(
         typer.echo(f"next: privet site serve {site}")
 
 
+@doing("Reading {study}")
+def refuse(
+    site: SiteFile,
+    study: Annotated[
+        str, typer.Argument(help="As `privet site approve` takes it: a file, a run, or a digest.", metavar="STUDY")
+    ],
+    reason: Annotated[str, typer.Option(help="Why. It stays at this site.")],
+    by: Approver = None,
+    passphrase_file: ApproverPassphrase = None,
+) -> None:
+    """Record that an approver refuses a study: a signed statement, which also ends an earlier approval.
+
+    The site takes part in the study only once this approver approves it.
+    """
+    from privet.client.site import load_site
+
+    config = load_site(site)
+    if by is None:
+        raise StateError(
+            "a refusal is signed by an approver: expected --as NAME",
+            f"make a key with `privet site approver {site} NAME`; without approvers, a study is refused by not "
+            "approving it",
+        )
+    asked, _ = named_study(site, config, study, read=False)
+    _decide(config, asked, by, "refuse", reason, None, passphrase_file)
+    typer.echo(f"refused  {asked.name} {asked.digest}, by {by}")
+
+
+@doing("Making the key of {name}")
+def approver(
+    site: SiteFile,
+    name: Annotated[str, typer.Argument(help="Name of the person: lower-case letters, digits, dashes.")],
+    passphrase_file: ApproverPassphrase = None,
+) -> None:
+    """Make the key of a person who approves studies, and name its public key in the site file.
+
+    The key is encrypted under a passphrase that only this person knows. From then on, an approval counts only if an
+    approver signed it: also studies that were approved before need a signature. How many people must approve a study
+    says `persons` in the policy.
+    """
+    from privet.client.editing import change_file
+    from privet.client.policy.decisions import make_approver
+    from privet.client.site import SiteConfig, load_site
+    from privet.common.pki.commands import new_passphrase
+    from privet.common.study.reading import validate
+
+    config = load_site(site)
+    if name in config.approvers:
+        raise StateError(f"this site has an approver {name} already", "choose another name")
+    public = make_approver(config, name, new_passphrase(passphrase_file, f"the key of {name}", optional=False))
+    change_file(site, {f"approvers.{name}": public}, partial(validate, SiteConfig, what="site file"))
+    typer.echo(f"approver  {name} {public}")
+    typer.echo("Restart `privet site serve` if it runs: from then on, approvals count only if an approver signed them.")
+
+
+def _decide(
+    config: SiteConfig,
+    study: Study,
+    by: str,
+    decision: Literal["approve", "refuse"],
+    reason: str,
+    until: datetime | None,
+    passphrase_file: Path | None,
+) -> None:
+    from privet.client.policy.decisions import decide
+    from privet.common.pki.commands import ask_passphrase, read_passphrase
+
+    passphrase = read_passphrase(passphrase_file) or ask_passphrase(f"the key of approver {by}")
+    decide(config, study, by, passphrase, decision, reason=reason, until=until, now=datetime.now(UTC))
+
+
 @doing("Asking the coordinator for its studies")
 def studies(site: SiteFile, as_json: Json = False) -> None:
     """List the studies that the coordinator proposes, and say whether this site would take part in each.
@@ -204,6 +297,7 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
     The studies come over the network. This site computes their digests, and compares them with the round log.
     Approve one with `privet site approve SITE RUN`.
     """
+    from privet.client.network.proposals import proposed_studies
     from privet.client.site import load_site
 
     config = load_site(site)
@@ -232,13 +326,14 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
 
 def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     """Return what is printed about a proposed study, as JSON values."""
+    from privet.client.policy.opinion import judged, said
     from privet.common.study.terms import purpose_text
 
     study = proposed.study
-    _, findings, budget = _judge(config, study)
+    _, findings, budget = judged(config, study)
     codes = [each.code for each in findings]
     waits = codes == ["E_NOT_APPROVED"] and budget is None
-    reasons = [f"{each.code}: {_said(each)}" for each in findings if waits or each.code != "E_NOT_APPROVED"]
+    reasons = [f"{each.code}: {said(each)}" for each in findings if waits or each.code != "E_NOT_APPROVED"]
     reasons += [f"E_BUDGET: {budget.message}"] if budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
@@ -273,7 +368,7 @@ def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tu
         PrivetError: As `load_study`, `consulted` and `chosen`.
     """
     from privet.client.network.enrolment import Enrolment
-    from privet.client.network.proposals import chosen
+    from privet.client.network.proposals import chosen, proposed_studies
     from privet.common.study.study import load_study
 
     if study_is_exact(study) and not study.startswith("sha256:"):
@@ -293,32 +388,6 @@ def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tu
 def study_is_exact(study: str) -> bool:
     """Whether an argument names one study whatever the coordinator says: by its file, or by its whole digest."""
     return bool(re.fullmatch("sha256:[0-9a-f]{64}", study)) or study.endswith(".toml") or Path(study).is_file()
-
-
-def proposed_studies(file: Path, config: SiteConfig) -> Sequence[Proposed]:
-    """Return the studies that the coordinator proposes, compared with the round log. Raises as `consulted`."""
-    from privet.client.network.proposals import compared, consulted
-
-    service, log = consulted(file, config, now)
-    return compared(service.proposals(), None if log is None else log.history)
-
-
-def _price(config: SiteConfig, study: Study) -> Price | None:
-    from privet.client.budget.ledger import cost_of
-    from privet.client.budget.releases import cost_of_study, limit_of, open_ledger
-    from privet.client.policy.agreement import Price
-
-    limit, costs = limit_of(config), cost_of_study(study, config)
-    if limit is None or not costs or costs[0][0].unit != limit.unit:
-        return None
-    ledger = open_ledger(config)
-    try:
-        dataset = str(config.dataset)
-        counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
-        after, needed = cost_of(ledger, dataset, limit, () if begun else costs)[1:]
-    finally:
-        ledger.close()
-    return Price(dataset, limit, counted, after, needed)
 
 
 def _paragraph(name: str, text: str) -> str:
@@ -401,38 +470,6 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
     return omitted_refusals(config.log.state, verdict.history)
 
 
-def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], PrivetError | None]:
-    """Return the digest of the site's rules, the findings of its policy against a study, and its ledger's objection."""
-    from privet.client.budget.releases import Releases
-    from privet.client.policy.consent import verdict
-
-    releases = Releases(config)
-    digest, findings = verdict(config, study, releases.began)
-    try:
-        releases.check(study)
-    except PrivetError as error:
-        return digest, findings, error
-    return digest, findings, None
-
-
-def _said(finding: Finding) -> str:
-    return f"{finding.rule}: asked {finding.asked}, allowed {finding.allowed}"
-
-
-def _unfit(config: SiteConfig, study: Study) -> PrivetError | None:
-    """Return what is wrong with the files that a study reads, as the site finds it before it consents."""
-    from privet.client.policy.scanned import check_scan
-    from privet.client.training.data import counted_files, site_records
-
-    try:
-        if config.train:
-            site_records(counted_files(config, study), study)
-            check_scan(config, study, files=True)
-    except PrivetError as error:
-        return error
-    return None
-
-
 def _map_labels(file: Path, study: Study) -> bool:
     """Ask what the labels of the files mean that a study does not have; return whether the site file was changed."""
     from privet.client.commands.guide import Guide
@@ -443,8 +480,10 @@ def _map_labels(file: Path, study: Study) -> bool:
 
 
 def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: PrivetError | None) -> None:
+    from privet.client.policy.opinion import said
+
     for finding in findings:
-        typer.echo(f"{finding.code:<18} {printable(_said(finding))}")
+        typer.echo(f"{finding.code:<18} {printable(said(finding))}")
     if budget is not None:
         typer.echo(f"{'E_BUDGET':<18} {printable(budget.message)}")
     if unfit is not None:

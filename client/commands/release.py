@@ -249,8 +249,9 @@ def serve(
 
     try:
         from privet.client.release.served import BASE, Endpoint, Limits, Models
-        from privet.client.release.server import listen, new_token, read_token
+        from privet.client.release.server import new_token, read_token
         from privet.client.release.server import serve as answer
+        from privet.common.web.serving import listen
     except ModuleNotFoundError as error:
         raise StudyError(f"serving needs the package {error.name}", "run pip install 'privet[serve]'") from None
     names = [_name_of(path) for path in runs]

@@ -93,7 +93,7 @@ def setup(
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
     from privet.client.commands.labels import ask_labels
-    from privet.client.network.serve import is_served
+    from privet.client.network.lock import is_served
     from privet.client.setup import other_owner, restore
 
     guide, before = steps.Guide(site, yes), site.read_bytes() if site.exists() else b""

@@ -24,6 +24,7 @@ from privet.client.release.received import RECEIVED, Received, check_received, k
 from privet.client.rounds.history import policy_of
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
+from privet.common.audit.egress import check_kept, check_logged
 from privet.common.audit.release import ADAPTER, FILES, KEY, SIGNATURE, STUDY, verify_digests
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import staged, sync_directory, sync_files
@@ -44,6 +45,8 @@ _MOST_SMALL, _MOST_ADAPTER = 1 << 26, 1 << 34
 _DAMAGED = "do not use these files, and ask the coordinator's operator to explain the difference"
 Tell = Callable[[str, int, int], None]
 """Called with what is done, the number of bytes that have arrived, and their number in all."""
+Ask = Callable[[str, str, int], tuple[bytes, int]]
+"""From the name of a run, that of a file and a number of bytes to the part after these, and the size of the whole."""
 
 
 class Source(Protocol):
@@ -147,12 +150,14 @@ def receive(
 
     Raises:
         StateError: The log has no release of such a run, the adapter is here already, or the disk is full.
-        RefusedError: It was revoked or retired, the coordinator does not give it to this site, or this site's policy or
-            the terms of the release do not admit it.
+        RefusedError: It was revoked or retired, the coordinator does not give it to this site, or this site's policy,
+            the terms of the release or the gate of its study do not admit it.
         VerificationError: A file is not what the log says, or a quorum has not cosigned the release yet.
         ProtocolError: The coordinator cannot be reached, or answers in another form.
     """
     run = log.history.runs.get(name)
+    if run is not None:
+        check_logged(run, int(time.timestamp()))
     if run is None or not run.releases:
         raise StateError(
             f"the round log has no release of a run {name}", "list what there is: `privet site adapters SITE`"
@@ -165,12 +170,12 @@ def receive(
             "list the adapters that are in use: `privet site adapters SITE`",
         )
     export = released.statement
-    with _arriving(target) as staging:
+    with arriving(target) as staging:
         # No file that a release does not have: this directory has files that only the site writes, and that say whether
         # the adapter may be used, and where its base is.
         wanted = [file for file in export.files if file in FILES]
         for file in sorted(wanted, key=lambda each: each != STUDY):  # the study's terms decide about the rest
-            fetched = _fetch(staging / file, name, file, source, tell)
+            fetched = fetch(staging / file, name, file, source.released, tell)
             if f"sha256:{fetched}" != export.files[file]:
                 raise VerificationError(
                     f"run {name}: the round log exports {file} with digest {export.files[file]}, but the file that the "
@@ -178,8 +183,9 @@ def receive(
                     _DAMAGED,
                 )
             if file == STUDY:
-                _check_admitted(site, _study_of(staging, run), run, time)
+                _check_admitted(site, study_of(staging, run), run, time)
         study = _verified(staging, run, export)
+        check_kept(study, export.adapter, staging)
         _prove(staging, site, log, released, source)
         keep_bases(staging, {base: path for base, path in site.resources.bases.items() if base == study.model.base})
         keep_received(staging, _received(released, log.history, time))
@@ -223,12 +229,12 @@ def _changed(received: Received, change: AdapterState) -> Received:
     return received.model_copy(update={"state": change.state, "by": change.by, "reason": change.reason})
 
 
-def _fetch(path: Path, run: str, file: str, source: Source, tell: Tell) -> str:
-    """Fetch a file in parts, and return its SHA-256 in hexadecimal. The memory that it takes is that of one part."""
+def fetch(path: Path, run: str, file: str, ask: Ask, tell: Tell) -> str:
+    """Fetch a file of a run, and return its SHA-256 in hexadecimal. The memory that it takes is that of one part."""
     hashed, taken, size = hashlib.sha256(), 0, None
     with path.open("xb") as target:
         while size is None or taken < size:
-            part, whole = source.released(run, file, taken)
+            part, whole = ask(run, file, taken)
             if size is None:
                 size = whole
                 _check_room(path, run, file, size)
@@ -275,7 +281,7 @@ def _verified(folder: Path, run: LoggedRun, export: Export) -> Study:
         raise VerificationError(
             f"run {run.statement.run}: the round log exports another adapter than the file {ADAPTER}", _DAMAGED
         )
-    study = _study_of(folder, run)
+    study = study_of(folder, run)
     try:
         public, signed = (folder / KEY).read_bytes(), (folder / SIGNATURE).read_bytes()
         data = (folder / ADAPTER).read_bytes()
@@ -287,7 +293,7 @@ def _verified(folder: Path, run: LoggedRun, export: Export) -> Study:
     return study
 
 
-def _study_of(folder: Path, run: LoggedRun) -> Study:
+def study_of(folder: Path, run: LoggedRun) -> Study:
     """Return the study of a release, which must be the one that the run was opened for."""
     try:
         study = kept_study(folder / STUDY)
@@ -311,12 +317,12 @@ def _lacking(run: LoggedRun, error: Exception) -> VerificationError:
 
 def _check_admitted(site: SiteConfig, study: Study, run: LoggedRun, time: datetime) -> None:
     """Check that the terms of a release and this site's policy admit receiving it. Raises RefusedError."""
-    answered = {each for opened in run.rounds.values() for each in opened.answered}
+    participants = {each for opened in run.rounds.values() for each in opened.survivors}
     check_until(study, time)
-    check_receiver(study, site.name, answered)
+    check_receiver(study, site.name, participants)
     if site.policy is None:
         return
-    findings = judge_adapter(load_policy(site.policy), study, own=site.name in answered)
+    findings = judge_adapter(load_policy(site.policy), study, own=site.name in participants)
     if findings:
         reasons = "; ".join(
             f"{each.code}: {each.rule}: found {each.asked}, allowed {each.allowed}" for each in findings
@@ -352,7 +358,7 @@ def _prove(folder: Path, site: SiteConfig, log: NewestLog, released: Released, s
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
+def arriving(target: Path) -> Iterator[Path]:
     """Yield a new directory that takes the name `target`, durably, when the block ends without error."""
     again = f"use it, or move it away first: `mv {target} {target}.old`"
     try:

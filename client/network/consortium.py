@@ -25,7 +25,7 @@ from privet.client.network.proxies import HINT, through
 from privet.client.network.tunnel import tunnel
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
 from privet.common.log.encoding import one_line
-from privet.common.log.note import decode_base64
+from privet.common.log.note import decode_base64, encode_base64
 from privet.common.pki.certificates import read_certificate, request
 from privet.common.pki.enrolment import (
     ENROLMENT,
@@ -48,6 +48,7 @@ from privet.common.pki.enrolment import (
     RenewReply,
     RenewRequest,
     ReturnRequest,
+    ReviewRequest,
     Spoken,
     Status,
     Terms,
@@ -133,6 +134,15 @@ class ConsortiumClient:
         """Return a part of a file that a run released, from byte `first` on, and the size of the whole file."""
         reply = self.call("Released", ReleasedRequest(run=run, file=file, first=first), ReleasedReply)
         return decode_base64(reply.part, "released file"), reply.size
+
+    def candidate(self, run: str, file: str, first: int) -> tuple[bytes, int]:
+        """Return a part of a file of a run's candidate, from byte `first` on, and the size of the whole file."""
+        reply = self.call("Candidate", ReleasedRequest(run=run, file=file, first=first), ReleasedReply)
+        return decode_base64(reply.part, "file of a candidate"), reply.size
+
+    def review(self, statement: bytes) -> None:
+        """Send this site's signed review of a candidate."""
+        self.call("Review", ReviewRequest(statement=encode_base64(statement)), Nothing)
 
     def leaves(self, first: int) -> list[bytes]:
         """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""

@@ -19,6 +19,7 @@ from privet.client.rounds.history import LogCopy
 from privet.client.rounds.logbook import COPY, open_witness
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
+from privet.common.clock import now
 from privet.common.errors import StateError, StudyError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, Policy
 from privet.common.log.replay import Replay
@@ -115,7 +116,7 @@ class LogReader:
 
 
 def consulted(
-    file: Path, config: SiteConfig, clock: Callable[[], datetime]
+    file: Path, config: SiteConfig, clock: Callable[[], datetime], reader: LogReader | None = None
 ) -> tuple[ConsortiumClient, NewestLog | None]:
     """Return a site's access to the consortium service, and the round log as `LogReader.read`.
 
@@ -123,6 +124,7 @@ def consulted(
         file: The site file.
         config: Its content.
         clock: Returns the time.
+        reader: Goes on from the leaves that it has read before; None: from the site's own copy.
 
     Raises:
         StateError: The site is not set up. PrivetError: As `LogReader.read`.
@@ -130,7 +132,13 @@ def consulted(
     if config.log is None:
         raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
     service = ConsortiumClient(Enrolment(file.parent), clock)
-    return service, LogReader(config).read(service)
+    return service, (reader or LogReader(config)).read(service)
+
+
+def proposed_studies(file: Path, config: SiteConfig, clock: Callable[[], datetime] = now) -> Sequence[Proposed]:
+    """Return the studies that the coordinator proposes, compared with the round log. Raises as `consulted`."""
+    service, log = consulted(file, config, clock)
+    return compared(service.proposals(), None if log is None else log.history)
 
 
 def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Proposed, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.fleet import FleetLink, connected
 from privet.client.network.following import following
+from privet.client.network.lock import exclusive
 from privet.client.network.node import Answer, Connection, NodeState
 from privet.client.network.opening import open_member
 from privet.client.network.renewal import Renewal, renewing
@@ -22,7 +21,7 @@ from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
 from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
-from privet.client.site import CoordinatorSection, SiteConfig
+from privet.client.site import CoordinatorSection
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
@@ -95,38 +94,6 @@ def serve_coordinator(
     key = read_node_key(coordinator.key)
     with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
         Connection(link, answers, NodeState(coordinator.key.with_suffix(".state")), metrics, arrived=arrived).serve()
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file until the block or the process ends.
-
-    Raises:
-        StateError: Another process holds the lock.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(
-                f"another process serves this site: it holds the lock {path}",
-                "stop the other `privet site serve` of this site first",
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_served(config: SiteConfig) -> bool:
-    """Return whether a process serves this site now: it has read the site file, and does not read it again."""
-    if config.coordinator is None or not config.coordinator.key.with_suffix(".lock").exists():
-        return False
-    try:
-        with exclusive(config.coordinator.key.with_suffix(".lock")):
-            return False
-    except StateError:
-        return True
 
 
 def _end_on_signals() -> None:

@@ -16,7 +16,7 @@ from privet.common.masking.groups import smallest_sum
 from privet.common.masking.parameters import suite_of
 from privet.common.study.counts import cells_of, most_records
 from privet.common.study.study import Study
-from privet.common.study.terms import purpose_text, terms_text
+from privet.common.study.terms import gate_text, purpose_text, terms_text
 
 LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
 """Findings that do not speak against an approval: they pass with it, or with time."""
@@ -66,6 +66,7 @@ def agreement(
         ("leaves", _leaves(site, study)),
         ("for how long", _duration(site, study)),
         *([("adapter", terms_text(study))] if study.release is not None else []),
+        *([("gate", gate_text(study))] if study.gate is not None else []),
     ]
 
 
@@ -227,8 +228,11 @@ def _leaves(site: SiteConfig, study: Study) -> str:
 def _duration(site: SiteConfig, study: Study) -> str:
     rounds = study.rounds
     many = "" if rounds == 1 else "s"
+    back = f"delete its line in {site.approvals or 'the file of approvals'}"
+    if site.approvers:
+        back = "an approver refuses it: `privet site refuse SITE STUDY`"
     return (
-        f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "
-        f"{site.approvals or 'the file of approvals'}. What has left by then stays with the consortium: adapters and "
+        f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, {back}. "
+        "What has left by then stays with the consortium: adapters and "
         "round log are kept."
     )

@@ -1,7 +1,9 @@
 """The site's verdict on a study, from its policy, its approvals and the studies that have begun.
 
 An approval is a line of a file that the site owns: the study's digest, the time of approval, and the study's name. Only
-the digest counts. Policy and approvals are read again for each verdict, so a change applies from the next message on.
+the digest counts. Where the site file names approvers, it is a statement that one of them signed instead
+(`privet.client.policy.decisions`). Policy and approvals are read again for each verdict, so a change applies from the
+next message on.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
+from privet.client.policy.decisions import admitted, decisions, needs_signature
 from privet.client.policy.rules import MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
@@ -75,7 +78,7 @@ def verdict(
     policy, now = load_policy(site.policy), datetime.now(UTC)
     facts = Facts(
         now=now,
-        approved=study.digest in approved(site),
+        approved=study.digest in approved(site, policy.persons),
         declared=site.declared_count,
         began_before=began_before(began(), study.digest, now),
         upload_bytes=upload_bytes,
@@ -112,12 +115,22 @@ def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> in
     return sum(1 for other, time in began.items() if other != study and start - _DAY < time <= start)
 
 
-def approved(site: SiteConfig) -> frozenset[str]:
-    """Return the digests of the studies that a person at the site approved.
+def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:
+    """Return the digests of the studies that people at the site approved.
+
+    Where the site file names approvers, what they signed counts and nothing else.
+
+    Args:
+        site: The site file.
+        persons: How many people have to approve a study.
 
     Raises:
         StateError: A line of the file is not an approval, or other users of this machine may write the file.
     """
+    if site.approvers:
+        return admitted(decisions(site), persons, datetime.now(UTC))
+    if persons > 1:  # one file cannot tell one person from another
+        return frozenset()
     path = site.approvals
     if path is None or not path.exists():
         return frozenset()
@@ -139,13 +152,16 @@ def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
     """Record that a person at the site has read a study and approves it. Durable on return.
 
     Raises:
-        StateError: The site file names no file for approvals, or the file cannot be read.
+        StateError: The site file names no file for approvals, or the file cannot be read; or it names approvers, whose
+            signature it takes (`privet.client.policy.decisions`).
     """
     if site.approvals is None:
         raise StateError(
             f"the site file of {site.name} names no file in which to record approvals",
             "set `approvals` in the site file to a path",
         )
+    if site.approvers:
+        raise needs_signature(site)
     if study.digest in approved(site):
         return
     before = site.approvals.read_bytes() if site.approvals.exists() else b""

@@ -160,6 +160,8 @@ class SitePolicy(Section):
     version: Literal[1]
     approval: Literal["person", "rule"]
     """person: a person also approves each study with `privet site approve`. rule: the rules alone decide."""
+    persons: Annotated[int, Field(ge=1, le=8, exclude_if=lambda value: value == 1)] = 1
+    """Number of people that must approve a study, each with a key of their own (`[approvers]` in the site file)."""
     model: ModelRules
     tasks: TaskRules
     privacy: PrivacyRules
@@ -173,6 +175,8 @@ class SitePolicy(Section):
     def _rules_decide(self) -> Self:
         if self.approval == "rule" and "any" in (self.model.bases, self.model.targets):
             raise ValueError('approval: "rule" needs lists for model.bases and model.targets; "any" needs "person"')
+        if self.approval == "rule" and self.persons > 1:
+            raise ValueError('persons: expected 1 beside approval = "rule", as no person approves then')
         return self
 
 

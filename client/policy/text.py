@@ -88,8 +88,10 @@ def explain_policy(policy: SitePolicy) -> list[str]:
     model, privacy, cohort, limits = policy.model, policy.privacy, policy.cohort, policy.limits
     person = policy.approval == "person"
     masked = cohort.secure_aggregation == "required"
+    people = "A person" if policy.persons == 1 else f"{policy.persons} people, each with a key of their own,"
+    approve = f"{people} at this site approve{'s' if policy.persons == 1 else ''} each study."
     return [
-        "A person at this site approves each study." if person else "These rules alone decide about each study.",
+        approve if person else "These rules alone decide about each study.",
         f"Admitted bases: {_listed(model.bases)}.",
         f"Adapters have rank {model.max_rank} or less, on these layers: {_listed(model.targets)}.",
         f"Modules trained in full, besides the task's head: {_listed(model.full_modules)}.",

@@ -14,6 +14,7 @@ from privet.client.release.received import Received, check_received
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
+from privet.common.audit.egress import check_kept
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
 from privet.common.clock import now
@@ -47,15 +48,20 @@ class Release:
     personal: str = ""
 
 
-def open_release(path: Path) -> Release:
+def open_release(path: Path, *, testing: bool = False) -> Release:
     """Read the study and the adapter of a run directory, or of a directory of released files.
 
     A run directory holds `study.json` and `adapter/`. A release holds both files side by side.
 
+    Args:
+        path: The directory.
+        testing: Whether it is opened for a test alone. A candidate, which has not passed the gate of its study, is
+            opened for nothing else.
+
     Raises:
         StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout, or was changed since it was received.
-        RefusedError: It was received, and is revoked; or the terms of its study have ended.
+        RefusedError: It was received, and is revoked; the terms of its study have ended; or it is a candidate.
     """
     if why := no_directory(path):
         raise StateError(
@@ -83,6 +89,9 @@ def open_release(path: Path) -> Release:
     # What a site made of a revoked adapter is revoked with it.
     received = check_received(path.parent, shared) if site else check_received(folder, digest(data))
     check_until(study, now())
+    if not testing:
+        # What a site trained for itself lies in the directory of the release that it began from.
+        check_kept(study, shared if site else digest(data), path.parent if site else path)
     return Release(path, study, Adapter.read(read_layout(data), data), received, site)
 
 

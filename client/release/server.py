@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import uvicorn
-
 from privet.client.release.served import Endpoint
 from privet.common.errors import StateError
+from privet.common.web.serving import LOOPBACK, run
 
-_LOOPBACK = "127.0.0.1"
 _SHORTEST = 16
 
 
@@ -49,25 +45,6 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on a port of loopback; 0 takes a free one.
-
-    Raises:
-        StateError: The port is taken.
-    """
-    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((_LOOPBACK, port))
-        opened.listen(64)
-    except OSError as error:
-        opened.close()
-        raise StateError(
-            f"port {port} on {_LOOPBACK} cannot be used ({error.strerror})", "choose another with --port"
-        ) from None
-    return opened
-
-
 def serve(endpoint: Endpoint, opened: socket.socket, ready: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM, in the main thread.
 
@@ -81,20 +58,5 @@ def serve(endpoint: Endpoint, opened: socket.socket, ready: Callable[[str], None
     log = logging.getLogger("privet.serve")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    config = uvicorn.Config(
-        endpoint.app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-        limit_concurrency=64,
-        server_header=False,
-        ws="none",
-    )
-    # Its errors would quote what a request held.
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-    # uvicorn raises the signal again once it has stopped. By default it would end the process, and what follows here.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    ready(f"http://{_LOOPBACK}:{opened.getsockname()[1]}/v1")
-    asyncio.run(uvicorn.Server(config).serve(sockets=[opened]))
+    address = f"http://{LOOPBACK}:{opened.getsockname()[1]}/v1"
+    run(endpoint.app, opened, lambda: ready(address), timeout_keep_alive=30, timeout_graceful_shutdown=5)

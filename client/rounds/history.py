@@ -106,7 +106,7 @@ class LogCopy:
 
     def _catch_up(self, newest: Checkpoint) -> None:
         if not self._loaded:
-            if kept := list(_kept(self.file))[: newest.size]:
+            if kept := list(kept_leaves(self.file))[: newest.size]:
                 with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
                     self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
             self._loaded = True
@@ -271,7 +271,7 @@ def confirmed(trusted: Trusted) -> Charter:
     return trusted.charter
 
 
-def _kept(file: Path) -> Iterator[bytes]:
+def kept_leaves(file: Path) -> Iterator[bytes]:
     """Yield the leaves of a file; one that was cut short by a crash ends them."""
     try:
         data = memoryview(file.read_bytes())

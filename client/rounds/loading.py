@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
+from privet.client.training.canaries import Planting
 from privet.client.training.counts import Countable, countable
 from privet.client.training.data import DataReport, Records, counted_files, site_records, split_records
 from privet.client.training.features import Feature, encode_records
@@ -34,7 +35,15 @@ class SiteData:
     counts: Countable | None = None
 
 
-def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes, *, distinct: bool) -> SiteData:
+def load_data(
+    site: SiteConfig,
+    study: Study,
+    host: ModelHost,
+    split_key: bytes,
+    *,
+    distinct: bool,
+    planting: Planting | None = None,
+) -> SiteData:
     """Read a site's files for a study.
 
     Args:
@@ -43,6 +52,7 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         host: Its model, with the tokenizer.
         split_key: Decides which units are held out for validation.
         distinct: Whether equal names of units in two files are two units.
+        planting: The canaries that are trained with. They are units as others are; the declared number stays.
 
     Raises:
         StudyError, DataError: The files do not fit the study, two spellings may be one patient and the site file does
@@ -61,8 +71,11 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
             f"site {site.name}: no training records are left after the validation split",
             "add training records, or lower data.validation_fraction in the study",
         )
+    # Before canaries enter: the number is public, and must not tell how many the coins include.
+    declared = site.declared_count or rounded_count(len(_units_of(study, training)))
+    if planting is not None:
+        training = planting.planted(study, host.tokenizer, training)
     units, classes = _units_of(study, training), _classes_of(study, training)
-    declared = site.declared_count or rounded_count(len(units))
     check_delta(study, declared)
     # What one record does to a private study must not show, not even in a refusal.
     features, held_out = (

@@ -23,6 +23,7 @@ from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
+from privet.client.rounds.planted import plant
 from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
@@ -129,7 +130,8 @@ class Worker:
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         site = self.site
         site.check_files(study)
-        return load_data(site.config, study, host, site.split_key(), distinct=site.distinct_files)
+        planting = plant(site.config, study)
+        return load_data(site.config, study, host, site.split_key(), distinct=site.distinct_files, planting=planting)
 
     def _masking(self, study: Study) -> MaskedRounds:
         """Return this site's side of secure aggregation.

@@ -32,17 +32,19 @@ from privet.common.audit.accounts import AccountCost, Accounts
 from privet.common.audit.counts import COUNTS, check_counts, counts_document
 from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
-from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
+from privet.common.audit.release import ADAPTER, EGRESS, PRIVACY, verify_files
 from privet.common.audit.verify import LeafObserver, Tree, Verdict, verify_bundle
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
 from privet.common.log.checkpoint import Checkpoint, LeafProof, LogAt, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
+from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey, parse_note
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     AdapterState,
+    EgressDecision,
     Export,
     RoundAbort,
     RoundClose,
@@ -61,7 +63,7 @@ from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
 ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
-PROVED = (RunOpen, RoundClose, Export, AdapterState)
+PROVED = (RunOpen, RoundClose, Export, AdapterState, EgressDecision)
 """The statements about its run of which a bundle has proofs."""
 SERVED = ("log.policy", "log.vkey", "root.pem")
 """Files that a consortium publishes beside its log. An audit reads none of them."""
@@ -158,6 +160,7 @@ class _Run:
         ledgers: For each `site-round`, whether it names a ledger. A simulated site has none.
         export: The last `export`.
         change: What became of the released adapter since; None if it is in use.
+        decision: The last egress decision, with the hash of its leaf; None without one.
         proved: Number and type of the statements of which a bundle has proofs.
     """
 
@@ -167,6 +170,7 @@ class _Run:
     ledgers: list[bool] = field(default_factory=list)
     export: Export | None = None
     change: AdapterState | None = None
+    decision: tuple[str, EgressDecision] | None = None
     proved: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -294,7 +298,7 @@ def check_bundle(files: Files, policy: Policy, told: Told | None = None) -> Repo
         return replace(report, reason=f"cannot be read ({type(error).__name__})", where=where)
     unchecked = [*_beyond(runs, run)]
     if run.export is None:
-        unchecked.append(f"a release of run {run.opened.run}, which the log does not export")
+        unchecked.append(f"a release of run {run.opened.run}, which the log does not export{_withheld(run)}")
     elif f"{RELEASE}{ADAPTER}" not in files:
         unchecked.append(f"{RELEASE}{ADAPTER} and the release's signature: the weights are not in the bundle")
     averages = [end for end in run.ends.values() if isinstance(end, RoundClose) and end.average is not None]
@@ -397,6 +401,8 @@ def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
         runs[statement.run].export = statement
     elif isinstance(statement, AdapterState):
         runs[statement.run].change = statement
+    elif isinstance(statement, EgressDecision):
+        runs[statement.run].decision = leaf.hash, statement
     elif isinstance(statement, RoundOpened):
         runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
     elif isinstance(statement, SiteRound):
@@ -593,6 +599,7 @@ def _check_release(files: Files, run: _Run) -> str:
             f"its round published the adapter {run.export.adapter}"
         )
     _check_result(files)
+    _check_egress(files, run)
     said = _check_privacy(files, run) + _later(run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
@@ -609,6 +616,24 @@ def _check_result(files: Files) -> None:
     computed = counts_document(study, _statements(files))
     if not _agree(computed, _read(files, f"{RELEASE}{COUNTS}")):
         raise VerificationError(f"{COUNTS}: its content differs from what the study and the round's statement give")
+
+
+def _check_egress(files: Files, run: _Run) -> None:
+    """Check that a release holds the egress decision that the log has, and none where the study has no gate."""
+    held = files.get(f"{RELEASE}{EGRESS}")
+    if (held is None) != (run.opened.gate is None):
+        raise VerificationError(f"{EGRESS}: a release has it exactly where the study has a gate")
+    if held is not None and (run.decision is None or f"sha256:{leaf_hash(held).hex()}" != run.decision[0]):
+        raise VerificationError(f"{EGRESS}: it is not the egress decision in the log")
+
+
+def _withheld(run: _Run) -> str:
+    if run.opened.gate is None:
+        return ""
+    if run.decision is None:
+        return ": it is a candidate, and no egress decision has accepted it"
+    decision = run.decision[1]
+    return f": it was {decision.verdict} at its gate" + (f": {decision.reason}" if decision.reason else "")
 
 
 def _later(run: _Run) -> str:

@@ -71,6 +71,7 @@ NOT_IN_PAGE = (
     Check("average", "That a published average is that of the rounds' adapters.", (AVERAGED,)),
     Check("weights", "The adapter's weights, and the signature over the release.", (RELEASE,)),
     Check("privacy-statement", "That the released privacy statement is what study and rounds give.", (RELEASE,)),
+    Check("canaries", "The bound on epsilon that canaries show, in reviews and egress decisions.", ("tile/",)),
     Check("receipts", "Whether refusals that a site keeps as receipts are in the log.", ("receipts",)),
 )
 """What only `privet audit verify` checks. The page names those that concern the bundle."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from privet.common.log.statements import (
     AdapterState,
+    EgressDecision,
+    EgressReview,
     Export,
     Genesis,
     Join,
@@ -23,6 +25,7 @@ from privet.common.log.statements import (
     RoundOpened,
     RunOpen,
     SiteRound,
+    StatedGate,
     StatementPart,
 )
 
@@ -59,6 +62,8 @@ MODELS: dict[str, type[StatementPart]] = {
     "refusal": Refusal,
     "export": Export,
     "adapter-state": AdapterState,
+    "egress-review": EgressReview,
+    "egress-decision": EgressDecision,
 }
 """The statement types, in the order of the table."""
 
@@ -151,6 +156,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "privacy.clip_norm": _STUDY,
         "privacy.accountant": Field("name and version of the auditor's accountant"),
         **_within("privacy", _OF_STUDY),
+        **_within("gate", dict.fromkeys(StatedGate.model_fields, _STUDY)),
     },
     "round-open": _HEAD
     | {
@@ -240,6 +246,40 @@ FIELDS: dict[str, dict[str, Field]] = {
         "state": Field("later than the state before", "that it is so"),
         "by": Field("another run that released an adapter, which is in use", "that its adapter takes the place"),
         "reason": Field(word="the reason"),
+    },
+    "egress-review": _HEAD
+    | {
+        "site": Field("a site that answered a round of the run, whose key signs the statement; once"),
+        "run": Field("a run that the log opened, with a gate, that has ended"),
+        "study": Field("that run's study"),
+        "adapter": Field("that run's candidate"),
+        "verdict": Field("no signature after a refusal; counted by the decision", "that its test said so"),
+        "tested": Field("of a signature: the conditions that the gate asks of each signer", "that it tested them"),
+        "failed": Field(
+            "conditions that it tested; none in a signature; the decision accepts none", "that they failed"
+        ),
+        "canaries.planted": Field("of one signer at least: as many as the gate asks for", "the number"),
+        "canaries.guesses": Field("at most the canaries; the bound is computed", "the number"),
+        "canaries.right": Field(
+            "at most the guesses; the bound is computed, and no signer's is above the gate's", "the number"
+        ),
+        "test": Field("there is one if it tested", "the figures; the site can open them"),
+        "reason": Field("there is one exactly with a refusal", "the reason"),
+        "expires": Field("within the days of the gate; not before the decision that counts it", "an earlier one"),
+    },
+    "egress-decision": _HEAD
+    | {
+        "run": Field("a run that the log opened, with a gate, that has ended; not decided before, or expired"),
+        "study": Field("that run's study"),
+        "adapter": Field("that run's candidate"),
+        "verdict": Field("accepted: every condition is met; nothing is exported without it", "a refusal"),
+        "epsilon": Field("the largest in the last round-close or round-abort, which is computed"),
+        "bound": Field("computed from the canaries of the reviews that count"),
+        "quality": Field("the gate's metric in the last round-close that has it"),
+        "signed": Field("the members whose signatures count then"),
+        "refused": Field("the sites that refuse"),
+        "reason": Field("there is one exactly with a refusal", "the reason"),
+        "expires": Field("when the first counted signature ends; the export is before it"),
     },
 }
 """For each statement type, every field of it; those of parts by their path."""

@@ -26,7 +26,9 @@ CONFIG = "adapter_config.json"
 """As PEFT reads it."""
 STUDY = "study.json"
 """Releases of earlier versions lack it."""
-FILES = frozenset({ADAPTER, CONFIG, STUDY, LINEAGE, f"{PRIVACY}.json", f"{PRIVACY}.md", CARD, KEY, SIGNATURE})
+EGRESS = "egress_decision.json"
+"""Where the study has a gate: the leaf of the log that accepts the adapter."""
+FILES = frozenset({ADAPTER, CONFIG, STUDY, LINEAGE, f"{PRIVACY}.json", f"{PRIVACY}.md", CARD, KEY, SIGNATURE, EGRESS})
 """All files of a release. A site takes no other from its coordinator."""
 _PREDICATE = "https://model_signing/signature/v1.0"
 

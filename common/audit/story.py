@@ -9,6 +9,8 @@ from privet.common.log.note import NoteKey
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     AdapterState,
+    EgressDecision,
+    EgressReview,
     Export,
     Genesis,
     Join,
@@ -86,6 +88,31 @@ def _lines(statement: Statement) -> list[str]:
                 f"adapter {_short(statement.adapter)} of run {statement.run} is {statement.state}{by}: "
                 f"{statement.reason}"
             ]
+        case EgressReview():
+            return _review(statement)
+        case EgressDecision():
+            return _decision(statement)
+
+
+def _review(statement: EgressReview) -> list[str]:
+    which = f"the candidate {_short(statement.adapter)} of run {statement.run}"
+    tested = f"tested: {', '.join(statement.tested)}" if statement.tested else "tested nothing"
+    if statement.verdict == "signed":
+        return [f"{statement.site} signs {which}; {tested}"]
+    failed = f"; failed: {', '.join(statement.failed)}" if statement.failed else ""
+    return [f"{statement.site} REFUSES {which}: {statement.reason}", f"{tested}{failed}"]
+
+
+def _decision(statement: EgressDecision) -> list[str]:
+    figures = {"epsilon spent": statement.epsilon, "canaries": statement.bound, "quality": statement.quality}
+    told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+    signed = f"signed by {', '.join(statement.signed) or 'nobody'}"
+    refused = f", refused by {', '.join(statement.refused)}" if statement.refused else ""
+    return [
+        f"the candidate {_short(statement.adapter)} of run {statement.run} is {statement.verdict}"
+        + (f": {statement.reason}" if statement.reason else ""),
+        f"{signed}{refused}{f'; {told}' if told else ''}",
+    ]
 
 
 def _run(statement: RunOpen) -> list[str]:
@@ -98,10 +125,13 @@ def _run(statement: RunOpen) -> list[str]:
         )
         if privacy.head is not None:
             promise += f", in round 1 (a head start) {privacy.head.noise_multiplier:.4g}"
+    gate = statement.gate
+    gated = [] if gate is None else [f"its adapter has to pass a gate, which {gate.signatures} sites sign"]
     return [
         f"run {statement.run} begins: {statement.rounds} rounds, {statement.secure_aggregation} updates, "
         f"study {_short(statement.study)}",
         promise,
+        *gated,
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from privet.common.canonical import canonical_json, digest, file_sha256
 from privet.common.errors import StudyError
 from privet.common.log.encoding import one_line
-from privet.common.log.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen
+from privet.common.log.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen, StatedGate
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.log.tiles import MAX_LEAF_BYTES
 from privet.common.privacy.accounting import PrivacyEvent, plan
@@ -78,6 +78,15 @@ def promise_of(study: Study) -> Privacy | None:
     )
 
 
+def gate_of(study: Study) -> StatedGate | None:
+    """Return the conditions of a run of the study under which its adapter may leave; None if the study has no gate."""
+    gate = study.gate
+    if gate is None:
+        return None
+    claim = gate.epsilon or (study.privacy.epsilon if gate.canaries is not None else None)
+    return StatedGate(**{**gate.model_dump(), "epsilon": claim})
+
+
 def base_digests(study: Study) -> tuple[str, str | None]:
     """Return the digest of the base's weights, and that of all other pinned files; None if there are no others."""
     pins = study.model.sha256
@@ -126,6 +135,7 @@ def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
         min_sites=study.cohort.min_sites,
         secure_aggregation=study.secure_aggregation.mode,
         privacy=promise_of(study),
+        gate=gate_of(study),
     )
 
 
@@ -141,6 +151,7 @@ def follows(opened: RunOpen, study: Study) -> bool:
             "min_sites": study.cohort.min_sites,
             "secure_aggregation": study.secure_aggregation.mode,
             "privacy": promise_of(study),
+            "gate": gate_of(study),
         }
     )
 

@@ -15,7 +15,8 @@ renew                   the site is a member without ML-DSA-65 key; its new one 
 rotate                  no round is open; both keys are new in the log's history, and each has signed this leaf's place;
                         the log's name stays. From the next leaf on, the coordinator's statements count under the new
                         key
-run-open                its name is new; its promise is within the floor of the genesis
+run-open                its name is new; its promise is within the floor of the genesis; no gate withholds the adapter
+                        that it begins from
 round-open              no round of the run is open; its number is the next one; its adapter is the last published
                         one; its nonce is new; its cohort are members, and as many as the run needs; `parameters` is
                         the digest of the cohort's identity keys as the log has them here
@@ -33,9 +34,15 @@ round-abort             the round is open; its adapter is that of the round-open
                         opened again or given up
 refusal                 its author is a member; its run was opened, for its study; the run has such a round
 export                  its adapter is the one that its round published; an adapter that was released before keeps its
-                        state, and a revoked one is revoked whichever run releases it
+                        state, and a revoked one is revoked whichever run releases it. Of a run with a gate, it is the
+                        candidate, an egress decision has accepted it, and that has not expired; of another run, no gate
+                        withholds it
 adapter-state           its run released this adapter; the state is later in the order released, superseded, retired,
                         revoked; what supersedes it is a release of another run that is neither retired nor revoked
+egress-review           its author answered a round of the run, which has a gate and has ended; study and adapter are
+                        the candidate's; nothing is decided; the site has not spoken, or takes its signature back
+egress-decision         study and adapter are the candidate's; nothing is decided; its figures follow from the log; if
+                        it accepts, every condition of the gate is met (`privet.common.log.gate`)
 ======================  ==========================================================================================
 """
 
@@ -51,12 +58,15 @@ from privet.common.log.checkpoint import Quorum
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
 from privet.common.log.epochs import KeyEpoch, RotationPlace, check_possession, epoch_at
+from privet.common.log.gate import Gate
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.renewal import check_renewal
 from privet.common.log.statements import (
     AdapterState,
     Charge,
+    EgressDecision,
+    EgressReview,
     Export,
     Genesis,
     Join,
@@ -98,11 +108,19 @@ class Leaf:
 
 @dataclass
 class OpenedRound:
-    """A round-open, and the sites that have answered it."""
+    """A round-open.
+
+    Attributes:
+        statement: The statement.
+        index: Its leaf.
+        answered: Sites that have stated what they released.
+        survivors: Sites in the sum of the round; none before it is closed, or where it was aborted.
+    """
 
     statement: RoundOpened
     index: int
     answered: set[str] = field(default_factory=set)
+    survivors: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -141,6 +159,7 @@ class LoggedRun:
         ended: Whether a round-close ended the run.
         releases: What it released, oldest first.
         isolation: What its rounds say about who spoils.
+        gate: What the log says of its candidate; None if its study has no gate.
     """
 
     statement: RunOpen
@@ -154,6 +173,7 @@ class LoggedRun:
     ended: bool = False
     releases: list[Released] = field(default_factory=list)
     isolation: Isolation = field(default_factory=Isolation)
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +249,7 @@ class Replay:
                 f"leaf 0 of the round log must be a statement of type genesis, found type {statement.type}"
             )
         # A valid signature is not enough: only a site may speak for itself, and only the coordinator for the rest.
-        author = statement.site if isinstance(statement, SiteRound | Refusal) else ""
+        author = statement.site if isinstance(statement, SiteRound | Refusal | EgressReview) else ""
         if self._owners.get(leaf.key) != author:
             whose = f"the current identity key of site {author}" if author else "the coordinator's key"
             ended = [at.since - 1 for was, at in pairwise(self.epochs) if was.coordinator == leaf.key]
@@ -262,6 +282,10 @@ class Replay:
                 self._export(statement, leaf)
             case AdapterState():
                 self._adapter_state(statement)
+            case EgressReview():
+                self._gate(statement.run).review(statement)
+            case EgressDecision():
+                self._gate(statement.run).decide(statement, self.members, leaf.index)
 
     # Members
 
@@ -369,7 +393,9 @@ class Replay:
             raise VerificationError(f"statement run-open: the round log has a run named {opened.run} already")
         if self.genesis is not None:
             _check_floor(self.genesis.floor, opened)
-        self.runs[opened.run] = LoggedRun(opened, opened.adapter)
+        self._check_withheld(f"run {opened.run} begins", opened.adapter)
+        gate = None if opened.gate is None else Gate(opened, opened.gate)
+        self.runs[opened.run] = LoggedRun(opened, opened.adapter, gate=gate)
 
     def _round_open(self, leaf: Leaf, opened: RoundOpened) -> None:
         run = self._run(opened.run)
@@ -412,6 +438,10 @@ class Replay:
                 keys_digest({site: self.members[site].key for site in opened.cohort}),
                 opened.parameters,
             )
+        if run.gate is not None:
+            if run.gate.reviews or run.gate.decision is not None:
+                raise VerificationError(f"{where}: the round was opened after sites had reviewed the candidate")
+            run.gate.candidate = None
         run.rounds[leaf.hash] = OpenedRound(opened, leaf.index)
         run.nonces.add(opened.nonce)
         run.next, run.skips = opened.round, False
@@ -450,6 +480,8 @@ class Replay:
             raise VerificationError(f"{where}: the run is private, but the site's statement has no privacy cost")
         # Every check has passed: only now does the history change.
         opened.answered.add(stated.site)
+        if run.gate is not None:
+            run.gate.answered.add(stated.site)
         self._sites[stated.site] = replace(standing, checkpoint=seen.size, ledger=ledger)
         if stated.charge is not None:
             self.epsilon[stated.site, stated.charge.account] = (stated.charge.epsilon, stated.charge.delta)
@@ -517,6 +549,7 @@ class Replay:
                 f"{where}: expected at least {run.statement.min_sites} survivors (sites in the sum), found "
                 f"{len(closed.survivors)}"
             )
+        opened.survivors = frozenset(closed.survivors)
         # A survivor's update is in the adapter, so the log must hold the site's own account of what it released.
         silent = [site for site in closed.survivors if site not in opened.answered]
         if silent:
@@ -541,6 +574,9 @@ class Replay:
         run.next = closed.round + 1
         run.open = None
         run.ended = closed.ended
+        if run.gate is not None:
+            run.gate.spent, run.gate.measured = closed.epsilon, closed.metrics or run.gate.measured
+            run.gate.candidate = _candidate(run)
 
     def _round_abort(self, aborted: RoundAbort) -> None:
         run, opened = self._open_round(aborted)
@@ -557,6 +593,31 @@ class Replay:
         else:
             run.skips = True
         run.open = None
+        if run.gate is not None:
+            run.gate.spent = aborted.epsilon
+            run.gate.candidate = _candidate(run)
+
+    def withholding(self, adapter: str) -> LoggedRun | None:
+        """Return the run whose gate withholds an adapter: one that its rounds published, and that it has not exported.
+
+        An adapter that a run began from is not withheld, as where no round has changed it.
+        """
+        for run in self.runs.values():
+            made = run.published.values() if run.gate is not None and not run.gate.exported else ()
+            if adapter != run.statement.adapter and adapter in made:
+                return run
+        return None
+
+    def _check_withheld(self, where: str, adapter: str, own: LoggedRun | None = None) -> None:
+        run = self.withholding(adapter)
+        if run is not None and run is not own:
+            raise VerificationError(f"{where}: the gate of run {run.statement.run} withholds adapter {adapter}")
+
+    def _gate(self, name: str) -> Gate:
+        gate = self._run(name).gate
+        if gate is None:
+            raise VerificationError(f"run {name}: its study has no gate, so its adapter is no candidate")
+        return gate
 
     def _export(self, export: Export, leaf: Leaf) -> None:
         run = self._run(export.run)
@@ -569,6 +630,14 @@ class Replay:
             run.published[export.round],
             export.adapter,
         )
+        self._check_withheld(f"run {export.run}", export.adapter, run)
+        if run.gate is not None:
+            why = run.gate.withheld(export.time)
+            # Released again, as after a crash, it is what was accepted once.
+            if why and not run.gate.exported:
+                raise VerificationError(f"run {export.run}: the export: {why}")
+            _equal(f"run {export.run}: digest of the exported candidate", run.gate.candidate, export.adapter)
+            run.gate.exported = True
         # Released again, also by another run, it is the same adapter. Without its state, a revoked one would be back.
         earlier = [
             each.change
@@ -625,6 +694,12 @@ class Replay:
         if run.open is None or run.open != ending.opened or run.rounds[run.open].statement.round != ending.round:
             raise VerificationError(f"{where}: the statement of type {ending.type} is about a round that is not open")
         return run, run.rounds[run.open]
+
+
+def _candidate(run: LoggedRun) -> str | None:
+    """Return the candidate of a run of which no round is left; None while one is, and if no round was closed."""
+    left = run.statement.rounds - run.next + 1 - run.skips
+    return run.adapter if run.published and (run.ended or left <= 0) else None
 
 
 def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:

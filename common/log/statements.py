@@ -1,12 +1,13 @@
-"""The statements of the round log: thirteen kinds of in-toto statements, frozen and strictly validated.
+"""The statements of the round log: fifteen kinds of in-toto statements, frozen and strictly validated.
 
 Each is the predicate of an in-toto Statement v1. Its `type` and `format` give the predicate's type, and its
 subject is the artifact that it is about. `parse_statement` accepts exactly the bytes that `encode_statement`
 writes (`privet.common.log.encoding`), so unknown, missing, repeated and reordered keys are refused.
 
 Everyone in the consortium reads the log. So a statement holds digests, names of sites and privacy costs. It holds
-no counts of patients, no names of datasets and no metrics of a single site. A value that a site may have to show
-an auditor later is held as a salted commitment (`privet.common.log.envelope.commit`).
+no counts of patients, no names of datasets and no metrics of a single site, but for counts of canaries that the site
+made up. A value that a site may have to show an auditor later is held as a salted commitment
+(`privet.common.log.envelope.commit`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ Time = Annotated[int, Field(ge=0, lt=2**53)]
 """Unix seconds by the author's own clock. They inform readers; no rule relies on them."""
 NotNegative = Annotated[float, Field(ge=0)]
 Names = tuple[Name, ...]
+Tested = Literal["canary", "membership", "repeated"]
+"""A condition of a gate that a site tests."""
 LATER = Field(exclude_if=lambda value: value is None)
 """A field that earlier versions do not have. It is left out where it is empty, so that their bytes stay the same."""
 
@@ -286,6 +289,47 @@ class Rotate(StatementPart):
         return {"coordinator": _key_digest(bytes.fromhex(self.coordinator)), "log": _key_digest(log)}
 
 
+class StatedGate(StatementPart):
+    """The conditions under which an adapter of a run may leave (`privet.common.log.gate`). Null leaves one out."""
+
+    signatures: Annotated[int, Field(ge=1, lt=2**16)]
+    """Number of sites that must sign."""
+    days: Annotated[int, Field(ge=1, le=3650)]
+    """Most days that a signature counts."""
+    canaries: Annotated[int, Field(ge=20, lt=2**31)] | None
+    """Least number of canaries of a site's audit."""
+    epsilon: Positive | None
+    """Largest lower bound on epsilon that canaries may show; null without canaries."""
+    membership: Annotated[float, Field(gt=0.5, le=1)] | None
+    repeated: Annotated[float, Field(gt=0, le=1)] | None
+    metric: Label | None
+    """Name of a metric of the rounds."""
+    least: float | None
+    """Its least value, of a loss its negative; null without a metric."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if (self.canaries is None) != (self.epsilon is None) or (self.metric is None) != (self.least is None):
+            raise ValueError("expected canaries with an epsilon, and a metric with its least value")
+        return self
+
+
+class CanaryCounts(StatementPart):
+    """The guesses about canaries that a site planted (`privet.common.privacy.one_run`). Records decide none of them."""
+
+    planted: Annotated[int, Field(ge=20, lt=2**31)]
+    """Of which a fair coin included each."""
+    guesses: Natural
+    """Of the best try."""
+    right: Natural
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.right <= self.guesses <= self.planted:
+            raise ValueError("expected right <= guesses <= planted")
+        return self
+
+
 class RunOpen(StatementPart):
     """A study is started, by the coordinator."""
 
@@ -307,6 +351,8 @@ class RunOpen(StatementPart):
     secure_aggregation: Literal["masked", "plain"]
     privacy: Privacy | None
     """Null if the run is not private."""
+    gate: Annotated[StatedGate | None, LATER] = None
+    """Where the study has a gate: without an accepted egress decision, nothing of the run is exported."""
 
     def subject(self) -> dict[str, str]:
         """The study and the first adapter."""
@@ -527,6 +573,97 @@ class AdapterState(StatementPart):
         return {"adapter": self.adapter}
 
 
+class EgressReview(StatementPart):
+    """A site has tested the candidate of a run whose study has a gate, and signs or refuses it; by the site.
+
+    Its figures about its own records stay at the site. It can open the commitment `test` to an auditor.
+    """
+
+    type: Literal["egress-review"] = "egress-review"
+    format: Literal[1] = 1
+    time: Time
+    """Counts: the review holds from here until `expires`."""
+    site: Name
+    run: Name
+    study: Digest
+    adapter: Digest
+    verdict: Literal["signed", "refused"]
+    tested: Annotated[tuple[Tested, ...], Field(max_length=3)]
+    """The conditions that its own test covered, ascending. Of a signature: and met."""
+    failed: Annotated[tuple[Tested, ...], Field(max_length=3)]
+    """Those that its own test found broken, ascending. Only of a refusal."""
+    canaries: CanaryCounts | None
+    """Null where it tested no canaries."""
+    test: Digest | None
+    """Salted commitment to the figures of its test; null if it made none."""
+    reason: PrintableLine
+    """Of a refusal."""
+    expires: Time
+    """Unix seconds from which it does not count."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _ascend(self.tested, "tested")
+        _ascend(self.failed, "failed")
+        if not set(self.failed) <= set(self.tested):
+            raise ValueError("failed: expected conditions that were tested")
+        if ("canary" in self.tested) != (self.canaries is not None):
+            raise ValueError("canaries: expected counts exactly where canaries were tested")
+        if (self.test is None) != (not self.tested):
+            raise ValueError("test: expected a commitment exactly where something was tested")
+        if self.verdict == "signed" and (self.failed or self.reason):
+            raise ValueError("failed, reason: expected none with a signature")
+        if self.verdict == "refused" and not self.reason:
+            raise ValueError("reason: expected one with a refusal")
+        if self.expires <= self.time:
+            raise ValueError("expires: expected a time after `time`")
+        return self
+
+    def subject(self) -> dict[str, str]:
+        """The candidate."""
+        return {"adapter": self.adapter}
+
+
+class EgressDecision(StatementPart):
+    """Whether the candidate of a run may leave, by the coordinator. All but reason and time follow from the log."""
+
+    type: Literal["egress-decision"] = "egress-decision"
+    format: Literal[1] = 1
+    time: Time
+    """Counts: reviews that have expired by then are not counted."""
+    run: Name
+    study: Digest
+    adapter: Digest
+    verdict: Literal["accepted", "refused"]
+    epsilon: NotNegative | None
+    """Most that a site has spent in the run; null if it is not private."""
+    bound: NotNegative | None
+    """Largest lower bound on epsilon that the reviews' canaries show, with two places; null where none was audited."""
+    quality: float | None
+    """Last value of the gate's metric, of a loss its negative; null without a metric, or without a value."""
+    signed: Names
+    """The sites whose signatures count, ascending."""
+    refused: Names
+    """The sites whose refusals count, ascending."""
+    reason: PrintableLine
+    """Of a refusal."""
+    expires: Time | None
+    """Unix seconds from which nothing is exported under it: when the first signature ends. Null with a refusal."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _ascend(self.signed, "signed")
+        _ascend(self.refused, "refused")
+        accepted = self.verdict == "accepted"
+        if accepted != (self.expires is not None) or accepted != (not self.reason):
+            raise ValueError("expires, reason: expected an expiry if accepted, and a reason if refused")
+        return self
+
+    def subject(self) -> dict[str, str]:
+        """The candidate."""
+        return {"adapter": self.adapter}
+
+
 Statement = (
     Genesis
     | Join
@@ -541,6 +678,8 @@ Statement = (
     | Refusal
     | Export
     | AdapterState
+    | EgressReview
+    | EgressDecision
 )
 """Any statement. Its `subject` returns the artifacts that it is about: digests by name."""
 

@@ -364,6 +364,12 @@ class ReleasedReply(Spoken):
     """Of the whole file."""
 
 
+class ReviewRequest(Spoken):
+    """A site's review of a candidate: its signed statement, in base64, for the round log."""
+
+    statement: Base64
+
+
 class ProofReply(Spoken):
     """The hashes of a proof."""
 

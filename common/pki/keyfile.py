@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -82,19 +83,40 @@ def _read(path: Path, what: str, hint: str, load: Callable[[bytes, None], object
         raise StateError(f"{what}: {path} cannot be read as a private key ({type(error).__name__})", hint) from None
 
 
+def read_locked_key(path: Path, passphrase: bytes, what: str) -> Ed25519PrivateKey:
+    """Read an Ed25519 private key that is encrypted under a passphrase.
+
+    Raises:
+        StateError: As `read_key`; or the passphrase does not open it, or it is not encrypted.
+    """
+
+    def load(data: bytes, none: None) -> object:
+        if b"ENCRYPTED" not in data:
+            raise StateError(f"{what}: {path} is not encrypted, as a person's key must be", KEPT)
+        try:
+            return load_pem_private_key(data, passphrase)
+        except (ValueError, TypeError):
+            raise StateError(f"the passphrase does not open {what}, or its file is damaged", "try again") from None
+
+    key = _read(path, what, KEPT, load)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise StateError(f"{what}: {path} is not an Ed25519 key", KEPT)
+    return key
+
+
 def make_key(path: Path) -> Ed25519PrivateKey:
     """Make an Ed25519 private key and write it. Raises as `write_key`."""
     return write_key(path, Ed25519PrivateKey.generate())
 
 
-def write_key(path: Path, key: K) -> K:
-    """Write a private key to a file that only its owner can read, and return the key.
+def write_key(path: Path, key: K, passphrase: bytes | None = None) -> K:
+    """Write a private key to a file that only its owner can read, and return the key. Encrypt it under a passphrase.
 
     Raises:
         StateError: `path` exists already, or cannot be written.
     """
-    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write_new(path, text)
+    hidden = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+    write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
     return key
 
 

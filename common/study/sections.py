@@ -542,6 +542,44 @@ class PurposeSection(Section):
     permit: Annotated[PermitSection | None, Field(exclude_if=lambda value: value is None)] = None
 
 
+class GateSection(Section):
+    """The egress gate: the conditions under which the study's adapter leaves (docs/decisions/0023).
+
+    With the table, a run ends with a candidate. Sites that took part test it and sign or refuse it, and it is released
+    when all conditions are met. Without the table, a run ends with a release.
+    """
+
+    signatures: Count
+    """Number of sites that must sign the candidate after a test of their own."""
+    days: Annotated[int, Field(ge=1, le=3650)] = 30
+    """Days that a signature counts, 1 to 3650. The release must be made before the first one ends."""
+    canaries: Annotated[int, Field(ge=20, lt=2**31)] | None = None
+    """Least number of canaries of a site's audit, 20 or more. A site plants them where its file sets `canaries`. At
+    least one signer must have audited them. Without the key, canaries are no condition."""
+    epsilon: Positive | None = None
+    """Largest lower bound on epsilon that canaries may show. Without it: the study's epsilon. A study without privacy
+    must set it."""
+    membership: Annotated[float, Field(gt=0.5, le=1)] | None = None
+    """Largest AUC of membership inference at a signer, above 0.5: the upper end of its 95 % interval must not exceed
+    it. Without the key, membership is no condition."""
+    repeated: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For tasks that generate: largest fraction of a signer's training answers of which the adapter repeats 8 words in
+    a row and the base does not. The upper end of its 95 % interval must not exceed it."""
+    metric: Literal["validation_accuracy", "validation_loss"] | None = None
+    """Metric of the quality floor, of all sites together, in the last round that validated. A loss is compared as its
+    negative value."""
+    least: float | None = None
+    """Least value of the metric. For validation_loss: minus the largest loss."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.metric is None) != (self.least is None):
+            raise ValueError("metric: needs `least`, its least value, and the other way round; set both or neither")
+        if self.epsilon is not None and self.canaries is None:
+            raise ValueError("epsilon: is the bound of canaries; set canaries, or remove it")
+        return self
+
+
 class Promise(NamedTuple):
     """What a private study promises for one unit, and the clip norm that the noise is scaled to.
 

@@ -26,6 +26,7 @@ from privet.common.study.sections import (
     CohortSection,
     DataSection,
     EvaluationSection,
+    GateSection,
     LoraSection,
     ModelSection,
     Name,
@@ -83,6 +84,7 @@ class Study(Section):
     privacy: PrivacySection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     release: Annotated[ReleaseSection | None, Field(exclude_if=lambda value: value is None)] = None
+    gate: Annotated[GateSection | None, Field(exclude_if=lambda value: value is None)] = None
     purpose: Annotated[PurposeSection | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
@@ -189,6 +191,32 @@ class Study(Section):
             raise ValueError("head_learning_rate: with training.train_head = false no head is trained; remove the key")
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_fits(self) -> Self:
+        gate, sites = self.gate, self.cohort.sites
+        if gate is None:
+            return self
+        if self.counts:
+            raise ValueError(f"gate: a study of kind {self.kind} releases no adapter; remove the table")
+        if sites and gate.signatures > len(sites):
+            raise ValueError(
+                f"gate.signatures: expected at most the {len(sites)} sites of cohort.sites, found {gate.signatures}"
+            )
+        if gate.canaries is not None and gate.epsilon is None and not self.private:
+            raise ValueError(
+                "gate.epsilon: a study without privacy claims none; set the largest epsilon that canaries may show"
+            )
+        if gate.epsilon is not None and self.private and gate.epsilon > self.privacy.promise.epsilon:
+            raise ValueError(
+                f"gate.epsilon: expected at most the study's epsilon {self.privacy.promise.epsilon:g}, found "
+                f"{gate.epsilon:g}"
+            )
+        if gate.repeated is not None and not self.task.generates:
+            raise ValueError(f"gate.repeated: {self.task.kind} generates no text; remove the key")
+        if gate.metric is not None and not self.data.validation_fraction:
+            raise ValueError("gate.metric: needs data.validation_fraction above 0, as rounds then measure it")
         return self
 
     @model_validator(mode="after")

@@ -84,18 +84,18 @@ def _over(day: str, now: datetime) -> bool:
     return now.astimezone(UTC).date() > date.fromisoformat(day)
 
 
-def check_receiver(study: Study, site: str, answered: Collection[str]) -> None:
+def check_receiver(study: Study, site: str, participants: Collection[str]) -> None:
     """Check that a site may receive the released adapter of a study.
 
     Args:
         study: The study.
         site: Name of the site.
-        answered: Names of the sites that answered a round of the run.
+        participants: Names of the sites that took part: those in the sum of a closed round of the run.
 
     Raises:
         RefusedError: The terms are for the sites that took part, and this one did not.
     """
-    if study.release is not None and study.release.to == "participants" and site not in answered:
+    if study.release is not None and study.release.to == "participants" and site not in participants:
         raise RefusedError(
             f"the terms of study {study.name} give its adapter to the sites that took part, and site {site} did not",
             "take part in the next study, or ask the coordinator's operator for one with other terms",
@@ -111,3 +111,23 @@ def terms_text(study: Study) -> str:
     purpose = "" if terms.purpose is None else f", for this purpose: {terms.purpose}"
     until = "" if terms.until is None else f", until {terms.until} (UTC)"
     return f"The adapter is for {who}{purpose}{until}."
+
+
+def gate_text(study: Study) -> str:
+    """Return the conditions of a study's gate in words; empty where it has none."""
+    gate = study.gate
+    if gate is None:
+        return ""
+    claim = gate.epsilon or study.privacy.epsilon
+    conditions = [
+        f"{gate.signatures} sites sign it after tests of their own, each for {gate.days} days",
+        *([] if study.privacy.epsilon is None else ["the rounds cost no more than the study promises"]),
+        *([] if gate.canaries is None else [f"{gate.canaries} canaries or more show an epsilon of at most {claim:g}"]),
+        *([] if gate.membership is None else [f"members are told apart with an AUC of at most {gate.membership:g}"]),
+        *([] if gate.repeated is None else [f"at most {gate.repeated:.0%} of training answers are repeated"]),
+        *([] if gate.metric is None else [f"{gate.metric} is at least {gate.least:g}"]),
+    ]
+    return (
+        f"The adapter leaves only if {'; '.join(conditions)}. This site's figures about its records stay here; whether "
+        "it signs is seen by all."
+    )

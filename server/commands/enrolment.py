@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +16,13 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
+from privet.common.pki.commands import ask_passphrase, new_passphrase, read_passphrase
 from privet.common.progress import folded, in_directory
 from privet.server.consortium.reasons import Reason
 
 if TYPE_CHECKING:
     from privet.common.log.statements import StatedFloor
     from privet.server.consortium.coordinator import Coordinator
-
-_LEAST_PASSPHRASE = 12
 
 
 def init(
@@ -301,65 +299,12 @@ def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
     return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)
 
 
-def read_passphrase(file: Path | None) -> bytes | None:
-    """Return the passphrase in a file; None if no file is given. Raises `StateError` if it cannot be read."""
-    if file is None:
-        return None
-    try:
-        found = file.read_bytes().strip()
-    except OSError as error:
-        raise StateError(f"{file} cannot be read ({error.strerror})", "check the path in --passphrase-file") from None
-    if not found:
-        raise StateError(f"the passphrase file {file} is empty", "write the passphrase into it")
-    return found
-
-
-def new_passphrase(file: Path | None) -> bytes:
-    """Return a passphrase for the root's key: that of a file, or what a person types twice.
-
-    Raises:
-        StateError: It is too short; or there is no file and no terminal.
-    """
-    found = read_passphrase(file)
-    if found is None:
-        _need_terminal("--passphrase-file FILE, or --no-passphrase for a demonstration")
-        typed = typer.prompt("New passphrase of the root's key", hide_input=True, confirmation_prompt=True, err=True)
-        found = str(typed).strip().encode()
-    if len(found) < _LEAST_PASSPHRASE:
-        raise StateError(
-            f"the passphrase of the root's key: expected {_LEAST_PASSPHRASE} bytes or more, found {len(found)}",
-            "choose a longer one, for example six random words",
-        )
-    return found
-
-
-def ask_passphrase() -> bytes:
-    """Return the passphrase of the root's key as a person types it.
-
-    Raises:
-        StateError: There is no terminal.
-    """
-    _need_terminal("--passphrase-file FILE")
-    return str(typer.prompt("Passphrase of the root's key", hide_input=True, err=True)).strip().encode()
-
-
-def _need_terminal(option: str) -> None:
-    if not sys.stdin.isatty():
-        raise StateError(
-            "the root's key needs a passphrase, and there is no terminal to type it", f"add {option} to the command"
-        )
-
-
 def _write_log(made: Coordinator) -> None:
     """Write due statements to the log. While another process has the log open, they wait in the members' file."""
-    from privet.server.consortium.coordinator import log_members
-    from privet.server.log.journal import open_journal
+    from privet.server.consortium.coordinator import log_due
 
-    due = len(made.members.statements())
-    if not due:
-        return
-    try:
-        with open_journal(made.log_directory, made.keys) as journal:
-            typer.echo(f"log      statements written: {log_members(made, journal)}")
-    except StateError as error:
-        typer.echo(f"log      statements that are written later: {due}; {error.message}")
+    due, late = log_due(made)
+    if late is not None:
+        typer.echo(f"log      statements that are written later: {due}; {late.message}")
+    elif due:
+        typer.echo(f"log      statements written: {due}")

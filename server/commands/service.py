@@ -34,8 +34,9 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
+from privet.common.pki.commands import ask_passphrase, new_passphrase, read_passphrase
 from privet.common.progress import doing, folded, in_directory
-from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
+from privet.server.commands.enrolment import write_genesis
 from privet.server.rounds.timing import Timing
 
 _INTERRUPTED = 130
@@ -384,6 +385,11 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         typer.echo(in_directory(said, begun.made.directory), err=True)
         raise typer.Exit(_INTERRUPTED) from None
     run = begun.directory.path
+    if begun.directory.study.gate is not None and not (run / "release").is_dir():
+        typer.echo(folded(course(state.statements)))
+        typer.echo(f"ended after round {state.round} with a candidate, which has to pass the gate of its study")
+        typer.echo(in_directory(f"next: privet gate status {begun.name}", begun.made.directory))
+        return
     typer.echo(f"ended after round {state.round}: {run / 'release'}")
     typer.echo(folded(course(state.statements)))
     typer.echo(f"next: privet report {run} --out {begun.name}.html")

@@ -62,7 +62,7 @@ from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members
 from privet.server.consortium.membership import Consortium, Row
-from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, Journal, Keys, read_keys_of, write_keys
+from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, Journal, Keys, open_journal, read_keys_of, write_keys
 from privet.server.log.roundlog import create_log
 
 KEYS, FORMER, NEXT = "keys", "former.txt", "next"
@@ -140,6 +140,11 @@ class Coordinator:
             StateError: The key cannot be read, or the passphrase is missing or wrong.
         """
         return Authority(self.root, self.unlock())
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the root's key is encrypted under a passphrase."""
+        return b"ENCRYPTED" in (self.directory / _ROOT_KEY).read_bytes()
 
     @property
     def log_directory(self) -> Path:
@@ -412,6 +417,22 @@ def log_members(made: Coordinator, journal: Journal) -> int:
     if policy is not None:
         write_durably(made.directory / "public/log.policy", policy.text.encode())
     return len(due)
+
+
+def log_due(made: Coordinator) -> tuple[int, StateError | None]:
+    """Log the decisions about members that are due, as `log_members`.
+
+    Returns:
+        How many were due, and why they wait, if they do: another process has the log open.
+    """
+    due = len(made.members.statements())
+    if not due:
+        return 0, None
+    try:
+        with open_journal(made.log_directory, made.keys) as journal:
+            return log_members(made, journal), None
+    except StateError as error:
+        return due, error
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> bytes:

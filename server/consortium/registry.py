@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from privet.common.audit.egress import check_logged, check_origin
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
+from privet.common.clock import now
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.log.merkle import leaf_hash
@@ -99,7 +101,12 @@ def logged_history(made: Coordinator) -> Replay:
     Raises:
         StateError: The log cannot be read. VerificationError: It breaks the rules.
     """
-    log, history, tree = LogFile(made.log_directory), Replay(), Tree()
+    return history_in(made.log_directory)
+
+
+def history_in(directory: Path) -> Replay:
+    """Replay the round log in a directory. Raises as `logged_history`."""
+    log, history, tree = LogFile(directory), Replay(), Tree()
     size = log.size()
     while (at := tree.frontier.size) < size:
         for index, data in enumerate(log.leaves(at, min(_LEAVES, size - at), _BYTES), start=at):
@@ -110,12 +117,12 @@ def logged_history(made: Coordinator) -> Replay:
 
 def entries(made: Coordinator) -> tuple[Entry, ...]:
     """Return the releases of all runs, newest first. Raises as `logged_history`."""
-    return tuple(_told(entry, made.directory / "runs" / entry.name) for entry in _decided(made))
+    return tuple(_told(entry, made.directory / "runs" / entry.name) for entry in _decided(made, logged_history(made)))
 
 
-def _decided(made: Coordinator) -> tuple[Entry, ...]:
+def _decided(made: Coordinator, history: Replay) -> tuple[Entry, ...]:
     """Return the entries as far as log and decisions tell them. No run's state is read, which holds whole adapters."""
-    history, waiting = logged_history(made), _waiting(made)
+    waiting = _waiting(made)
     owners = {each.statement.adapter: name for name, run in history.runs.items() for each in run.releases}
     found = []
     for name, run in history.runs.items():
@@ -155,12 +162,19 @@ def descendants(made: Coordinator, name: str) -> tuple[str, ...]:
 
 
 def entry_of(made: Coordinator, name: str) -> Entry:
-    """Return the release of a run. Raises as `logged_history`; StateError: It has released none."""
-    return _told(_named(_decided(made), name), made.directory / "runs" / name)
+    """Return the release of a run. Raises as `logged_history`; StateError: It has released none.
+
+    Raises:
+        RefusedError: The gate of its study withholds the adapter.
+    """
+    history = logged_history(made)
+    return _told(_named(_decided(made, history), name, history), made.directory / "runs" / name)
 
 
-def _named(found: Sequence[Entry], name: str) -> Entry:
-    """Return the entry of a run. Raises StateError if it has released none."""
+def _named(found: Sequence[Entry], name: str, history: Replay) -> Entry:
+    """Return the entry of a run. Raises StateError if it has released none, and RefusedError if its gate is closed."""
+    if name in history.runs:
+        check_logged(history.runs[name], int(now().timestamp()))
     for entry in found:
         if entry.name == name:
             return entry
@@ -171,7 +185,7 @@ def _named(found: Sequence[Entry], name: str) -> Entry:
 
 
 def decide(
-    made: Coordinator, name: str, state: Decision, reason: str, now: datetime, by: str | None = None
+    made: Coordinator, name: str, state: Decision, reason: str, time: datetime, by: str | None = None
 ) -> AdapterState:
     """Decide what becomes of a released adapter. The decision is durable on return; `log_decisions` logs it.
 
@@ -180,28 +194,29 @@ def decide(
         name: The run that released it.
         state: What becomes of it.
         reason: Why. The round log shows it to all sites.
-        now: The present time.
+        time: The present time.
         by: For superseded: the run whose release takes its place.
 
     Raises:
         StateError: There is no such release, or it is in this state or a later one.
         StudyError: The reason has other characters than printable ASCII, or is too long.
     """
-    found = _decided(made)
-    entry = _named(found, name)
+    history = logged_history(made)
+    found = _decided(made, history)
+    entry = _named(found, name, history)
     if STATES.index(state) <= STATES.index(entry.state):
         raise StateError(
             f"the adapter of run {name} is {entry.state} already",
             f"`privet registry show {name}` says why; no adapter goes back to an earlier state",
         )
-    if by is not None and (by == name or STATES.index(_named(found, by).state) > STATES.index("superseded")):
+    if by is not None and (by == name or STATES.index(_named(found, by, history).state) > STATES.index("superseded")):
         raise StateError(
             f"run {by} has no other adapter that is in use",
             "name a run whose adapter takes the place: `privet registry list`",
         )
     adapter = entry.released.statement.adapter
     try:
-        change = AdapterState(time=int(now.timestamp()), run=name, adapter=adapter, state=state, by=by, reason=reason)
+        change = AdapterState(time=int(time.timestamp()), run=name, adapter=adapter, state=state, by=by, reason=reason)
     except ValidationError:
         raise StudyError(
             "--reason: expected 1 to 300 printable ASCII characters", "write such a reason in one line"
@@ -238,7 +253,7 @@ def waits(made: Coordinator) -> bool:
 
 
 def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) -> None:
-    """Check that a study does not begin from an adapter that was retired or revoked.
+    """Check that a study does not begin from an adapter that was retired or revoked, or that a gate withholds.
 
     Args:
         made: The coordinator.
@@ -246,9 +261,11 @@ def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) ->
         say: Told of one that is superseded.
 
     Raises:
-        StateError: It was.
+        StateError: It was. RefusedError: The gate of a run withholds it.
     """
-    for entry in _decided(made):
+    history = logged_history(made)
+    check_origin(history, adapter)
+    for entry in _decided(made, history):
         if entry.released.statement.adapter != adapter or entry.change is None:
             continue
         said = f"the adapter of run {entry.name} is {entry.state}: {entry.change.reason}"

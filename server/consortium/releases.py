@@ -8,9 +8,13 @@ from __future__ import annotations
 import base64
 import json
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from privet.common.audit.bundle import CHECKPOINT
+from privet.common.audit.egress import check_kept
+from privet.common.audit.release import ADAPTER
+from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError
 from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
 from privet.common.study.terms import check_receiver, check_until
@@ -31,7 +35,7 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
 
     Raises:
         RefusedError: There is no such file, or the study is not for this site. Both have one text: a site learns
-            nothing of a study that names others. Or the terms of the release do not admit it.
+            nothing of a study that names others. Or the terms of the release or its gate do not admit it.
     """
     refused = RefusedError(
         f"run {asked.run} released no file {asked.file} for site {site}",
@@ -45,14 +49,35 @@ def released_part(directory: Path, site: str, asked: ReleasedRequest, now: datet
     if run.withdrawn is not None or (run.study.cohort.sites and site not in run.study.cohort.sites):
         raise refused
     _check_terms(run, site, now)
+    if run.study.gate is not None:
+        check_kept(run.study, _digest(folder / RELEASE / ADAPTER), folder / RELEASE)
     try:
-        with (folder / RELEASE / asked.file).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(min(asked.first, size))
-            part = file.read(PART_BYTES)
+        return part_of(folder / RELEASE / asked.file, asked.first)
     except OSError:
         raise refused from None
+
+
+def part_of(path: Path, first: int) -> ReleasedReply:
+    """Return a part of a file, from byte `first` on. Raises OSError."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(min(first, size))
+        part = file.read(PART_BYTES)
     return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
+
+
+def _digest(file: Path) -> str:
+    """Return the digest of a file; empty if there is none. It is asked for with each part of a large file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ""
+    return _hashed(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=16)
+def _hashed(file: Path, time: int, size: int) -> str:
+    return f"sha256:{file_sha256(file)}"
 
 
 def _check_terms(run: RunDirectory, site: str, now: datetime) -> None:

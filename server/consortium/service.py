@@ -60,12 +60,14 @@ from privet.common.pki.enrolment import (
     RenewReply,
     RenewRequest,
     ReturnRequest,
+    ReviewRequest,
     Spoken,
     Status,
     Terms,
 )
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.refusals import Refusals
+from privet.server.consortium.candidates import candidate_part, keep_review
 from privet.server.consortium.coordinator import Coordinator, Settings
 from privet.server.consortium.front import Front, Peer
 from privet.server.consortium.proposals import proposed
@@ -169,6 +171,15 @@ class Service:
     def released(self, request: ReleasedRequest, caller: Caller) -> ReleasedReply:
         """Return a part of a released file."""
         return released_part(self.coordinator.directory, caller.site, request, self.clock())
+
+    def candidate(self, request: ReleasedRequest, caller: Caller) -> ReleasedReply:
+        """Return a part of a file of a candidate, which waits at its gate, to a site that took part."""
+        return candidate_part(self.coordinator, caller.site, request)
+
+    def review(self, request: ReviewRequest, caller: Caller) -> Nothing:
+        """Take the caller's review of a candidate. It is in the log when the log is written next."""
+        keep_review(self.coordinator, caller.site, base64.b64decode(request.statement), self.clock())
+        return Nothing()
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
         """Prove that the newer log extends the older one."""
@@ -331,6 +342,8 @@ def _for_members(service: Service) -> dict[str, Any]:
         "Proposals": _member(service, Nothing, service.proposals),
         "Accepted": _member(service, Nothing, service.accepted),
         "Released": _member(service, ReleasedRequest, service.released),
+        "Candidate": _member(service, ReleasedRequest, service.candidate),
+        "Review": _member(service, ReviewRequest, service.review),
         "Leaves": _member(service, LeavesRequest, service.leaves),
         "Consistency": _member(service, ConsistencyRequest, service.consistency),
         "Inclusion": _member(service, InclusionRequest, service.inclusion),

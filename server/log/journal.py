@@ -254,6 +254,11 @@ class Journal:
         self._log.sign_with(following.log, following.pq)
         return index
 
+    def leaf_at(self, index: int) -> bytes:
+        """Return the bytes of a leaf. Raises StateError: It cannot be read, or what is buffered cannot be written."""
+        self.flush()
+        return next(iter(self._log.leaves(index)))
+
     def flush(self) -> None:
         """Append the buffered statements: durable on return.
 

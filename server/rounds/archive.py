@@ -16,6 +16,7 @@ from privet.common.audit.bundle import (
     leaves_of,
     proof_name,
 )
+from privet.common.audit.egress import check_kept
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
@@ -40,7 +41,11 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
 
     Raises:
         StateError: No log is published there, or a file of the run is missing.
+        RefusedError: The gate of the study withholds the weights.
     """
+    if with_weights:
+        # Of a run that releases an average, a bundle with the weights has adapters of rounds as well.
+        check_kept(run.study, run.load().adapter.digest, run.path)
     try:
         note = (public / CHECKPOINT).read_bytes()
         size = Checkpoint.parse(parse_note(note).text).size

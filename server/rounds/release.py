@@ -23,6 +23,7 @@ from privet.common.audit.release import (
     ADAPTER,
     CARD,
     CONFIG,
+    EGRESS,
     KEY,
     LINEAGE,
     PRIVACY,
@@ -37,7 +38,7 @@ from privet.server.rounds.state import RunDirectory, RunState
 
 
 def release_files(
-    run: RunDirectory, state: RunState, name: str, signer: ec.EllipticCurvePrivateKey
+    run: RunDirectory, state: RunState, name: str, signer: ec.EllipticCurvePrivateKey, egress: bytes | None = None
 ) -> dict[str, bytes]:
     """Return the files of a release by name.
 
@@ -46,6 +47,7 @@ def release_files(
         state: Its last state, with at least one closed round.
         name: The run's name in the log.
         signer: P-256 key.
+        egress: Where the study has a gate: the leaf that accepts the adapter.
     """
     privacy = privacy_document(run.study, state.statements, simulated=run.simulated)
     lineage = lineage_of(run.study, name, state.statements)
@@ -58,6 +60,7 @@ def release_files(
         f"{PRIVACY}.md": privacy_markdown(privacy).encode(),
         CARD: model_card(run.study, lineage, privacy, state.statements).encode(),
         **({COUNTS: canonical_json(counts_document(run.study, state.statements)) + b"\n"} if run.study.counts else {}),
+        **({} if egress is None else {EGRESS: egress}),
         KEY: signer.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
     }
     return {**files, SIGNATURE: sign_files(files, run.study.name, signer)}

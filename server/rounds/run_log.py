@@ -8,6 +8,9 @@ The order within a run, each step durable before the next::
                 ->  the run's state is stored  ->  round-close, or round-abort
     a quorum cosigns the end  ->  the adapter is published
 
+Where the study has a gate, the run ends before its `export`, with a candidate. It goes on when an egress decision has
+accepted that (`privet.server.consortium.candidates`).
+
 After a crash at any point, `RunLog.settle` makes log and state agree again. If the state has the end of a round and
 the log does not, the end is logged. If a round is still open, it is aborted where a quorum has cosigned it, since it
 may have reached sites; before that it has reached no site, and is run. A simulation always runs it: its sites give the
@@ -233,21 +236,27 @@ class RunLog:
 
     @property
     def released(self) -> bool:
-        """Whether a quorum has cosigned the end of the run."""
-        named = self.journal.exported(self.name) is not None or not self.entry.published
+        """Whether a quorum has cosigned the end of the run, as far as its gate lets it go."""
+        named = self.journal.exported(self.name) is not None or not self.entry.published or bool(self.withheld)
         return named and self.journal.witnessed and not self._staged.exists()
 
     def release(
         self, exchange: Exchange, participants: Mapping[str, Participant], state: RunState, timeout: float
     ) -> None:
         """Publish the result of a run, once a quorum has cosigned it. Raises as `witness`."""
-        if self.entry.published and self.journal.exported(self.name) is None:
+        if self.entry.published and self.journal.exported(self.name) is None and not self.withheld:
             self._export(state)
         self.witness(exchange, participants, timeout)
         self.publish(state)
         # The rename comes last: a release that exists is in a published log that a quorum has cosigned.
         if self._staged.exists():
             self._staged.rename(self.run.path / RELEASE)
+
+    @property
+    def withheld(self) -> str:
+        """Why the gate of the study withholds the adapter now; empty if it does not, or there is none."""
+        gate = self.entry.gate
+        return "" if gate is None or gate.exported else gate.withheld(self.journal.clock())
 
     @property
     def _staged(self) -> Path:
@@ -258,7 +267,9 @@ class RunLog:
         # In this order, because an ECDSA signature differs each time it is made: files that were lost after their
         # digests were logged could not be made again.
         shutil.rmtree(self._staged, ignore_errors=True)
-        files = release_files(self.run, state, self.name, self.journal.keys.release)
+        gate = self.entry.gate
+        egress = None if gate is None else self.journal.leaf_at(gate.decided)
+        files = release_files(self.run, state, self.name, self.journal.keys.release, egress)
         with staged(self._staged, TAKEN) as directory:
             for name, data in files.items():
                 write_durably(directory / name, data)

@@ -45,6 +45,8 @@ from privet.server.rounds.watch import Wait
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
 _WAITING, _WITHDRAWN = "waiting.json", "withdrawn.json"
+STOP = "stop"
+"""Name of the file that asks the process which plays a run to stop."""
 _RESTORE = "restore the newest backup of the run directory"
 TAKEN = "choose another directory with --out, or continue the run with --resume"
 """What to do where the directory of a new run exists already, for a command with these options."""
@@ -202,6 +204,19 @@ class RunDirectory:
             return Wait(**{**found, "answered": tuple(found["answered"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def ask_to_stop(self) -> None:
+        """Ask the process that plays the run to stop after the current round.
+
+        Raises:
+            StateError: The run has ended.
+        """
+        if self.standing()[1]:
+            raise StateError(
+                f"run {self.path.name} has ended, so there is nothing to stop",
+                "`privet coordinator status` lists all runs",
+            )
+        (self.path / STOP).touch()
 
     def note_wait(self, wait: Wait | None) -> None:
         """Note for readers what this process waits for; None at its end."""

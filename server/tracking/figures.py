@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.common.audit.egress import check_kept
 from privet.common.audit.privacy_statement import check_statements
 from privet.common.audit.release import ADAPTER, CARD, LINEAGE, SIGNATURE, STUDY, verify_files
 from privet.common.canonical import canonical_json
@@ -81,7 +82,7 @@ def tracked(path: Path) -> Tracked:
 
     Raises:
         StateError: It is no run directory.
-        RefusedError: It is not released; or its adapter is revoked or retired; or it is a site's own.
+        RefusedError: It is not released, or a candidate; or its adapter is revoked or retired; or it is a site's own.
         VerificationError: The released files were changed, or are not those of the run.
     """
     for file, what in _PRIVATE.items():
@@ -91,6 +92,7 @@ def tracked(path: Path) -> Tracked:
             )
     run = RunDirectory.open(path)
     state, folder = run.load(), path / RELEASE
+    check_kept(run.study, state.adapter.digest, path)
     if not folder.is_dir():
         raise RefusedError(
             f"the run {path} has released nothing, so its figures are not published: it has closed {state.round} of "

@@ -173,17 +173,17 @@ def pooled_records(parts: Sequence[Records]) -> Records:
 
 
 def without_privacy(study: Study) -> Study:
-    """Return the study without differential privacy, and otherwise unchanged."""
-    return study.model_copy(update={"privacy": PrivacySection(mode="none")})
+    """Return the study without differential privacy and gate, and otherwise unchanged."""
+    return study.model_copy(update={"privacy": PrivacySection(mode="none"), "gate": None})
 
 
 def at_epsilon(study: Study, epsilon: float) -> Study:
-    """Return the study with another epsilon. A study without privacy gets clip norm 1 and delta 1e-5."""
+    """Return the study with another epsilon, and no gate. One without privacy gets clip norm 1 and delta 1e-5."""
     promise = {"epsilon": epsilon}
     if not study.private:
         privacy = PrivacySection(mode="local", epsilon=epsilon, delta=1e-5, clip_norm=1.0)
-        return study.model_copy(update={"privacy": privacy})
-    return study.model_copy(update={"privacy": study.privacy.model_copy(update=promise)})
+        return study.model_copy(update={"privacy": privacy, "gate": None})
+    return study.model_copy(update={"privacy": study.privacy.model_copy(update=promise), "gate": None})
 
 
 def in_the_clear(study: Study) -> Study:

@@ -14,65 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from privet.client.release.separation import separation
+from privet.client.training.canaries import flip_coins, make_canaries, vocabulary
 from privet.client.training.data import Records
-from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.privacy.one_run import audit
 from privet.common.progress import Say
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, pooled_records, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
-from privet.simulations.attacks.one_run import audit
-from privet.simulations.attacks.statistics import separation
-
-CANARY_WORDS = 6
-_SHORTEST = 3
-
-
-def vocabulary(tokenizer: Any) -> list[str]:
-    """Return the words that are one token each: `_SHORTEST` or more lower-case ASCII letters, sorted.
-
-    Raises:
-        StudyError: There are too few words for canaries.
-    """
-    words = {tokenizer.decode([number]).strip() for number in range(len(tokenizer))}
-    found = sorted(w for w in words if len(w) >= _SHORTEST and w.isascii() and w.isalpha() and w.islower())
-    if len(found) < 2 * CANARY_WORDS:
-        raise StudyError(
-            f"the base model's tokenizer: expected at least {2 * CANARY_WORDS} lower-case words of one token each, "
-            f"from which canaries are made; found {len(found)}",
-            "pin a base model with an English vocabulary in the study's [model] table",
-        )
-    return found
-
-
-def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> Records:
-    """Return `count` distinct records of random words with random labels, tags or answers."""
-    draws = SeededRandomness(seed, "canaries")
-
-    def text() -> list[str]:
-        return [words[int(x * len(words))] for x in draws.uniform(CANARY_WORDS)]
-
-    def pick(options: int, size: int) -> list[int]:
-        return [int(x * options) for x in draws.uniform(size)]
-
-    rows: list[dict[str, Any]] = []
-    for number in range(count):
-        # The number keeps records distinct even if the vocabulary is small.
-        body = [*text(), str(number)]
-        if study.task.kind == "text-classification":
-            rows.append({"text": " ".join(body), "label": pick(len(study.task.labels), 1)[0]})
-        elif study.task.kind == "token-classification":
-            rows.append({"tokens": body, "tags": pick(len(study.task.labels), len(body))})
-        elif study.task.kind == "preference":
-            rows.append({"prompt": " ".join(body), "chosen": " ".join(text()), "rejected": " ".join(text())})
-        else:
-            rows.append({"prompt": " ".join(body), "answer": " ".join(text())})
-    return Records(tuple(rows), tuple(f"canary-{number}" for number in range(count)))
-
-
-def flip_coins(count: int, seed: int) -> list[bool]:
-    """Return for each canary whether it is included."""
-    return [bool(x < 0.5) for x in SeededRandomness(seed, "coins").uniform(count)]
 
 
 def arms_of(study: Study, epsilons: Sequence[float]) -> dict[str, Study]:
@@ -111,8 +61,9 @@ def run_audit(
         PrivetError: A round failed, or there are too few words or canaries.
     """
     victim = min(sites)
-    records = make_canaries(study, vocabulary(workshop.host(study).tokenizer), canaries, study.seed)
-    coins = flip_coins(canaries, study.seed)
+    words = vocabulary(workshop.host(study).tokenizer)
+    records = make_canaries(study, words, canaries, SeededRandomness(study.seed, "canaries"))
+    coins = flip_coins(canaries, SeededRandomness(study.seed, "coins"))
     chosen = records.select([index for index, coin in enumerate(coins) if coin])
     holding = {**sites, victim: pooled_records([sites[victim], chosen])}
     # The declared count is public, so it must not depend on the coins: the guesses may use everything that is released.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.client.release.separation import separation
 from privet.client.training.data import Records, concatenate
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness, derive_seed
@@ -29,7 +30,6 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
-from privet.simulations.attacks.statistics import separation
 
 _Array = NDArray[np.float64]
 Coins = NDArray[np.bool_]

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from privet.client.release.separation import clopper_pearson
 from privet.client.rounds.loading import SiteData
 from privet.client.training.data import Records
 from privet.client.training.host import ModelHost
@@ -31,7 +32,6 @@ from privet.common.progress import Say
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Trail, Workshop, pooled_records
-from privet.simulations.attacks.statistics import clopper_pearson
 from privet.simulations.scenarios.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privet.client.release.separation import clopper_pearson
 from privet.client.training.data import Records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
@@ -28,7 +29,6 @@ from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
-from privet.simulations.attacks.statistics import clopper_pearson
 
 _Array = NDArray[np.floating[Any]]
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.bases.names import keep_bases
+from privet.client.release.opened import open_release
 from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
 from privet.common.audit.counts import COUNTS, counts_document
-from privet.common.audit.release import ADAPTER
+from privet.common.audit.egress import check_kept
+from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import canonical_json
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import staged, write_durably
@@ -162,12 +164,18 @@ def released(run: Path, evaluator: Evaluator) -> Adapter:
 
     Raises:
         StateError: `run` is not a run directory, or its adapter has another layout.
+        RefusedError: It is a coordinator's run whose gate withholds the adapter.
     """
     if _is_peft(run):
         data = (run / ADAPTER).read_bytes()
         adapter = Adapter.read(read_layout(data), data)
+        if (run / STUDY).is_file():
+            open_release(run)  # a release or a candidate, which says whether it may be used
     else:
-        adapter = RunDirectory.open(run).load().adapter
+        found = RunDirectory.open(run)
+        adapter = found.load().adapter
+        if not found.simulated:  # of a simulation, whose sites sign nothing, the candidate is the researcher's own
+            check_kept(found.study, adapter.digest, run)
     if adapter.spec != evaluator.host.spec:
         raise StateError(
             f"--continue-from: the adapter of {run} does not fit this study: its tensors have other names or shapes",
@@ -530,7 +538,7 @@ def log_verified(run: RunDirectory) -> bool | None:
     if not (run.path / PUBLIC).is_dir():
         return None
     policy = Policy.parse((run.path / LOG / POLICY).read_text(encoding="utf-8"))
-    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=True), policy).ok
+    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=run.study.gate is None), policy).ok
 
 
 def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:

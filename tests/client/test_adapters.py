@@ -81,7 +81,10 @@ def trained(start: Adapter, step: float = 1.0) -> Adapter:
 def play(
     world: World, name: str, start: Adapter, study: Study | None = None, besides: Mapping[str, bytes] | None = None
 ) -> Adapter:
-    """Play a run of one round, as far as log and release directory go, and return the adapter that it releases."""
+    """Play a run of one round, as far as log and release directory go, and return its adapter.
+
+    It releases the adapter, unless the study has a gate.
+    """
     own, study, after = world.coordinator, study or study_of(name), trained(start)
     directory = RunDirectory.create(own.directory / "runs" / name, study, after, "{}")
     with open_journal(own.log_directory, own.keys) as journal:
@@ -110,6 +113,10 @@ def play(
                 transcript=None, metrics=None, epsilon=None, ended=True,
             )
         )  # fmt: skip
+        if study.gate is not None:
+            journal.flush()
+            journal.sign_head()
+            return after
         files = released_files(study, after, own.keys.release, besides or {})
         journal.say(Export(time=time, run=name, round=1, adapter=after.digest, files=digests_of(files)))
         journal.flush()

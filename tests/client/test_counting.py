@@ -15,8 +15,8 @@ from dp_accounting.pld import PLDAccountant
 from scipy import stats
 
 from privet.client.budget.releases import limit_of, open_ledger
-from privet.client.commands.policy import _unfit
 from privet.client.policy.agreement import agreement
+from privet.client.policy.opinion import unfit_of
 from privet.client.policy.rules import judge
 from privet.client.rounds.loading import load_data
 from privet.client.rounds.worker import Worker
@@ -312,7 +312,7 @@ def test_test_files_are_read_where_the_study_says_so(tmp_path: Path, bert: Path)
     alone = load_site(site_toml(tmp_path / "other", "north", class_rows(12), seed=None))
     with pytest.raises(Exception, match="names none"):
         load_data(alone, study, host, b"key", distinct=False)
-    assert "names none" in str(_unfit(alone, study))  # before a person approves
+    assert "names none" in str(unfit_of(alone, study))  # before a person approves
     assert json.loads(json.dumps(study.document()))["evaluation"]["files"] == "test"
 
 

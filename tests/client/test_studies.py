@@ -12,35 +12,21 @@ import pytest
 
 from privet.client.commands import policy as commands
 from privet.client.commands.setup import setup
+from privet.client.network.lock import exclusive
 from privet.client.network.proposals import Proposed, chosen, compared
-from privet.client.network.serve import exclusive
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
-from privet.common.log.agreement import run_opened
 from privet.common.pki.enrolment import Proposal, ProposalsReply
-from privet.common.study.study import Study, load_study
+from privet.common.study.study import Study
 from privet.server.consortium.proposals import proposed
 from privet.server.log.journal import open_journal
-from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.toml import to_toml
 from tests.support.consortium_world import World, run, running
+from tests.support.proposed_world import EXAMPLE, begin, changed, settle
 from tests.support.synthetic import start_adapter
-
-EXAMPLE = load_study(Path("simulations/studies/deploy.toml"))
-
-
-def begin(world: World, name: str, study: Study, *, logged: bool = True, ended: bool = False) -> None:
-    """Make a run as `privet coordinator run` does before its first round."""
-    own, adapter = world.coordinator, start_adapter()
-    directory = RunDirectory.create(own.directory / "runs" / name, study, adapter, "{}")
-    if ended:
-        directory.store(RunState(2, adapter, stopped=True))
-    if logged:
-        with open_journal(own.log_directory, own.keys) as journal:
-            journal.say(run_opened(name, study, adapter.digest, journal.clock()))
-            journal.sign_head()
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +35,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with running(tmp_path_factory.mktemp("consortium")) as world:
         world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
-        home = world.folder / "berlin"
-        rows = (f"text,{EXAMPLE.task.labels[0]},{number}\n" for number in range(300))
-        (home / "notes.csv").write_text("note,specialty,patient\n" + "".join(rows))
-        done = run(
-            setup, home, "--yes", "--train", home / "notes.csv", "--unit=record",
-            "--anchor", home / "elsewhere/head.json", "--anchor-same-disk",
-        )  # fmt: skip
-        assert done.exit_code == 0, done.output
+        settle(world)
         begin(world, "triage", EXAMPLE)
         begin(world, "greedy", changed(EXAMPLE, epsilon=20.0), logged=False)
         begin(world, "old", changed(EXAMPLE, epsilon=1.0), ended=True)
         yield world
-
-
-def changed(study: Study, **privacy: object) -> Study:
-    document = study.document()
-    return Study.parse({**document, "privacy": {**document["privacy"], **privacy}})
 
 
 @pytest.fixture
@@ -129,7 +103,7 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
 
 def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
-    monkeypatch.setattr(commands, "proposed_studies", lambda file, config: (stopped,))
+    monkeypatch.setattr("privet.client.network.proposals.proposed_studies", lambda file, config: (stopped,))
     assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
 
 

@@ -302,7 +302,9 @@ def test_a_wheel_holds_the_files_of_the_tree(tmp_path: Path) -> None:
         [sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True, check=True
     )
     held = {line.split()[0].removeprefix("privet/") for line in done.stdout.splitlines() if line.startswith("privet/")}
-    wanted = {*OURS, *(str(path.relative_to(ROOT)) for path in (ROOT / "simulations" / "studies").glob("*.toml"))}
+    data = [*(ROOT / "simulations/studies").glob("*.toml"), *(ROOT / "common/web/texts").glob("*.toml")]
+    data += [*(ROOT / "common/web/static").iterdir(), *ROOT.glob("*/**/templates/*.html")]
+    wanted = {*OURS, *(str(path.relative_to(ROOT)) for path in data if path.relative_to(ROOT).parts[0] in PARTS)}
     assert wanted - held == set()
 
 

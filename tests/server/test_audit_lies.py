@@ -128,6 +128,8 @@ BELIEVED = {
     "refusal": {"time", "code", "rule", "asked", "allowed", "policy", "round"},
     "export": {"time"},
     "adapter-state": {"time", "reason"},
+    "egress-review": {"time", "test", "canaries.planted", "canaries.guesses", "canaries.right"},
+    "egress-decision": {"time"},
 }
 
 

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from privet.client.site import Resources
+from privet.client.training.canaries import flip_coins, make_canaries, vocabulary
 from privet.client.training.data import Records, load_records
 from privet.common.cli import build_command
 from privet.common.errors import StudyError
+from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.messages import Contribution
 from privet.common.study.sections import FORMS, GENERATING
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear, without_privacy, write_records
-from privet.simulations.attacks.canaries import flip_coins, make_canaries, run_audit, vocabulary
+from privet.simulations.attacks.canaries import run_audit
 from privet.simulations.attacks.membership import (
     confidence,
     halves,
@@ -117,11 +119,13 @@ def test_the_same_records_train_with_other_noise_from_another_seed(bert: Path, t
 def test_canaries_are_random_distinct_and_fit_the_task(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert)
     words = vocabulary(workshop(tmp_path).host(study).tokenizer)
-    canaries = make_canaries(study, words, 300, seed=1)
+    canaries, again, others = (
+        make_canaries(study, words, 300, SeededRandomness(seed, "canaries")) for seed in (1, 1, 2)
+    )
     assert len({row["text"] for row in canaries.rows}) == 300
     assert set(np.bincount([row["label"] for row in canaries.rows])) <= set(range(70, 131))
-    assert canaries == make_canaries(study, words, 300, seed=1) != make_canaries(study, words, 300, seed=2)
-    assert 100 < sum(flip_coins(300, 1)) < 200
+    assert canaries == again != others
+    assert 100 < sum(flip_coins(300, SeededRandomness(1, "coins"))) < 200
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from privet.client.release.separation import clopper_pearson, rate, separation
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.privacy.accounting import epsilon as accounted
-from privet.simulations.attacks.one_run import SHARES, SIDES, audit, epsilon_bound, p_value
-from privet.simulations.attacks.statistics import clopper_pearson, rate, separation
+from privet.common.privacy.one_run import SHARES, SIDES, audit, epsilon_bound, p_value
 
 # The audit
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -151,9 +151,12 @@ class Tab:
         return found
 
 
+T = TypeVar("T", bound=Tab)
+
+
 @contextmanager
-def browser() -> Iterator[Tab]:
-    """Start Chromium, and yield a tab. Skips or fails as `required`."""
+def browser(kind: type[T]) -> Iterator[T]:
+    """Start Chromium, and yield a tab of this kind. Skips or fails as `required`."""
     program = required()
     with TemporaryDirectory(prefix="chromium-") as home:
         into, to = os.pipe()
@@ -175,7 +178,7 @@ def browser() -> Iterator[Tab]:
         os.close(into)
         os.close(out)
         try:
-            yield Tab(to, back)
+            yield kind(to, back)
         finally:
             os.close(to)  # Chromium ends with its pipe
             os.close(back)

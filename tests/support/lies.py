@@ -25,6 +25,7 @@ from privet.common.log.proofs import prove
 from privet.common.log.renewal import renewal_text
 from privet.common.log.statements import (
     AdapterState,
+    EgressReview,
     Export,
     Genesis,
     Join,
@@ -43,7 +44,7 @@ from privet.common.log.tiles import bundle_bytes, read_leaves, tile_bytes, tiles
 from privet.server.log.journal import Keys, rotation
 from privet.server.rounds.archive import bundle_files
 from tests.support.log_world import ORIGIN, World, private, public, second
-from tests.support.logged_world import RELEASE_KEY, world_of
+from tests.support.logged_world import RELEASE_KEY, pass_gate, world_of
 from tests.support.masked_world import masked_study
 from tests.support.secagg_world import identity
 
@@ -65,11 +66,13 @@ class Archive:
 
 
 def archive_of(folder: Path) -> Archive:
-    """Return a run of three rounds, with a refusal and an aborted round; then a site joins and leaves."""
-    study = masked_study(training={"rounds": 3}, privacy=PRIVATE)
+    """Return a run of three rounds, one refused and aborted, which passes its gate; then a site joins and leaves."""
+    study = masked_study(training={"rounds": 3}, privacy=PRIVATE, gate={"signatures": 2, "canaries": 20})
     world = world_of(folder, study, 4)
     for site in list(world.sites.values())[1:]:
         site.refuses_rounds = (2,)
+    world.play()
+    pass_gate(world, (0, 1))
     world.play()
     files = bundle_files(world.run, world.folder / "run" / "public", with_weights=True)
     assert check_bundle(files, world.policy).ok
@@ -128,7 +131,7 @@ def proved(draft: Rotate, true: Statement, said: Sequence[tuple[Statement, str]]
 
 
 def signs(statement: Statement) -> bool:
-    return isinstance(statement, SiteRound | Refusal)
+    return isinstance(statement, SiteRound | Refusal | EgressReview)
 
 
 def key_of(author: str) -> Ed25519PrivateKey:

@@ -20,8 +20,19 @@ from privet.common.canonical import digest
 from privet.common.errors import RefusedError
 from privet.common.log.agreement import promise_of
 from privet.common.log.checkpoint import Policy, least_quorum
+from privet.common.log.envelope import sign_envelope
+from privet.common.log.gate import DAY, stated_bound
 from privet.common.log.note import COSIGNATURE, NoteKey
-from privet.common.log.statements import Charge, Genesis, LedgerHead, Member, StatedFloor
+from privet.common.log.statements import (
+    CanaryCounts,
+    Charge,
+    EgressDecision,
+    EgressReview,
+    Genesis,
+    LedgerHead,
+    Member,
+    StatedFloor,
+)
 from privet.common.privacy.accounting import plan
 from privet.common.study.messages import Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
@@ -200,6 +211,55 @@ def world_of(
     }
     RunDirectory.create(folder / "run", study, start_adapter(), PEFT_CONFIG)
     return LoggedWorld(folder, study, Relay(sites))
+
+
+def review_of(journal: Journal, number: int, name: str = "run", **changes: object) -> EgressReview:
+    """Return what a site says of the candidate of a run: it signs, unless told otherwise."""
+    run = journal.history.runs[name]
+    assert run.gate is not None
+    given = {
+        "time": journal.clock(),
+        "site": identity(number).name,
+        "run": name,
+        "study": run.statement.study,
+        "adapter": run.gate.candidate,
+        "verdict": "signed",
+        "tested": ("canary",),
+        "failed": (),
+        "canaries": CanaryCounts(planted=40, guesses=10, right=6),
+        "test": digest(b"figures"),
+        "reason": "",
+        "expires": journal.clock() + DAY,
+    }
+    return EgressReview.model_validate(given | changes)
+
+
+def pass_gate(world: LoggedWorld, numbers: Sequence[int], name: str = "run") -> None:
+    """Let sites sign the candidate of a run, and the coordinator accept it."""
+    with world.journal() as journal:
+        for number in numbers:
+            said = sign_envelope(review_of(journal, number, name), identity(number).key)
+            journal.hear(said, identity(number).name)
+        run = journal.history.runs[name]
+        assert run.gate is not None
+        time = journal.clock()
+        facts = run.gate.facts(time, journal.history.members)
+        accepted = EgressDecision(
+            time=time,
+            run=name,
+            study=run.statement.study,
+            adapter=str(run.gate.candidate),
+            verdict="accepted",
+            epsilon=facts.epsilon,
+            bound=stated_bound(facts.bound),
+            quality=facts.quality,
+            signed=facts.signed,
+            refused=facts.refused,
+            reason="",
+            expires=facts.expires,
+        )
+        journal.say(accepted)
+        journal.flush()
 
 
 def logbook_of(folder: Path, name: str, number: int, policy: Policy) -> Logbook:

@@ -222,12 +222,68 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
         assert made.programs["alpha"].wait(30) == 0
 
 
+GATE = {"signatures": 3, "canaries": 20}
+
+
+def restarted(made: Deployment, name: str, *lines: str) -> None:
+    """Add lines to the top of a site's file, and start its process again."""
+    site = made.site(name)
+    site.write_text("\n".join([*lines, site.read_text()]))
+    made.end(name)
+    made.start(name, "site", "serve", site)
+    made.connected(3)
+
+
+def refused_by_one(made: Deployment, run: Path, at: tuple[object, ...]) -> None:
+    """Let two of three sites sign the candidate of a run, and one refuse it: it is never released."""
+    name, alpha = run.name, made.site("alpha")
+    assert f"{name}  " in made.privet("site", "adapters", alpha)
+    tested = json.loads(made.privet("gate", "test", alpha, name, "--json"))
+    assert (tested["tested"], tested["failed"], tested["canary"]["canaries"]) == (["canary"], [], 40)
+    with pytest.raises(StateError, match="is a candidate, for tests alone"):
+        made.privet("predict", alpha.parent / "candidates" / name, "--text", "a note")
+    made.privet("gate", "sign", alpha, name)
+    for site in ("beta", "gamma"):
+        assert "planted no canaries" in made.privet("gate", "test", made.site(site), name)
+    made.privet("gate", "sign", made.site("beta"), name)
+    made.privet("gate", "refuse", made.site("gamma"), name, "--reason", "our committee has not met")
+    with pytest.raises(StateError, match="signatures: 2 sites have signed, 3 are needed"):
+        made.privet("gate", "decide", name, *at)
+    made.privet("gate", "decide", name, "--refuse", "one of three hospitals refuses", *at)
+    for step in (
+        ("coordinator", "resume", name, *at, "--gather", 300),
+        ("gate", "status", name, *at),
+    ):
+        assert str(run / "release") not in made.privet(*step)
+    assert not (run / "release").exists()
+    for out in (
+        ("site", "get", alpha, name),
+        ("registry", "show", name, *at),
+        ("export", run, run.parent / "out"),
+    ):
+        with pytest.raises(StateError, match=r"was refused at its gate|for tests alone"):
+            made.privet(*out)
+
+
+def passed_by_all(made: Deployment, run: Path, at: tuple[object, ...]) -> None:
+    """Let all three sites sign the candidate of a run: it is released, and received."""
+    for site in SITES:
+        made.privet("gate", "test", made.site(site), run.name)
+        made.privet("gate", "sign", made.site(site), run.name)
+    assert "signed by alpha, beta, gamma" in made.privet("gate", "decide", run.name, *at)
+    output = made.privet("coordinator", "resume", run.name, *at, "--gather", 300)
+    assert f": {run / 'release'}" in output
+    assert "is verified" in made.privet("site", "get", made.site("beta"), run.name)
+    assert json.loads(made.privet("gate", "status", run.name, *at, "--json"))["gates"][0]["state"] == "released"
+
+
 @pytest.mark.slow
 def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path, forks: Forks) -> None:
-    study = study_of(tmp_path, bert, "first", **{"training.rounds": 6})
+    study = study_of(tmp_path, bert, "first", **{"training.rounds": 6, "gate": GATE})
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
     with deployment(tmp_path / "consortium", study, plans, lambda line: None, forks) as made:
         run, at = made.coordinator / "runs" / "first", ("-C", made.coordinator)
+        restarted(made, "alpha", "canaries = 40")
         start = ("--yes", *at, "--gather", 300, "--adapter", start_of(made, study))
         made.start("run", "coordinator", "run", study, "--name", "first", *start)
         wait_for(run, 1)
@@ -250,8 +306,21 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
         for name in SITES:  # the sites' processes go on meanwhile
             made.privet("site", "trust", made.site(name), "--words", words)
         output = made.privet("coordinator", "resume", "first", *at, "--gather", 300)
-        assert f"ended after round 6: {run / 'release'}" in output
+        assert "ended after round 6 with a candidate" in output
         assert made.programs["coordinator"].poll() is None
+        refused_by_one(made, run, at)
+
+        again = study_of(tmp_path, bert, "again", **{"training.rounds": 1, "seed": 1, "gate": GATE})
+        for name in SITES:
+            made.privet("site", "approve", made.site(name), again)
+        begun = (*at, "--gather", 300, "--adapter", start_of(made, again))
+        assert "with a candidate" in made.privet("coordinator", "run", again, "--name", "again", *begun)
+        passed_by_all(made, made.coordinator / "runs" / "again", at)
+        verdict, story = audit(made, made.coordinator / "runs" / "again", tmp_path)
+        assert verdict["verdict"] == "verified", verdict
+        assert "gamma REFUSES the candidate" in story
+        assert "is refused: one of three hospitals refuses" in story
+        assert "is accepted" in story
 
         verdict, story = audit(made, run, tmp_path)
         assert verdict["verdict"] == "verified", verdict

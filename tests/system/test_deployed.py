@@ -20,7 +20,8 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.fab import Fab
 
 from privet.client.app import find_worker
-from privet.client.network.serve import exclusive, serve_site, serve_worker
+from privet.client.network.lock import exclusive
+from privet.client.network.serve import serve_site, serve_worker
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources, load_site
 from privet.client.training.model import initial_adapter, open_host, peft_config_text

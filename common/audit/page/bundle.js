@@ -269,6 +269,9 @@ async function checkRelease(files, names, held, run) {
   }
   const stranger = released.find((name) => !Object.hasOwn(said.files, name));
   if (stranger !== undefined) throw new Fault(`${stranger}: the log's export statement does not list this file`);
+  const egress = files.get("release/egress_decision.json"), { gate } = run;
+  if (!egress !== !gate) throw new Fault("egress_decision.json: a release has it exactly where the study has a gate");
+  if (egress && "sha256:" + hex(await leafHash(egress)) !== gate.leaf) throw new Fault("egress_decision.json: it is not the egress decision in the log");
   const study = files.get("release/study.json");
   if (study && !equalBytes(study, files.get("study.json"))) throw new Fault("release/study.json: the released study differs from the run's study");
   expectEqual(`${WEIGHTS}: digest in the log's export statement, against the adapter of its round`, said.adapter, said.files[WEIGHTS] ?? null);
@@ -301,6 +304,7 @@ function elsewhere(found, absent) {
     average: run !== null && (ends.some((end) => end.average) || [...absent.keys()].some((name) => name.startsWith("averaged/"))),
     weights: run !== null,
     "privacy-statement": run !== null && run.releases.length > 0,
+    canaries: runs.some((each) => [...(each.gate?.reviews.values() ?? [])].some((said) => said.canaries)),
     receipts: true,
   };
   return PRIVET.checks.elsewhere.filter((check) => found.fault || concerns[check.name]);

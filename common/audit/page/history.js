@@ -54,6 +54,98 @@ class Isolation {
   }
 }
 
+/** What the log says of a candidate, and its rules. `common/log/gate.py` has the same, and the bound of canaries. */
+class Gate {
+  candidate = null;
+  answered = new Set(); // sites that answered a round
+  spent = null;
+  measured = null;
+  reviews = new Map(); // the last of each site
+  decision = null;
+  exported = false;
+
+  constructor(run) {
+    this.run = run;
+    this.terms = run.gate;
+  }
+
+  ended(run, said) {
+    this.spent = said.epsilon;
+    if (said.metrics && Object.keys(said.metrics).length) this.measured = said.metrics;
+    const left = run.said.rounds - run.next + 1 - (run.skips ? 1 : 0);
+    this.candidate = run.published.size && (run.ended || left <= 0) ? run.adapter : null;
+  }
+
+  state(time) {
+    if (!this.decision) return this.candidate === null ? "running" : "candidate";
+    if (this.decision.expires === null) return "refused";
+    return time < this.decision.expires ? "accepted" : "expired";
+  }
+
+  checkCandidate(where, said) {
+    if (this.candidate === null) throw new Fault(`${where}: the run has not ended, so it has no candidate`);
+    expectEqual(`${where}: digest of the study`, this.run.study, said.study);
+    expectEqual(`${where}: digest of the adapter`, this.candidate, said.adapter);
+  }
+
+  review(said) {
+    const where = `run ${said.run}, review of site ${said.site}`, earlier = this.reviews.get(said.site);
+    this.checkCandidate(where, said);
+    if (!this.answered.has(said.site)) throw new Fault(`${where}: the site answered no round of the run, and so reviews nothing of it`);
+    if (["accepted", "refused"].includes(this.state(said.time)) || this.exported) throw new Fault(`${where}: the candidate was decided about already`);
+    if (earlier && said.time < earlier.expires && !(earlier.verdict === "signed" && said.verdict === "refused")) {
+      throw new Fault(`${where}: the site has ${earlier.verdict} already; a signature may be followed by a refusal alone`);
+    }
+    if (said.expires > said.time + this.terms.days * 86400) throw new Fault(`${where}: the gate lets a review count for at most ${this.terms.days} days`);
+    const lacking = ["membership", "repeated"].filter((each) => this.terms[each] !== null && !said.tested.includes(each));
+    if (said.verdict === "signed" && lacking.length) throw new Fault(`${where}: the site signs without a test of ${lacking.join(", ")}`);
+    this.reviews.set(said.site, said);
+  }
+
+  facts(time, members) {
+    const standing = [...this.reviews.values()].filter((each) => each.verdict === "refused" || (members.has(each.site) && time < each.expires));
+    const signers = standing.filter((each) => each.verdict === "signed");
+    const value = this.terms.metric === null ? undefined : this.measured?.[this.terms.metric];
+    const quality = value === undefined ? null : this.terms.metric.endsWith("_loss") ? -value : value;
+    return {
+      signers, quality, standing,
+      epsilon: this.run.privacy === null ? null : Math.max(0, ...Object.values(this.spent ?? {})),
+      signed: signers.map((each) => each.site).sort(),
+      refused: standing.filter((each) => each.verdict === "refused").map((each) => each.site).sort(),
+      expires: signers.length ? Math.min(...signers.map((each) => each.expires)) : null,
+    };
+  }
+
+  decide(leaf, said, members) {
+    const where = `run ${said.run}, egress decision`, { terms } = this;
+    this.checkCandidate(where, said);
+    if (["accepted", "refused"].includes(this.state(said.time)) || this.exported) throw new Fault(`${where}: the candidate was decided about already`);
+    const facts = this.facts(said.time, members);
+    for (const name of ["epsilon", "quality", "signed", "refused"]) expectEqual(`${where}: ${name}`, facts[name], said[name]);
+    if ((said.bound === null) !== facts.standing.every((each) => each.canaries === null)) throw new Fault(`${where}: bound: there is one exactly where canaries were audited`);
+    if (said.verdict === "accepted") {
+      const fails = (name, holds) => {
+        if (!holds) throw new Fault(`${where}: it accepts a candidate that fails the condition ${name}`);
+      };
+      const promise = this.run.privacy;
+      fails("privacy", promise === null || facts.epsilon <= Math.ceil(promise.epsilon * 10_000 - 1e-6) / 10_000);
+      fails("canary", terms.canaries === null || facts.signers.some((each) => each.canaries && each.canaries.planted >= terms.canaries));
+      fails("quality", terms.least === null || (facts.quality !== null && facts.quality >= terms.least));
+      for (const each of facts.standing) fails(each.failed[0] ?? "", !each.failed.length);
+      fails("signatures", facts.signed.length >= terms.signatures);
+      expectEqual(`${where}: expires`, facts.expires, said.expires);
+    }
+    this.decision = said;
+    this.leaf = leaf.hash;
+  }
+
+  export(said) {
+    if (this.state(said.time) !== "accepted" && !this.exported) throw new Fault(`run ${said.run}: the export: no egress decision that holds has accepted the candidate`);
+    expectEqual(`run ${said.run}: digest of the exported candidate`, this.candidate, said.adapter);
+    this.exported = true;
+  }
+}
+
 class History {
   genesis = null;
   members = new Map(); // by name
@@ -95,7 +187,7 @@ class History {
   async rule(leaf, said, tree) {
     if (said.type === "genesis") return this.begin(leaf, said);
     if (this.genesis === null) throw new Fault("type of leaf 0", "genesis", said.type);
-    const author = ["site-round", "refusal"].includes(said.type) ? said.site : "";
+    const author = ["site-round", "refusal", "egress-review"].includes(said.type) ? said.site : "";
     if (this.owners.get(leaf.key) !== author) {
       throw new Fault(`the statement of type ${said.type}: its signer`,
         author ? `the current identity key of site ${author}` : "the coordinator's key", `key ${leaf.key.slice(0, 16)}`);
@@ -112,6 +204,10 @@ class History {
       case "round-abort": return this.roundAbort(leaf, said);
       case "refusal": return this.refusal(leaf, said);
       case "export": return this.export(leaf, said);
+      case "egress-review": return this.gateOf(said.run).review(said);
+      case "egress-decision":
+        this.gateOf(said.run).decide(leaf, said, this.members);
+        return this.runOf(said.run).proved.push([leaf.index, said.type]);
       default: return this.adapterState(leaf, said);
     }
   }
@@ -218,8 +314,9 @@ class History {
       if (most !== null && !(given <= most)) throw new Fault(`run ${said.run}: ${what}, by the genesis (leaf 0)`, `at most ${most}`, given ?? "no privacy");
     }
     if (said.min_sites < floor.min_sites) throw new Fault(`run ${said.run}: sites in a sum, by the genesis (leaf 0)`, `at least ${floor.min_sites}`, said.min_sites);
+    this.checkWithheld(`run ${said.run} begins`, said.adapter, null);
     this.runs.set(said.run, {
-      said, index: leaf.index, adapter: said.adapter, next: 1, skips: false, published: new Map(), rounds: new Map(), nonces: new Map(),
+      gate: said.gate ? new Gate(said) : null, said, index: leaf.index, adapter: said.adapter, next: 1, skips: false, published: new Map(), rounds: new Map(), nonces: new Map(),
       open: null, ended: false, releases: [], isolation: new Isolation(), proved: [[leaf.index, said.type]], ends: new Map(), change: null,
     });
   }
@@ -250,6 +347,10 @@ class History {
     }
     run.rounds.set(leaf.hash, { said, index: leaf.index, answered: new Set() });
     run.nonces.set(said.nonce, leaf.hash);
+    if (run.gate) {
+      if (run.gate.reviews.size || run.gate.decision) throw new Fault(`${where}: the round was opened after sites had reviewed the candidate`);
+      run.gate.candidate = null;
+    }
     [run.next, run.skips, run.open] = [said.round, false, leaf.hash];
   }
 
@@ -269,6 +370,7 @@ class History {
     if (said.charge !== null) this.checkCharge(where, run, said);
     else if (run.said.privacy !== null) throw new Fault(`${where}: the run is private, but the site's statement has no privacy cost`);
     opened.answered.add(said.site);
+    run.gate?.answered.add(said.site);
     this.standing.set(said.site, { checkpoint: seen.size, ledger });
     if (said.charge !== null) this.accounts.set(`${said.site} ${said.charge.account}`, { site: said.site, index: leaf.index, ...said.charge });
   }
@@ -325,6 +427,7 @@ class History {
     run.adapter = said.adapter_published;
     run.published.set(said.round, said.adapter_published);
     [run.next, run.open, run.ended] = [said.round + 1, null, said.ended];
+    run.gate?.ended(run, said);
     run.proved.push([leaf.index, said.type]);
   }
 
@@ -337,6 +440,7 @@ class History {
     if (run.said.secure_aggregation === "masked") run.next = said.round + 1;
     else run.skips = true;
     run.open = null;
+    run.gate?.ended(run, said);
   }
 
   /** Check costs, spoiled sums and who is left out for them; all checks have passed where it returns. */
@@ -365,10 +469,25 @@ class History {
 
   // Releases
 
+  gateOf(name) {
+    const { gate } = this.runOf(name);
+    if (!gate) throw new Fault(`run ${name}: its study has no gate, so its adapter is no candidate`);
+    return gate;
+  }
+
+  checkWithheld(where, adapter, own) {
+    for (const [name, run] of this.runs) {
+      if (!run.gate || run.gate.exported || adapter === run.said.adapter || run === own) continue;
+      if ([...run.published.values()].includes(adapter)) throw new Fault(`${where}: the gate of run ${name} withholds adapter ${adapter}`);
+    }
+  }
+
   export(leaf, said) {
     const run = this.runOf(said.run);
     if (!run.published.has(said.round)) throw new Fault(`run ${said.run}: the export names round ${said.round}, but the log has no round-close of it`);
     expectEqual(`run ${said.run}: digest of the exported adapter of round ${said.round}`, run.published.get(said.round), said.adapter);
+    this.checkWithheld(`run ${said.run}`, said.adapter, run);
+    run.gate?.export(said);
     let change = null;
     for (const [name, other] of this.runs) {
       for (const each of other.releases) {

@@ -187,8 +187,33 @@ async function checkParts(said) {
     case "adapter-state":
       if ((said.state === "superseded") !== (said.by !== null)) throw new Fault("by: the name of a run must be there exactly where the state is superseded");
       return;
+    case "run-open":
+      if (said.gate && ((said.gate.canaries === null) !== (said.gate.epsilon === null) || (said.gate.metric === null) !== (said.gate.least === null))) {
+        throw new Fault("gate: expected canaries with an epsilon, and a metric with its least value");
+      }
+      return;
+    case "egress-review": return checkReview(said);
+    case "egress-decision": {
+      ascend(said.signed, "signed");
+      ascend(said.refused, "refused");
+      const accepted = said.verdict === "accepted";
+      if (accepted !== (said.expires !== null) || accepted !== (said.reason === "")) throw new Fault("expires, reason: expected an expiry if accepted, and a reason if refused");
+      return;
+    }
     default:
   }
+}
+
+function checkReview(said) {
+  ascend(said.tested, "tested");
+  ascend(said.failed, "failed");
+  const { canaries } = said, signed = said.verdict === "signed";
+  if (said.failed.some((each) => !said.tested.includes(each))) throw new Fault("failed: expected conditions that were tested");
+  if (said.tested.includes("canary") !== (canaries !== null)) throw new Fault("canaries: expected counts exactly where canaries were tested");
+  if (canaries && !(canaries.right <= canaries.guesses && canaries.guesses <= canaries.planted)) throw new Fault("expected right <= guesses <= planted");
+  if ((said.test === null) !== (said.tested.length === 0)) throw new Fault("test: expected a commitment exactly where something was tested");
+  if (signed ? said.failed.length || said.reason : !said.reason) throw new Fault("failed, reason: expected none with a signature, and a reason with a refusal");
+  if (said.expires <= said.time) throw new Fault("expires: expected a time after `time`");
 }
 
 function checkSpoiledNames({ spoiled, left_out: leftOut }) {

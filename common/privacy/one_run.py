@@ -27,6 +27,8 @@ SHARES = (1 / 20, 1 / 10, 1 / 4, 1 / 2)
 """Guesses on one side, as fractions of the canaries."""
 SIDES = ("both", "out", "in")
 """Coins that are guessed: those of the highest and the lowest scores, only the lowest, or only the highest."""
+TRIES = len(SHARES) * len(SIDES)
+CONFIDENCE = 0.95
 # Beyond this, e^-epsilon changes only the last digits of 1 + e^-epsilon.
 _LARGEST = 32.0
 _PRECISION = 1e-4
@@ -109,11 +111,16 @@ def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, confide
     return low
 
 
+def bound_of_best(canaries: int, guesses: int, right: int, delta: float) -> float:
+    """Return the bound of `audit` from the numbers of its best try. Raises as `p_value`."""
+    return epsilon_bound(canaries, guesses, right, delta, 1 - (1 - CONFIDENCE) / TRIES)
+
+
 def audit(
     scores: Sequence[float] | NDArray[np.float64],
     included: Sequence[bool] | NDArray[np.bool_],
     delta: float,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Audit:
     """Guess the coins from the scores and return the best bound of all tries.
 
@@ -136,9 +143,8 @@ def audit(
             "audit with --canaries 20 or more",
         )
     order = np.argsort(values, kind="stable")
-    tries = len(SHARES) * len(SIDES)
     # The best of several tries is reported, so the failure probability is shared among them (union bound).
-    each = 1 - (1 - confidence) / tries
+    each = 1 - (1 - confidence) / TRIES
     best: Audit | None = None
     for share in SHARES:
         k = int(m * share)
@@ -148,6 +154,6 @@ def audit(
             guesses, right = found[side]
             bound = epsilon_bound(m, guesses, right, delta, each)
             if best is None or bound > best.epsilon:
-                best = Audit(m, guesses, right, side, bound, delta, confidence, tries)
+                best = Audit(m, guesses, right, side, bound, delta, confidence, TRIES)
     assert best is not None  # noqa: S101 - narrows the type; there is at least one try
     return best

@@ -1,0 +1,69 @@
+"""What a site would say to a study: its policy's verdict, its ledger's objection, its files, and the price.
+
+Commands and the console ask the same functions. Nothing here decides, and nothing is recorded or sent.
+"""
+
+from __future__ import annotations
+
+from privet.client.policy.agreement import Price
+from privet.client.policy.consent import verdict
+from privet.client.site import SiteConfig
+from privet.common.errors import Finding, PrivetError
+from privet.common.study.study import Study
+
+
+def judged(
+    config: SiteConfig, study: Study, *, thorough: bool = True
+) -> tuple[str, tuple[Finding, ...], PrivetError | None]:
+    """Return the digest of the site's rules, the findings of its policy against a study, and its ledger's objection.
+
+    `thorough`: as `privet.client.policy.rules.judge`; without it, the ledger is not asked, either.
+    """
+    from privet.client.budget.releases import Releases
+
+    releases = Releases(config)
+    digest, findings = verdict(config, study, releases.began, thorough=thorough)
+    if not thorough:
+        return digest, findings, None
+    try:
+        releases.check(study)
+    except PrivetError as error:
+        return digest, findings, error
+    return digest, findings, None
+
+
+def said(finding: Finding) -> str:
+    """Return a finding in one line."""
+    return f"{finding.rule}: asked {finding.asked}, allowed {finding.allowed}"
+
+
+def unfit_of(config: SiteConfig, study: Study) -> PrivetError | None:
+    """Return what is wrong with the files that a study reads, as the site finds it before it consents."""
+    from privet.client.policy.scanned import check_scan
+    from privet.client.training.data import counted_files, site_records
+
+    try:
+        if config.train:
+            site_records(counted_files(config, study), study)
+            check_scan(config, study, files=True)
+    except PrivetError as error:
+        return error
+    return None
+
+
+def price_of(config: SiteConfig, study: Study) -> Price | None:
+    """Return what a study would cost the site's dataset; None where no limit of that unit is set."""
+    from privet.client.budget.ledger import cost_of
+    from privet.client.budget.releases import cost_of_study, limit_of, open_ledger
+
+    limit, costs = limit_of(config), cost_of_study(study, config)
+    if limit is None or not costs or costs[0][0].unit != limit.unit:
+        return None
+    ledger = open_ledger(config)
+    try:
+        dataset = str(config.dataset)
+        counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
+        after, needed = cost_of(ledger, dataset, limit, () if begun else costs)[1:]
+    finally:
+        ledger.close()
+    return Price(dataset, limit, counted, after, needed)
