@@ -45,7 +45,12 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+)
 from flwr.server.superlink.linkstate import LinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import (
@@ -131,6 +136,11 @@ _PARTS = (
     "WITH RECURSIVE part(id) AS (SELECT :id "
     "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
     "SELECT object_id, is_available FROM objects JOIN part ON object_id = part.id LIMIT :most"
+)
+_FOR_ANOTHER = "SELECT 1 FROM message_ins WHERE message_id = :id AND dst_node_id != :node"
+_ADDRESSED = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = :node "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = :id"
 )
 # Messages, and answers of other nodes, among the objects of a message.
 _NAMED = ", ".join(f":name{number}" for number in range(MOST_PARTS))
@@ -302,6 +312,11 @@ class Link:
             _is_one_of_ours(request) and self._is_new(request.message_object_trees[0], node)
         ):
             return 400, b""
+        # Flower gives, and deletes, any object to whoever names it.
+        if isinstance(request, ConfirmMessageReceivedRequest) and self._is_of_another(request.message_object_id, node):
+            return 401, b""
+        if isinstance(request, PullObjectRequest) and not self._is_addressed(request.object_id, node):
+            return 200, bytes(PullObjectResponse().SerializeToString())
         try:
             if path == TAKE:
                 return 200, self._next_message(request, node)
@@ -368,6 +383,14 @@ class Link:
             self._given[row["message_id"]] += 1
             if self._given[row["message_id"]] < _MOST_TIMES:
                 _sql(self._state).query(_AGAIN, {"id": row["message_id"]})
+
+    def _is_of_another(self, message: str, node: int) -> bool:
+        """Whether a message that waits for its answer is for another node."""
+        return bool(_sql(self._state).query(_FOR_ANOTHER, {"id": message, "node": uint64_to_int64(node)}))
+
+    def _is_addressed(self, name: str, node: int) -> bool:
+        """Whether an object is part of a message for this node."""
+        return bool(_sql(self._state).query(_ADDRESSED, {"id": name, "node": uint64_to_int64(node)}))
 
     def _is_new(self, tree: Any, node: int) -> bool:
         """Whether no object of an answer is a message of the coordinator, or another node's answer.

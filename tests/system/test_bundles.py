@@ -14,7 +14,12 @@ import pytest
 from flwr.app import Message as FlowerMessage
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import SqlLinkState
 from google.protobuf.message import DecodeError
@@ -201,6 +206,24 @@ def test_a_bundle_cannot_replace_a_part_by_false_ones(asked: Asked) -> None:
         assert asked.give(push, *pieces) == 400
     assert store.get_object_tree(asked.message) == tree
     assert asked.answers() == []
+
+
+def test_what_is_for_one_node_is_neither_given_to_another_nor_deleted_by_it(asked: Asked) -> None:
+    announced, parts = asked.take()
+    other = asked.world.link.register(public_line(asked.world.node_key()))
+    run, tree = announced.messages_list[0].metadata.run_id, announced.message_object_trees[0]
+    for node, found in ((other, False), (asked.number, True)):
+        for name, part in zip(part_names(tree), parts, strict=True):
+            pull = PullObjectRequest(node=Node(node_id=node), run_id=run, object_id=name)
+            status, body = asked.world.link.call(link.PULL_OBJECT, pull.SerializeToString(), node)
+            answer = PullObjectResponse.FromString(body)
+            assert (status, answer.object_found, answer.object_content == part) == (200, found, found)
+    for node, status in ((other, 401), (asked.number, 200), (asked.number, 200)):
+        confirm = ConfirmMessageReceivedRequest(
+            node=Node(node_id=node), run_id=run, message_object_id=tree.object_id
+        ).SerializeToString()
+        assert asked.world.link.call(f"{link.FLEET}confirm-message-received", confirm, node)[0] == status
+        assert (asked.message in asked.world.link._state.object_store) is (node == other)
 
 
 @pytest.mark.parametrize("inside", [False, True])
