@@ -179,9 +179,11 @@ class Withdrawals:
         """Return who is left out.
 
         Raises:
-            StateError: The site file names patients by another column than the marks are of.
+            StateError: The site file names patients by another column than the marks are of, or the key is another one
+                than that of the marks.
         """
         rows, head = self._rows()
+        self._check_key(rows)
         # Also by the rule of the day on which somebody was withdrawn: what was one id then stays left out as one.
         rules = (self._site.patient_ids,) if self._site.patient_ids is not None else ("plain", "number", "text", "case")
         marks = frozenset(
@@ -207,9 +209,10 @@ class Withdrawals:
         """Withdraw people, each with all names of an id. Durable on return. Who was withdrawn before stays so."""
         found = []
         with self._chain.transaction():
+            self._check_key(rows := self._read())
             known = {
                 mark: Entry(row["row"], row["head"], row["time"], row["marks"]["plain"], again=True)
-                for row in self._read()
+                for row in rows
                 if row["kind"] == "withdraw"
                 for mark in row["marks"].values()
             }
@@ -218,7 +221,7 @@ class Withdrawals:
                 if marks["plain"] in known:
                     found.append(known[marks["plain"]])
                     continue
-                about = {"column": self._site.patient_column, "rule": self._site.patient_ids}
+                about = {"column": self._site.patient_column, "rule": self._site.patient_ids, "check": self._check}
                 self._chain.append({"kind": "withdraw", **about, "marks": marks})
                 row = self._read()[-1]
                 found.append(Entry(row["row"], row["head"], row["time"], marks["plain"]))
@@ -241,6 +244,16 @@ class Withdrawals:
         with self._chain.transaction():
             self._chain.append({"kind": "renamed", "column": self._site.patient_column})
         self._chain.keep_anchor()
+
+    @property
+    def _check(self) -> str:
+        """What stands for the key in each row of a person."""
+        return _mark(self._key, "check", "")
+
+    def _check_key(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise `StateError` where marks were made with another key: nobody would be left out by them."""
+        if any(row.get("check", self._check) != self._check for row in rows):
+            raise StateError("the key of withdrawals is another one than the marks were made with", _RESTORE)
 
     def _rows(self) -> tuple[list[dict[str, Any]], Head]:
         with self._chain.reading():

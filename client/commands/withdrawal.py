@@ -72,7 +72,6 @@ def withdraw(
             entries = [found.leave()] if everything else found.add(people)
             folder = out or site.resolve().parent / "certificates"
             paths = [write_certificate(config, ledger, each, folder) for each in entries]
-            change(site, {"withdrawals": True})  # so that marks are missed where all of them are lost
     finally:
         ledger.close()
     new = sum(not each.again for each in entries)
@@ -86,6 +85,8 @@ def withdraw(
         _tell_rows(config)
     for path in paths:
         typer.echo(f"written    {path}")
+    # So that marks are missed where all of them are lost. Last, as the file may not be one that this user can change.
+    change(site, {"withdrawals": True})
 
 
 def _people(config: SiteConfig, file: Path) -> list[Names]:
@@ -110,7 +111,14 @@ def _people(config: SiteConfig, file: Path) -> list[Names]:
             f"{file} cannot be read ({type(error).__name__})",
             f"check the path{most_like(file)}; it holds one id a line",
         ) from None
-    people: list[Names] = [names_by_rule(line) for line in lines if line.strip()]
+    # As the files spell them: with a decimal comma, 101,0 is 101 there.
+    forms = [config.form_of(path) for path in (*config.train, *config.test)]
+    people: list[Names] = [
+        names_by_rule(value)
+        for line in lines
+        if line.strip()
+        for value in sorted({form.number(line.strip()) for form in forms})
+    ]
     wrong = [row for row, names in enumerate(people, start=1) if (config.patient_ids or "plain") not in names]
     if wrong or not people:
         what = f"{len(wrong)} of {len(people)} lines are no ids under patient_ids of the site file" if wrong else "none"

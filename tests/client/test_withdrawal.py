@@ -233,6 +233,14 @@ def test_without_marks_key_or_anchor_nothing_is_read(tmp_path: Path, study: Stud
         with pytest.raises(StateError, match="is missing"):
             site_records(config, study)
         file.with_suffix(".away").rename(file)
+    key = places.key.read_bytes()
+    places.key.write_bytes(b"11" * 32)
+    with pytest.raises(StateError, match="another one than the marks"):
+        site_records(config, study)
+    (site.parent / "more.txt").write_text("0102")
+    with pytest.raises(StateError, match="another one than the marks"):
+        run(withdraw, site, "--unit-file", site.parent / "more.txt")
+    places.key.write_bytes(key)
     places.key.chmod(0o644)
     with pytest.raises(StateError, match="can read the key"):
         site_records(config, study)
@@ -359,6 +367,14 @@ def _as_parquet(site: Path, ids: Any) -> None:
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "patient"}
     pq.write_table(pa.table({**columns, "patient": ids}), site.parent / "north-train.parquet")
     site.write_text(site.read_text().replace("north-train.jsonl", "north-train.parquet"))
+
+
+def test_an_id_is_spelled_as_in_the_files(tmp_path: Path, study: Study) -> None:
+    ids = ["101,0", "102,0", "103,0"]
+    site = site_in(tmp_path, study, ids, patient_ids="number")
+    site.write_text(f'{site.read_text()}\n[format]\ndecimal = "comma"\n')
+    assert "withdrawn  1 person" in gone(site, "102,0")
+    assert units(load_site(site), study) == {"101", "103"}
 
 
 def test_what_was_one_id_stays_left_out_as_one_under_another_rule(tmp_path: Path, study: Study) -> None:
