@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,15 +389,19 @@ def test_what_was_one_id_stays_left_out_as_one_under_another_rule(tmp_path: Path
 def test_marks_are_missed_where_all_of_them_are_lost_or_the_ledger_was_moved(tmp_path: Path, study: Study) -> None:
     site = site_in(tmp_path, study, studies=[study.digest])
     gone(site, "0101")
+    line = "withdrawals = true\n"
+    assert line in site.read_text()
+    marked = site.read_text()
+    site.write_text(marked.replace(line, ""))  # as when the process began, before the first withdrawal
     worker = worker_of(site)
     worker.open(study)
+    site.write_text(marked)
     places = Places.of(load_site(site))
     assert places is not None
     for file in places.files:
         file.unlink()
     with pytest.raises(StateError, match="is missing"):
         site_records(load_site(site), study)
-    worker.site.config = worker.site.config.model_copy(update={"withdrawals": False})  # as before the first withdrawal
     with pytest.raises(StateError, match="are missing"):
         worker.open(study)
     with pytest.raises(StateError, match="names no ledger"):
@@ -430,7 +435,12 @@ def test_the_coordinator_is_not_told_that_there_are_marks(tmp_path: Path, study:
     places = Places.of(load_site(site))
     assert places is not None
     said = []
-    for damage in (lambda: places.key.chmod(0o644), lambda: places.key.unlink(), lambda: _roll_back(site, places)):
+    damages: list[Callable[[], None]] = [
+        partial(places.key.chmod, 0o644),
+        places.key.unlink,
+        partial(_roll_back, places),
+    ]
+    for damage in damages:
         damage()
         reply = answer(lambda: Offer(study.document()), lambda: worker_of(site))
         assert isinstance(reply, Failure)
@@ -438,7 +448,7 @@ def test_the_coordinator_is_not_told_that_there_are_marks(tmp_path: Path, study:
     assert [text for text in said if "withdraw" in text or str(tmp_path) in text] == []
 
 
-def _roll_back(site: Path, places: Places) -> None:
+def _roll_back(places: Places) -> None:
     places.key.write_text("00" * 32)
     places.key.chmod(0o600)
     assert places.anchor is not None
