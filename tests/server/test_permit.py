@@ -93,9 +93,12 @@ def test_the_last_day_of_all_is_a_day_without_end() -> None:
     check_until(study, LAST)
 
 
-def test_the_coordinator_begins_no_run_and_opens_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [4, 5])  # before sites are asked for round 3, and while they are waited for
+def test_the_coordinator_begins_no_run_and_opens_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
     study = masked_study(training={"rounds": 3}, purpose={**PURPOSE, "permit": PERMIT})
-    times = iter([LAST, LAST, LAST + timedelta(seconds=1)])
+    times = iter([*[LAST] * late, LAST + timedelta(seconds=1)])
     monkeypatch.setattr(rounds, "now", lambda: next(times))
     world = world_of(tmp_path / "world", study)
     with pytest.raises(RefusedError, match=r"the permit of study .* has expired") as caught:
