@@ -345,6 +345,25 @@ def test_a_site_refuses_a_round_that_is_not_of_its_block(change: dict[str, Any],
     assert isinstance(site.respond(opened), Secured)
 
 
+def test_a_list_with_too_few_sites_of_a_rank_is_neither_masked_for_nor_confirmed() -> None:
+    ranks = {f"site-{number:04d}": 1 for number in range(3)}
+    play = Asked(lora={"site_ranks": ranks})
+    sites, listed = sites_of(play.exchange), (0, 1, 2, 3, 4)
+    by_node = play.second()
+    opened = [by_node[node] for node in play.exchange.sites]
+    roster = decode(Expected, opened[0].masking).roster
+    few = [replace(each, masking=encode(Expected(roster, listed))) for each in opened]
+    for number in listed:
+        with pytest.raises(TooFewSitesError, match="2 of 5 sites train 2 columns"):
+            sites[number].respond(few[number])
+    sent = [site.respond(each) for site, each in zip(sites, opened, strict=True)]
+    tags = [{tag.site: tag for tag in decode(Masked, each.body).tags} for each in sent]
+    body = encode(Survivors(roster, 0, listed, tuple(replace(tags[j][0], site=j) for j in listed[1:])))
+    with pytest.raises(TooFewSitesError, match="2 of 5 sites train 2 columns"):
+        sites[0].respond(replace(sent[0], body=body, statement=b""))
+    assert [(entry.round, entry.step) for entry in sites[0].journal.entries][-1] == (2, "mask")
+
+
 def test_a_site_that_no_longer_trusts_a_member_masks_no_further_round() -> None:
     play = Asked()
     opened, site = play.second()[2], play.exchange.sites[2]
