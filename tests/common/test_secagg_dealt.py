@@ -886,6 +886,7 @@ def test_a_delivery_of_too_few_of_a_stranger_or_of_another_suite_is_refused_and_
     for changes, error in (
         ({"sealed": true.sealed[1:]}, TooFewSitesError),
         ({"sealed": (*true.sealed, Sealed(5, true.sealed[0].data))}, ProtocolError),
+        ({"sealed": (Sealed(1, true.sealed[0].data[:-1]), *true.sealed[1:])}, ProtocolError),
         ({"suite": other}, ProtocolError),
     ):
         with pytest.raises(error):

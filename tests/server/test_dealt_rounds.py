@@ -314,6 +314,10 @@ def test_messages_that_come_again_get_the_same_bytes_and_no_other_is_answered() 
     answer = site.respond(opened)
     assert site.respond(opened) == answer
     assert site.trained.count(2) == 1
+    # A late copy of the message that began the block does not end it.
+    with pytest.raises(ProtocolError, match="has begun a block of rounds with this message"):
+        site.respond(play.exchange.asked[0][2])
+    assert site.respond(opened) == answer
     with pytest.raises(ProtocolError, match="not in the round"):
         site.respond(finish)
     steps = [(entry.round, entry.step) for entry in site.journal.entries]
