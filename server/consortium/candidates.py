@@ -91,15 +91,15 @@ class Candidate:
 def candidates(made: Coordinator, now: datetime) -> tuple[Candidate, ...]:
     """Return the runs with a gate, newest first. Raises as `logged_history`; StateError: A review cannot be read."""
     history = _with_waiting(made)
-    return tuple(_candidate(run, history, now) for run in reversed(history.runs.values()) if run.gate is not None)
+    return tuple(_candidate(run, now) for run in reversed(history.runs.values()) if run.gate is not None)
 
 
 def candidate_of(made: Coordinator, name: str, now: datetime) -> Candidate:
     """Return a run with a gate. Raises as `candidates`; StateError: There is no such run, or it has no gate."""
-    return _candidate(*_gated(_with_waiting(made), name), now)
+    return _candidate(_gated(_with_waiting(made), name), now)
 
 
-def _gated(history: Replay, name: str) -> tuple[LoggedRun, Replay]:
+def _gated(history: Replay, name: str) -> LoggedRun:
     run = history.runs.get(name)
     if run is None or run.gate is None:
         have = ", ".join(each for each, found in history.runs.items() if found.gate is not None)
@@ -107,14 +107,14 @@ def _gated(history: Replay, name: str) -> tuple[LoggedRun, Replay]:
             f"the round log has no run {name} whose study has a gate; such runs: {have or 'none'}",
             "list them: `privet gate status`",
         )
-    return run, history
+    return run
 
 
-def _candidate(run: LoggedRun, history: Replay, now: datetime) -> Candidate:
+def _candidate(run: LoggedRun, now: datetime) -> Candidate:
     time, gate = int(now.timestamp()), run.gate
     if gate is None:
         raise StateError(f"run {run.statement.run} has no gate", "list those that have one: `privet gate status`")
-    return Candidate(run.statement.run, gate, gate.facts(time, history.members), time)
+    return Candidate(run.statement.run, gate, gate.facts(time), time)
 
 
 def candidate_part(made: Coordinator, site: str, asked: ReleasedRequest) -> ReleasedReply:
@@ -146,6 +146,7 @@ def _testers(log: Path, size: int) -> Mapping[str, frozenset[str]]:
         for name, run in history_in(log).runs.items()
         if run.gate is not None
         and run.gate.candidate is not None
+        and not run.gate.exported
         and (run.gate.decision is None or run.gate.decision.verdict == "accepted")
     }
 
@@ -227,7 +228,7 @@ def decide_egress(
         StudyError: The reason has other characters than printable ASCII, or is too long.
     """
     log_reviews(made, journal)
-    found = _candidate(*_gated(journal.history, name), now)
+    found = _candidate(_gated(journal.history, name), now)
     gate, facts, state = found.gate, found.facts, found.gate.state(found.time)
     if gate.candidate is None:
         raise StateError(

@@ -135,7 +135,7 @@ def test_a_refusal_is_in_the_bundle_and_nothing_is_released_after_it(ended: Logg
     with ended.journal() as journal:
         gate = journal.history.runs["run"].gate
         assert gate is not None
-        facts = gate.facts(journal.clock(), journal.history.members)
+        facts = gate.facts(journal.clock())
         journal.say(
             EgressDecision(
                 time=journal.clock(),
