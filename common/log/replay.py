@@ -595,8 +595,8 @@ class Replay:
     def withholding(self, adapter: str, own: LoggedRun | None = None) -> LoggedRun | None:
         """Return the run whose gate withholds an adapter: one that its rounds made, and that no gate has let out.
 
-        The run `own` is left out. An adapter that a run began from is not withheld, as where no round has changed it. Those of the rounds before
-        the last one stay withheld for good: no gate ever asks about them.
+        The run `own` is left out. An adapter that a run began from is not withheld, as where no round has changed it.
+        Those of the rounds before the last one stay withheld for good: no gate ever asks about them.
         """
         gated = [(run, run.gate) for run in self.runs.values() if run.gate is not None]
         if any(gate.exported and gate.candidate == adapter for _, gate in gated):
