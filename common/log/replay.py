@@ -39,8 +39,9 @@ export                  its adapter is the one that its round published; an adap
                         withholds it
 adapter-state           its run released this adapter; the state is later in the order released, superseded, retired,
                         revoked; what supersedes it is a release of another run that is neither retired nor revoked
-egress-review           its author answered a round of the run, which has a gate and has ended; study and adapter are
-                        the candidate's; nothing is decided; the site has not spoken, or takes its signature back
+egress-review           its author answered a round of the run and has not left since; the run has a gate and has ended;
+                        study and adapter are the candidate's; nothing is decided; the site has not spoken, or takes its
+                        signature back
 egress-decision         study and adapter are the candidate's; nothing is decided; its figures follow from the log; if
                         it accepts, every condition of the gate is met (`privet.common.log.gate`)
 ======================  ==========================================================================================
