@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from privet.common.audit.release import ADAPTER, CONFIG, STUDY
+from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.encoding import parse_statement
@@ -33,7 +33,7 @@ from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
 
-_FILES: Mapping[str, str] = {STUDY: STUDY, ADAPTER: f"adapter/{ADAPTER}", CONFIG: f"adapter/{CONFIG}"}
+_FILES: Mapping[str, str] = {STUDY: STUDY, ADAPTER: f"adapter/{ADAPTER}"}
 """The files of a candidate, and where a run directory has them."""
 
 

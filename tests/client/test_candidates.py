@@ -334,7 +334,14 @@ def test_a_candidate_whose_file_is_another_is_refused(world: World, name: str, m
     assert not (world.folder / "berlin" / FOLDER / name).exists()
     held.write_bytes(right)
     after_test(world, name, monkeypatch)
-    (world.folder / "berlin" / FOLDER / name / ADAPTER).write_bytes(start_adapter(99).data)
+    kept = world.folder / "berlin" / FOLDER / name
+    assert not (kept / "adapter_config.json").exists()  # of which the log has no digest
+    study = (kept / STUDY).read_bytes()
+    (kept / STUDY).write_bytes(study.replace(b'"days":', b'"days":1'))
+    with pytest.raises(VerificationError, match="has study"):
+        after_test(world, name, monkeypatch)
+    (kept / STUDY).write_bytes(study)
+    (kept / ADAPTER).write_bytes(start_adapter(99).data)
     with pytest.raises(VerificationError, match="sign nothing"):
         after_test(world, name, monkeypatch)
 

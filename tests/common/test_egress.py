@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privet.client.network.adapters import receive
 from privet.common.audit.egress import check_carried, check_logged, check_origin
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError
 from privet.common.log.agreement import gate_of, run_opened
@@ -494,6 +498,28 @@ def test_no_other_run_exports_it() -> None:
     world.say(world.round_close("copd", 1, opened, adapter_after=same, adapter_published=same))
     with pytest.raises(VerificationError, match="the gate of run flu withholds"):
         world.say(world.export("copd", 1, adapter=same))
+
+
+def test_no_site_receives_what_another_run_was_said_to_have_made_before() -> None:
+    """A coordinator that holds the sum states it in a run without a gate, and only then closes the round."""
+    world = Town()
+    world.say(world.genesis())
+    opened = {}
+    for run, terms in (("flu", TERMS), ("copd", None)):
+        world.say(world.run_open(run, gate=terms, rounds=1))
+        opened[run] = world.say(world.round_open(run, 1))
+        for site in SITES:
+            world.say(world.site_round(site, run, 1, opened[run]), site)
+    made = world.round_close("flu", 1, opened["flu"], epsilon=dict.fromkeys(SITES, 2.5), ended=True)
+    same = made.adapter_after
+    world.say(world.round_close("copd", 1, opened["copd"], adapter_after=same, adapter_published=same, ended=True))
+    world.say(world.export("copd", 1, adapter=same))
+    world.say(made)
+    check_logged(world.history.runs["copd"], world.now)
+    log: Any = SimpleNamespace(history=world.history)
+    nothing: Any = None
+    with pytest.raises(RefusedError, match="the gate of run flu withholds this adapter"):
+        receive(nothing, Path("adapters"), "copd", log, nothing, datetime.now(UTC), nothing)
 
 
 # Files
