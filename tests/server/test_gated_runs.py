@@ -22,6 +22,7 @@ from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.tracking.figures import tracked
+from privet.simulations.runs.simulate import released
 from tests.conftest import Run
 from tests.simulations.test_simulate import study_file
 from tests.support.logged_world import QUICK, LoggedWorld, pass_gate, review_of, world_of
@@ -60,6 +61,10 @@ def test_a_gated_run_ends_with_a_candidate_and_resuming_it_changes_nothing(ended
             assert "no egress decision has accepted it" in log.withheld
         with pytest.raises(RefusedError, match="for tests alone"):
             bundle_files(ended.run, ended.folder / "run" / "public", with_weights=True)
+        nothing: Any = None
+        for where in (ended.run.path, ended.run.path / "adapter"):
+            with pytest.raises(RefusedError, match="for tests alone"):
+                released(where, nothing)
         with pytest.raises(RefusedError, match="for tests alone"):
             tracked(ended.run.path)
         ended.play()
