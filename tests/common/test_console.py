@@ -235,8 +235,12 @@ def test_an_error_says_where_and_never_what(console: Console, caplog: pytest.Log
 
 
 def test_requests_and_links_are_limited(console: Console) -> None:
-    visitor = Visitor(console)
+    visitor, stranger = Visitor(console), Visitor(console, cookie="none")
+    link = console.sessions.link(Role.VIEWER)
     assert {visitor.get(f"/enter/{n}").status_code for n in range(12)} == {403, 429}
+    assert visitor.get(f"/enter/{link}").status_code == 303  # guesses keep nobody out who has a link
+    assert {stranger.get("/").status_code for _ in range(300)} == {401, 429}
+    assert {stranger.get("/", Sec_Fetch_Site="cross-site").status_code for _ in range(300)} == {403}
     found = [visitor.get("/static/console.css").status_code for _ in range(300)]
     assert (found[0], found[-1]) == (200, 429)
     bucket, clock = None, Time()
