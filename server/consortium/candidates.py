@@ -173,6 +173,12 @@ def keep_review(made: Coordinator, site: str, data: bytes, now: datetime) -> Egr
     path = _folder(made) / f"{review.time:012d}.{site}.{review.run}.json"
     if path.exists() and path.read_bytes() == data:
         return review
+    # The log is replayed for a review, so not for those who have nothing to review.
+    if site not in _testers(made.log_directory, LogFile(made.log_directory).size()).get(review.run, ()):
+        raise RefusedError(
+            f"run {review.run} has no candidate that site {site} may review: it took no part, or it was decided about",
+            "see where the candidate is: `privet site adapters SITE`",
+        )
     history = _with_waiting(made)
     try:
         _admit(history, made, data)
