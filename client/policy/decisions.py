@@ -30,7 +30,7 @@ from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.log.envelope import PAYLOAD_TYPE, Envelope, pae
 from privet.common.log.statements import Digest
-from privet.common.pki.keyfile import public_key, read_locked_key, write_key
+from privet.common.pki.keyfile import public_key, read_locked_key, write_locked_key
 from privet.common.study.reading import validate
 from privet.common.study.sections import NAME_PATTERN, Name, Section
 from privet.common.study.study import Study
@@ -150,7 +150,9 @@ def make_approver(site: SiteConfig, by: str, passphrase: bytes) -> str:
             "ended early",
             f"choose another name; or remove {file}, with which nobody can sign any more then, and try again",
         )
-    return public_key(write_key(file, Ed25519PrivateKey.generate(), passphrase))
+    key = Ed25519PrivateKey.generate()
+    write_locked_key(file, key, passphrase)
+    return public_key(key)
 
 
 def decisions(site: SiteConfig) -> tuple[Decision, ...]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from privet.client.checks import Check
 from privet.client.commands import policy as commands
@@ -192,7 +193,11 @@ def test_a_key_without_an_approver_is_not_overwritten_and_the_hint_says_how_to_g
 
 def test_a_key_is_encrypted_and_opens_with_its_passphrase_alone(file: Path) -> None:
     key = file.parent / "state/approvers/anna.pem"
-    assert b"ENCRYPTED" in key.read_bytes()
+    line, pem = key.read_bytes().split(b"\n", 1)
+    assert line.startswith(b"scrypt-65536-8-1 ")  # no guess is cheap for a process that reads the file
+    assert b"ENCRYPTED" in pem
+    with pytest.raises(ValueError, match="password"):
+        load_pem_private_key(pem, PASSPHRASE.encode())
     assert key.stat().st_mode & 0o777 == 0o600
     for passphrase in (b"", b"correct horse", b"x" * 500):
         with pytest.raises(StateError, match="does not open the key of approver anna"):
