@@ -117,7 +117,7 @@ def write_locked_key(path: Path, key: Ed25519PrivateKey, passphrase: bytes) -> N
     """Write an Ed25519 private key encrypted under a passphrase: PEM, after a line with a salt. Raises as `write_key`.
 
     Processes of the site can read the file, and guess. PKCS 8 as the library writes it lets them try a passphrase in
-    half a millisecond (PBKDF2 with 2,048 rounds). scrypt (RFC 7914) takes a fifth of a second and 64 MiB.
+    half a millisecond (PBKDF2 with 2,048 rounds). scrypt (RFC 7914) takes some tenths of a second and 64 MiB.
     """
     salt = os.urandom(16)
     hidden = BestAvailableEncryption(_stretched(passphrase, salt))
