@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
-from privet.common.secagg import block, dealt, encoding, graph, masks, messages, shamir, site, transcript
+from privet.common.secagg import block, dealt, encoding, graph, masks, messages, shamir, signatures, site, transcript
 from privet.common.secagg.coordinator import BrokenPromiseError
 from privet.common.secagg.messages import Finish, Proof, Roster, Sealed, Survivors, Tag
 from privet.common.secagg.quantize import WORD
@@ -953,7 +953,7 @@ def test_a_dealer_whose_secret_does_not_fit_its_commitment_is_named_by_the_recei
 ) -> None:
     play = dealt_world.DealtWorld(dealt_world.dealt_parameters(5, rounds=2, dropouts=1))
     th = transcript.roster_digest(transcript.parameters_digest(play.parameters), play.roster)
-    wrong, honest = (transcript.slot_digest(th, number), 4), dealt.pair_commitment
+    wrong, honest = (transcript.slot_digest(th, number), 4), signatures.pair_commitment
     with monkeypatch.context() as patched:
         patched.setattr(dealt, "pair_commitment", lambda *of: bytes(32) if of[:2] == wrong else honest(*of))
         play.deal()

@@ -360,7 +360,11 @@ def test_a_list_with_too_few_sites_of_a_rank_is_neither_masked_for_nor_confirmed
     for number in listed:
         with pytest.raises(TooFewSitesError, match="2 of 5 sites train 2 columns"):
             sites[number].respond(few[number])
-    sent = [site.respond(each) for site, each in zip(sites, opened, strict=True)]
+    sent = []
+    for site, each in zip(sites, opened, strict=True):
+        answer = site.respond(each)
+        assert isinstance(answer, Secured)
+        sent.append(answer)
     tags = [{tag.site: tag for tag in decode(Masked, each.body).tags} for each in sent]
     body = encode(Survivors(roster, 0, listed, tuple(replace(tags[j][0], site=j) for j in listed[1:])))
     with pytest.raises(TooFewSitesError, match="2 of 5 sites train 2 columns"):
