@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -29,15 +28,14 @@ from privet.common.clock import now
 from privet.common.errors import PolicyError, ProtocolError, StateError
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
-from privet.server.log.logfile import LogFile
 from tests.support.browser import browsing, look_at
 from tests.support.console import HOST, Visitor, served
 from tests.support.consortium_world import World, run, running
+from tests.support.finished import finished_site
 from tests.support.pages import ROOT
 from tests.support.proposed_world import EXAMPLE, begin, changed, settle
 
 PASSPHRASE = "correct horse battery"
-WORLD = ROOT / "tests/compat/data/world.tar.xz"
 HOSTILE = "<img src=x onerror=alert(1)>'\"`</script><script>alert(2)</script>"
 
 
@@ -278,14 +276,7 @@ def test_a_site_without_approvers_signs_nothing_in_the_console(file: Path) -> No
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site that took part in rounds of a deployed study, with its copy of the round log."""
-    folder = tmp_path_factory.mktemp("finished")
-    with tarfile.open(WORLD) as archive:
-        inside = ("world/consortium/alpha", "world/consortium/coordinator/log")
-        archive.extractall(folder, [each for each in archive if each.name.startswith(inside)], filter="tar")
-    home = folder / "world/consortium/alpha"
-    log = LogFile(folder / "world/consortium/coordinator/log")
-    _keep(home / "state/log" / COPY, log.leaves(0, log.size(), 2**30), 0)
-    return home / "site.toml"
+    return finished_site(tmp_path_factory.mktemp("finished"))
 
 
 def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
@@ -320,7 +311,7 @@ def test_nothing_of_a_record_is_shown(finished: Path) -> None:
     visitor = visit(finished, said=Said((), 0, ()))
     text = (finished.parent / "data/train.csv").read_text().splitlines()[1]
     words = set(re.findall("[A-Za-z]{6,}", text))
-    for path in ("/", "/left", "/budget", "/checks"):
+    for path in ("/", "/left", "/budget", "/privacy", "/checks"):
         page = visitor.get(path).text
         assert page
         assert not {word for word in words if word in page} - {"specialty"}
@@ -336,7 +327,7 @@ def test_an_approver_reads_signs_by_keyboard_and_sees_what_changes(file: Path, t
         browser.open(link)
         browser.until("document.querySelector('a.card')")
         assert "waits for your decision" in browser.text()
-        for page in ("/", "/left", "/budget", "/checks", path_of()):
+        for page in ("/", "/left", "/budget", "/privacy", "/checks", path_of()):
             look_at(browser, home + page)
         # A text of the study's people cannot be chosen freely; that of another approver can.
         decide(load_site(file), EXAMPLE, "bela", PASSPHRASE.encode(), "refuse", reason=HOSTILE, now=now())
