@@ -225,8 +225,13 @@ def test_figures_have_intervals_and_a_broken_test_hides_no_other_part(file: Path
     assert "AUC 0.500 (0.400 to 0.550); upper end of all attacks 0.550" in found
     assert "1 of 64 answers; upper end 0.080" in found
     assert "not refuted" in found
-    each: dict[str, object]
-    for each in ({"figures": {"canary": {}}}, {"figures": {HOSTILE: {}}}, {"figures": []}, {"failed": None}):
+    wrong: list[dict[str, object]] = [
+        {"figures": {"canary": {}}},
+        {"figures": {HOSTILE: {}}},
+        {"figures": []},
+        {"failed": None},
+    ]
+    for each in wrong:
         keep_test(file, "first", **each)
         with pytest.raises(StateError, match="cannot be read"):
             own_tests(file.parent / FOLDER, Replay())
