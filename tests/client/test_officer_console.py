@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -257,3 +259,13 @@ def test_what_is_kept_falls_due_and_nobody_withdrawn_is_shown(file: Path) -> Non
     site = load_site(file)
     assert officer.withdrawal(site) == "nobody"
     assert officer.decided(site).signed == ()
+
+
+def test_a_console_loads_no_model_and_no_library_before_it_is_needed() -> None:
+    code = (
+        "import sys, privet.client.console.view, privet.client.commands.console, privet.client.commands.doctor;"
+        "import privet.common.web.app, privet.common.web.serving;"
+        "print(*sorted({'torch', 'transformers', 'peft', 'scipy', 'grpc', 'flwr', 'tokenizers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
