@@ -7,9 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -29,7 +32,7 @@ from privet.common.errors import PolicyError, ProtocolError, StateError
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
 from tests.support.browser import browsing, look_at
-from tests.support.console import HOST, Visitor, served
+from tests.support.console import HOST, Remote, Visitor, opened_here, served
 from tests.support.consortium_world import World, run, running
 from tests.support.finished import finished_site
 from tests.support.pages import ROOT
@@ -374,3 +377,65 @@ def test_a_console_that_is_killed_while_it_signs_leaves_whole_decisions(file: Pa
         os.kill(process.pid, signal.SIGKILL)
         told = process.communicate()[0].count("signed")
         assert len(decisions(load_site(file))) - before in (told, told + 1)  # each is whole; what was told is kept
+
+
+@pytest.mark.slow
+def test_a_site_refuses_and_two_people_approve_in_a_browser(file: Path) -> None:
+    policy = file.parent / "policy.toml"
+    policy.write_text(policy.read_text().replace('approval = "person"', 'persons = 2\napproval = "person"'))
+    with opened_here(SiteView(file, Consulting(file), lambda: ()).view()) as link, browsing() as browser:
+        home = link.split("/enter/")[0]
+        browser.open(link)
+        browser.until("document.querySelector('a.card')")
+
+        def sign(decision: str, by: str, says: str) -> None:
+            browser.open(home + path_of())
+            browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+            browser.run(f"document.querySelector('#by-{decision}').value = '{by}'")
+            browser.fill(f"#passphrase-{decision}", PASSPHRASE)
+            if decision == "refuse":
+                browser.fill("#reason", HOSTILE)
+            browser.follow(f"form:has([value={decision}]) .actions button")
+            assert says in browser.text()
+
+        sign("approve", "anna", "Signatures needed: 2")
+        with pytest.raises(PolicyError):
+            check_policy(load_site(file), EXAMPLE, dict)
+        sign("approve", "bela", "this site takes part")
+        check_policy(load_site(file), EXAMPLE, dict)
+        time.sleep(1)  # decisions are ordered by their second
+        sign("refuse", "bela", "onerror=alert")
+        assert approved(load_site(file), 2) == frozenset()
+        look_at(browser, home + "/privacy")
+        assert re.search(r"refused\s+bela\s+<img src=x onerror=alert", browser.text())
+        assert browser.objections == []
+
+
+@pytest.mark.slow
+def test_a_console_that_is_killed_in_the_middle_of_an_approval_loses_and_half_signs_nothing(file: Path) -> None:
+    lock, before = file.parent / "state/approvals.lock", 0
+    for middle in (lambda: True, lock.exists):  # when the form has been sent; when the key has signed
+        lock.unlink(missing_ok=True)
+        with served("client.commands.console:site", file) as (process, link):
+            remote = Remote(link)
+            sent = {"token": remote.token(), **form()}
+            thread = threading.Thread(target=_ask_in_vain, args=(remote, f"{path_of()}/decide", sent))
+            thread.start()
+            ends = time.monotonic() + 30
+            while not middle() and time.monotonic() < ends:
+                time.sleep(0.0005)
+            process.kill()
+            thread.join(30)
+        made = decisions(load_site(file))  # every line is whole
+        assert len(made) - before in (0, 1)
+        before = len(made)
+    with served("client.commands.console:site", file) as (_, link):
+        remote = Remote(link)
+        assert remote.ask("POST", f"{path_of()}/decide", {"token": remote.token(), **form()}).status == 303
+    assert len(decisions(load_site(file))) == before + 1
+    assert approved(load_site(file)) == {EXAMPLE.digest}
+
+
+def _ask_in_vain(remote: Remote, path: str, sent: dict[str, str]) -> None:
+    with suppress(OSError, HTTPException):
+        remote.ask("POST", path, sent)
