@@ -116,10 +116,9 @@ def alerts(sites: Sequence[Site], head: Head | None, place: Path, now: datetime)
     for each in members:
         if each.late and each.days is not None:
             found.append(Alert("ended" if each.days < 0 else "certificate", {"site": each.name, "days": each.days}))
-        if not each.online and each.seen is None:
-            found.append(Alert("never", {"site": each.name}))
-        elif not each.online and each.seen is not None and now.timestamp() - each.seen > _AWAY_SECONDS:
-            found.append(Alert("away", {"site": each.name, "time": moment(each.seen)}))
+        last = each.since if each.seen is None else each.seen
+        if not each.online and now.timestamp() - last > _AWAY_SECONDS:
+            found.append(Alert("never" if each.seen is None else "away", {"site": each.name, "time": moment(last)}))
     return found
 
 

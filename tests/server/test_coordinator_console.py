@@ -206,6 +206,7 @@ def test_alerts_name_what_an_operator_has_to_look_at(tmp_path: Path, monkeypatch
     assert found(*well, away, head=head) == []  # for an hour: it is in the list of sites, and no alert
     assert found(*well, replace(away, seen=1e9 - 90_000)) == ["away"]
     assert found(*well, replace(away, seen=None)) == ["never"]
+    assert found(*well, replace(away, seen=None, since=int(1e9) - 3600)) == []  # it has joined just now
     assert found(*well, replace(away, state="revoked", seen=None, late=True)) == []
     assert found(well[0], away, head=head) == ["quorum"]
     assert found(*well, head=replace(head, witnesses=("a",))) == ["cosigned"]
