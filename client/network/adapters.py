@@ -317,12 +317,12 @@ def _lacking(run: LoggedRun, error: Exception) -> VerificationError:
 
 def _check_admitted(site: SiteConfig, study: Study, run: LoggedRun, time: datetime) -> None:
     """Check that the terms of a release and this site's policy admit receiving it. Raises RefusedError."""
-    answered = {each for opened in run.rounds.values() for each in opened.answered}
+    participants = {each for opened in run.rounds.values() for each in opened.survivors}
     check_until(study, time)
-    check_receiver(study, site.name, answered)
+    check_receiver(study, site.name, participants)
     if site.policy is None:
         return
-    findings = judge_adapter(load_policy(site.policy), study, own=site.name in answered)
+    findings = judge_adapter(load_policy(site.policy), study, own=site.name in participants)
     if findings:
         reasons = "; ".join(
             f"{each.code}: {each.rule}: found {each.asked}, allowed {each.allowed}" for each in findings

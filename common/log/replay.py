@@ -108,11 +108,19 @@ class Leaf:
 
 @dataclass
 class OpenedRound:
-    """A round-open, and the sites that have answered it."""
+    """A round-open.
+
+    Attributes:
+        statement: The statement.
+        index: Its leaf.
+        answered: Sites that have stated what they released.
+        survivors: Sites in the sum of the round; none before it is closed, or where it was aborted.
+    """
 
     statement: RoundOpened
     index: int
     answered: set[str] = field(default_factory=set)
+    survivors: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -541,6 +549,7 @@ class Replay:
                 f"{where}: expected at least {run.statement.min_sites} survivors (sites in the sum), found "
                 f"{len(closed.survivors)}"
             )
+        opened.survivors = frozenset(closed.survivors)
         # A survivor's update is in the adapter, so the log must hold the site's own account of what it released.
         silent = [site for site in closed.survivors if site not in opened.answered]
         if silent:

@@ -9,7 +9,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime
 
 from privet.common.errors import RefusedError
 from privet.common.study.study import Study
@@ -80,21 +80,22 @@ def _sentence(text: str) -> str:
 
 
 def _over(day: str, now: datetime) -> bool:
-    return now >= datetime.combine(date.fromisoformat(day) + timedelta(days=1), time(), UTC)
+    # Days, and not the midnight after: 9999-12-31, in use for "without end", has none.
+    return now.astimezone(UTC).date() > date.fromisoformat(day)
 
 
-def check_receiver(study: Study, site: str, answered: Collection[str]) -> None:
+def check_receiver(study: Study, site: str, participants: Collection[str]) -> None:
     """Check that a site may receive the released adapter of a study.
 
     Args:
         study: The study.
         site: Name of the site.
-        answered: Names of the sites that answered a round of the run.
+        participants: Names of the sites that took part: those in the sum of a closed round of the run.
 
     Raises:
         RefusedError: The terms are for the sites that took part, and this one did not.
     """
-    if study.release is not None and study.release.to == "participants" and site not in answered:
+    if study.release is not None and study.release.to == "participants" and site not in participants:
         raise RefusedError(
             f"the terms of study {study.name} give its adapter to the sites that took part, and site {site} did not",
             "take part in the next study, or ask the coordinator's operator for one with other terms",
