@@ -26,6 +26,7 @@ from privet.client.network.candidates import FOLDER, TEST
 from privet.client.policy.consent import approved
 from privet.client.policy.decisions import Decision, decisions
 from privet.client.retention import kept_by
+from privet.client.rounds.logbook import open_witness
 from privet.client.site import SiteConfig
 from privet.common.audit.verify import Tree
 from privet.common.errors import PrivetError, StateError
@@ -176,14 +177,24 @@ class Story:
                 tree.append(leaf_hash(leaf))
             size = cosigned(self.site, tree)
             if not size:
-                raise StateError(
-                    "this site's copy of the round log holds no checkpoint that the site cosigned",
-                    "it is filled while `privet site serve` takes part in a round",
-                )
+                raise _unproven(self.site, len(leaves))
             for index, leaf in enumerate(leaves[:size]):
                 admit(history, index, leaf, tree.root_at)
             self._known, self._history = known, history
         return self._history
+
+
+def _unproven(site: SiteConfig, leaves: int) -> StateError:
+    seen = 0 if site.log is None else open_witness(site, site.log).last.size
+    if leaves < seen:  # it cosigns the end of a run, and copies the leaves before the next round
+        return StateError(
+            f"this site's copy of the round log has {leaves} of the {seen} leaves that the site cosigned",
+            "open the page again when the coordinator can be asked: it gives the others",
+        )
+    return StateError(
+        "this site's copy of the round log holds no checkpoint that the site cosigned",
+        "it is filled while `privet site serve` takes part in a round",
+    )
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ def test_a_log_that_this_site_did_not_cosign_tells_nothing(file: Path) -> None:
     assert "holds no checkpoint that the site cosigned" in found
     assert "differs by a factor" not in found
     copy.unlink()
+    with pytest.raises(StateError, match=f"has 9 of the {len(leaves)} leaves"):
+        Story(load_site(file)).history(Said((), 0, leaves[:9]))
     assert Story(load_site(file)).history(Said((), 0, leaves)).runs  # the same leaves, from the coordinator
 
 
