@@ -101,7 +101,8 @@ def get(site: SiteFile, run: RunName) -> None:
     typer.echo(
         closing(
             f"The adapter of run {run} is verified, and lies in {path}.",
-            f"compare it with its base on your own records: `privet site evaluate {site} {run}`",
+            f"compare it with its base on records of yours that were not trained on: `privet site evaluate {site} {run}"
+            f"{'' if config.test else ' --data FILE'}`",
         )
     )
 
@@ -156,6 +157,7 @@ def evaluate(
         openings=answers,
         forms=config.format or PLAINLY,
         withdrawn=withdrawn_of(config),
+        own=config.train,
     )
     release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
     show_evaluation(release, asked, config.resources, out, as_json=as_json)

@@ -21,6 +21,7 @@ from privet.client.budget.withdrawals import anybody_withdrawn, withdrawn_of
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
+from privet.client.network.lock import is_served, serves_former
 from privet.client.network.proposals import LogReader
 from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
@@ -55,6 +56,7 @@ _FILES = 512
 
 _MENDS = {
     "site file": "correct the file; or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
+    "process": "stop it, then run `privet site serve SITE`",
     "data": "`privet site setup SITE` proposes how a file is written; `privet site setup SITE --train FILE` names one",
     "certificate": "`privet site renew SITE --force` gets another one",
     "connection": "`privet site doctor SITE --network` says which step fails",
@@ -100,6 +102,7 @@ def examine(
     enrolment, status, stated = Enrolment(file.parent), list[Status](), list[LedgerOf]()
     service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("process", lambda: _process(site)),
         ("data", lambda: _data(site)),
         ("certificate", lambda: _certificate(enrolment, clock())),
         ("connection", lambda: _connection(site, enrolment, service, status)),
@@ -158,6 +161,16 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
     except (PrivetError, OSError) as error:
         message = error.message if isinstance(error, PrivetError) else str(error.strerror)
         return Check(name, False, message, error.hint if isinstance(error, PrivetError) else "")
+
+
+def _process(site: SiteConfig) -> Check:
+    if serves_former(site):
+        text = "a process serves this site with the former site file, so what was changed does not count yet"
+        hint = "stop it, then run `privet site serve SITE`; under systemd, `systemctl restart privet-site` does both"
+        return Check("process", False, text, hint)
+    if is_served(site):
+        return Check("process", True, "one serves this site, with this site file")
+    return Check("process", True, "none serves this site now: `privet site serve` does")
 
 
 def _data(site: SiteConfig) -> Check:

@@ -78,7 +78,7 @@ def evaluate(
     documents. The result is not differentially private. It follows from real records and stays at the site, or leaves
     it under the site's rules for releasing figures.
     """
-    from privet.client.formats import load_format
+    from privet.client.formats import load_format, training_files
     from privet.client.release.asking import Asked
     from privet.client.release.material import PLAINLY, UNNAMED
     from privet.client.release.opened import open_release
@@ -104,6 +104,7 @@ def evaluate(
         samples=samples,
         canaries=canaries,
         forms=PLAINLY if form is None else load_format(form),
+        own=() if form is None else training_files(form),
     )
     release = open_release(run, testing=True)
     show_evaluation(release, asked, Resources(physical_batch=batch), out, as_json=as_json, formed=form is not None)

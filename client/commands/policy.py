@@ -161,7 +161,7 @@ def approve(
     """
     from privet.client.commands.columns import settle_columns
     from privet.client.commands.guide import Guide
-    from privet.client.network.lock import is_served
+    from privet.client.network.lock import is_served, serves_former
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.policy.decisions import needs_signature
@@ -176,15 +176,15 @@ def approve(
     lacking, _ = lacking_columns(config, asked)
     for name, text in agreement(config, asked, who, price_of(config, asked), lacking):
         typer.echo(_paragraph(name, text))
-    terminal, mapped = sys.stdin.isatty(), False
+    terminal = sys.stdin.isatty()
     if lacking and terminal and not yes:
-        mapped = settle_columns(Guide(site, yes=False), asked)
+        settle_columns(Guide(site, yes=False), asked)
         config = load_site(site)
     _, findings, budget = judged(config, asked)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else unfit_of(config, asked)
     if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
-        config, mapped = load_site(site), True
+        config = load_site(site)
         unfit = unfit_of(config, asked)
     if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
@@ -210,8 +210,9 @@ def approve(
     for each in findings:
         if each.code in LATER - (set() if by is not None else {"E_NOT_APPROVED"}):
             typer.echo(f"not yet   {printable(said(each))}")
-    if is_served(config) and mapped:
-        typer.echo("A process serves this site with the former site file. Stop it, then run")
+    if serves_former(config):
+        typer.echo("A process serves this site with the former site file, so what was changed does not count yet.")
+        typer.echo("Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
     elif is_served(config):
         typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")

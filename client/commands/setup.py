@@ -93,10 +93,10 @@ def setup(
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
     from privet.client.commands.labels import ask_labels
-    from privet.client.network.lock import is_served
+    from privet.client.network.lock import is_served, serves_former
     from privet.client.setup import other_owner, restore
 
-    guide, before = steps.Guide(site, yes), site.read_bytes() if site.exists() else b""
+    guide = steps.Guide(site, yes)
     if owner := other_owner(site.parent):
         typer.echo(
             f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. "
@@ -121,7 +121,7 @@ def setup(
     typer.echo()
     checks = examine(site, now)
     show_checks(checks)
-    failing = [check for check in checks if not check.ok]
+    failing = [check for check in checks if not check.ok and check.name != "process"]
     if failing:
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")
         typer.echo(f"next: privet site setup {site}")
@@ -129,12 +129,11 @@ def setup(
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
     if apart:
         typer.echo(f"Its files lack columns of {', '.join(apart)}: say first which they are, as said above.")
-    served = is_served(guide.site)
-    if served and before != site.read_bytes():
+    if serves_former(guide.site):
         typer.echo("A process serves this site with the former site file. Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
         return
     typer.echo(f"next: privet site studies {site}")
     typer.echo(f"then: privet site approve {site} STUDY")
-    if not served:
+    if not is_served(guide.site):
         typer.echo(f"then: privet site serve {site}")

@@ -66,6 +66,7 @@ class Asked:
         alternatives: Random alternatives of each canary.
         forms: How the files are written.
         withdrawn: Whose records are left out.
+        own: Training files of the site that asks, written as `forms` says: a record of them is warned about.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -85,6 +86,7 @@ class Asked:
     alternatives: int = 100
     forms: FormatSection = PLAINLY
     withdrawn: Withdrawn | None = None
+    own: tuple[Path, ...] = ()
 
 
 @dataclass

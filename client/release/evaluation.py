@@ -38,6 +38,7 @@ from privet.client.release.material import (
     Material,
     prompt_text,
     read_material,
+    readable_records,
     rows_trained_on,
     shared_rows,
     trained_on,
@@ -198,6 +199,11 @@ def _notes(release: Release, asked: Asked, material: Material, cut: int) -> list
         notes.append(
             f"WARNING: {known} of {len(material.records)} records are equal to records that this run was trained on. "
             "Figures on training records say nothing about others."
+        )
+    elif own := shared_rows(material.records, readable_records(study, asked.own, asked.forms.of)):
+        notes.append(
+            f"WARNING: {own} of {len(material.records)} records are training records of this site. Figures on training "
+            "records say nothing about others."
         )
     if asked.train:
         shared = shared_rows(material.records, trained_records(study, asked))
