@@ -23,8 +23,9 @@ def require_study(path: Path) -> None:
 
 
 def site_file(path: Path) -> Path:
-    """Return the site file that a path means: itself, or that of the site's directory."""
-    return path / "site.toml" if path.is_dir() else path
+    """Return the site file that a path means: itself, or that of the site's directory, which may not exist yet."""
+    named = not path.exists() and not path.suffix and not str(path).startswith("@")  # @FILE is a token
+    return path / "site.toml" if path.is_dir() or named else path
 
 
 def _format_file(path: Path | None) -> Path | None:

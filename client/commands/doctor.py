@@ -54,8 +54,9 @@ _FREE_BYTES = 2 * 2**30
 _FILES = 512
 
 
+_FIRST = "first correct the connection: `privet site doctor SITE --network`"
 _MENDS = {
-    "site file": "correct the file; or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
+    "site file": "or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
     "process": "stop it, then run `privet site serve SITE`",
     "data": "`privet site setup SITE` proposes how a file is written; `privet site setup SITE --train FILE` names one",
     "certificate": "`privet site renew SITE --force` gets another one",
@@ -63,7 +64,7 @@ _MENDS = {
     "clock": "`timedatectl set-ntp true` sets this machine's clock by NTP",
     "trust": "`privet site setup SITE` goes on with what is not confirmed",
     "log": "`privet site setup SITE` adds what is missing; `privet site doctor SITE --network` tests the network",
-    "policy": "correct the file; or start it anew: `mv POLICY POLICY.old`, then `privet site policy SITE --init`",
+    "policy": "or start it anew: `mv POLICY POLICY.old`, then `privet site policy SITE --init`",
     "limit": "`privet site setup SITE` asks for it",
     "patients": "`privet site setup SITE --patient-column COLUMN`",
     "ledger": "if the site has never had one, `privet site setup SITE` creates it; if it had one, `cp BACKUP LEDGER`",
@@ -79,7 +80,7 @@ _MENDS = {
 
 
 LOCAL = frozenset(
-    {"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "withdrawn", "disk"}
+    {"site file", "process", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "withdrawn", "disk"}
 )
 """The checks that need neither the coordinator nor the model, and take no time."""
 
@@ -108,7 +109,7 @@ def examine(
         ("connection", lambda: _connection(site, enrolment, service, status)),
         ("clock", lambda: _clock(status, clock())),
         ("trust", lambda: _trust(site, enrolment)),
-        ("log", lambda: _log(site, service, stated)),
+        ("log", lambda: _log(site, service, status, stated)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
         ("patients", lambda: _patients(site)),
@@ -134,7 +135,9 @@ def _with_command(check: Check, file: Path, site: SiteConfig | None) -> Check:
         return check
     hint = check.hint
     if "`" not in hint:
-        hint = f"{hint}: {_MENDS[check.name]}" if hint else _MENDS[check.name]
+        mend = _MENDS[check.name]
+        joint = "; " if mend.startswith("or ") else ": "
+        hint = f"{hint or 'correct the file'}{joint}{mend}" if hint or joint == "; " else mend
     places: dict[str, object] = {
         "SITE": file,
         "DIRECTORY": file.parent,
@@ -222,8 +225,7 @@ def _connection(site: SiteConfig, enrolment: Enrolment, service: ConsortiumClien
 
 def _clock(status: list[Status], now: datetime) -> Check:
     if not status:
-        hint = "first correct the connection: `privet site doctor SITE --network`"
-        return Check("clock", False, "not compared: the service did not answer", hint)
+        return Check("clock", False, "not compared: the service did not answer", _FIRST)
     apart = now.timestamp() - status[0].time
     text = f"differs by {apart:+.0f} s from the coordinator's clock; at most {_CLOCK_SECONDS} s are allowed"
     return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock: `timedatectl set-ntp true`")
@@ -266,7 +268,7 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     return Check("trust", True, f"confirmed: the charter and {number_of(len(trusted.members), 'member')}")
 
 
-def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) -> Check:
+def _log(site: SiteConfig, service: ConsortiumClient, status: list[Status], stated: list[LedgerOf]) -> Check:
     """Check the round log, and say in `stated` what it holds of this site's ledger."""
     if site.log is None:
         return Check("log", False, "the site file has no [log] table", "`privet site setup SITE` puts it back")
@@ -290,6 +292,8 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
             "join @TOKEN NEW-DIRECTORY`"
         )
         return Check("log", False, "the cosigning keys are not those with which this site joined", hint)
+    if not status:
+        return Check("log", False, "not read: the service did not answer", _FIRST)
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
     log = LogReader(site).read(service)
     if log is None:

@@ -18,7 +18,7 @@ import typer
 from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import most_like, write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing, folded, number_of, printable
+from privet.common.progress import doing, folded, number_of, on_one_line, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from privet.common.study.study import Study
 
 
+@doing("Reading the policy of {site}")
 def policy(
     site: SiteFile,
     first: Annotated[
@@ -123,7 +124,7 @@ def check(
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
         _show(findings, budget, unfit)
         for line in _ways(config, findings, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {printable(line)}")
+            typer.echo(f"to admit it  {on_one_line(line)}")
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
     if findings or budget or unfit:
@@ -190,7 +191,7 @@ def approve(
         typer.echo("\nthis site would refuse the study now:")
         _show(against, budget, unfit)
         for line in _ways(config, against, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {printable(line)}")
+            typer.echo(f"to admit it  {on_one_line(line)}")
         raise typer.Exit(PolicyError.exit_code)
     if not (yes or terminal or study_is_exact(study)):
         raise StudyError(
@@ -398,7 +399,7 @@ def _paragraph(name: str, text: str) -> str:
     )
 
 
-@doing("Reading the refusals of {site}")
+@doing("Reading what left {site}")
 def receipts(
     site: SiteFile,
     out: Annotated[
@@ -486,9 +487,9 @@ def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: Privet
     for finding in findings:
         typer.echo(f"{finding.code:<18} {printable(said(finding))}")
     if budget is not None:
-        typer.echo(f"{'E_BUDGET':<18} {printable(budget.message)}")
+        typer.echo(f"{'E_BUDGET':<18} {on_one_line(budget.message)}")
     if unfit is not None:
-        typer.echo(f"{'data files':<18} {printable(unfit.message)}")
+        typer.echo(f"{'data files':<18} {on_one_line(unfit.message)}")
     refused = findings or budget or unfit
     typer.echo("refused" if refused else "admitted by the policy, within the budget, and the data files fit")
 

@@ -204,7 +204,7 @@ def serve(site: SiteFile) -> None:
 def _note_faults(site: Path) -> None:
     """Log what keeps a site that has joined from taking part. It serves all the same: each fault may be mended now."""
     from privet.client.commands.doctor import LOCAL, examine
-    from privet.client.network.enrolment import JOINED
+    from privet.client.site import JOINED
     from privet.common.clock import now
 
     if not (site.parent / JOINED).exists():
@@ -262,7 +262,8 @@ def data(
         ),
     ] = None,
     site: Annotated[
-        Path | None, typer.Option(help="The site file: it says how files are written, and who a patient is.")
+        Path | None,
+        typer.Option(help="The site file: it says how files are written, and who a patient is.", metavar="SITE"),
     ] = None,
     as_json: Json = False,
 ) -> None:

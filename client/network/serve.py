@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import JOINED, Enrolment
+from privet.client.network.enrolment import Enrolment
 from privet.client.network.fleet import FleetLink, connected
 from privet.client.network.following import following
 from privet.client.network.lock import content_of, exclusive, lock_of
@@ -21,7 +21,7 @@ from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
 from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
-from privet.client.site import CoordinatorSection
+from privet.client.site import JOINED, CoordinatorSection
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
