@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ def require_study(path: Path) -> None:
     """Refuse a study file that is missing, before the imports that take seconds. Raises `StudyError`."""
     if not path.exists():
         raise StudyError(f"there is no study file at {path}", f"check the path{most_like(path)}; {MAKES['study']}")
+
+
+def require_files(files: Iterable[Path], option: str) -> None:
+    """Refuse data files that are missing, before the imports that take seconds. Raises `StudyError`."""
+    for path in files:
+        if not path.is_file():
+            raise StudyError(f"{option}: there is no file {path}", f"check the path{most_like(path)}")
 
 
 def site_file(path: Path) -> Path:

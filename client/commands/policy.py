@@ -160,20 +160,21 @@ def approve(
     On a terminal it asks before it records; --yes leaves the question out. There it also asks which columns and labels
     of the files are those of the study, where they differ, and writes the answers to the site file.
     """
-    from privet.client.commands.columns import settle_columns
-    from privet.client.commands.guide import Guide
-    from privet.client.network.lock import is_served, serves_former
-    from privet.client.policy.agreement import LATER, agreement
-    from privet.client.policy.consent import record_approval as record
     from privet.client.policy.decisions import needs_signature
-    from privet.client.policy.opinion import judged, price_of, said, unfit_of
     from privet.client.site import load_site
-    from privet.client.training.glance import lacking_columns
 
     config = load_site(site)
     if config.approvers and by is None:
         raise needs_signature(config)
     asked, who = named_study(site, config, study, read=not yes)
+    from privet.client.commands.columns import settle_columns
+    from privet.client.commands.guide import Guide
+    from privet.client.network.lock import is_served, serves_former
+    from privet.client.policy.agreement import LATER, agreement
+    from privet.client.policy.consent import record_approval as record
+    from privet.client.policy.opinion import judged, price_of, said, unfit_of
+    from privet.client.training.glance import lacking_columns
+
     lacking, _ = lacking_columns(config, asked)
     for name, text in agreement(config, asked, who, price_of(config, asked), lacking):
         typer.echo(_paragraph(name, text))

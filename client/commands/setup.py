@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from privet.common.clock import now
-from privet.common.options import SiteFile
+from privet.common.errors import PrivetError
+from privet.common.options import SiteFile, require_files
 from privet.common.progress import doing
 
 
@@ -88,6 +89,10 @@ def setup(
     option answers a question in advance, and changes an earlier answer.
     It ends with the checks of `privet site doctor`.
     """
+    require_files(train or (), "--train")
+    require_files(test or (), "--test")
+    if patient_column is not None and not column:
+        _check_column(site, train or [], patient_column)
     from privet.client.commands import guide as steps
     from privet.client.commands.columns import ask_columns, take_columns
     from privet.client.commands.doctor import examine
@@ -137,3 +142,22 @@ def setup(
     typer.echo(f"then: privet site approve {site} STUDY")
     if not is_served(guide.site):
         typer.echo(f"then: privet site serve {site}")
+
+
+def _check_column(site: Path, train: list[Path], column: str) -> None:
+    """Refuse a column of patients that a file lacks, before all other steps. A file that reads otherwise is left alone.
+
+    Raises:
+        StudyError: A training file has no such column.
+    """
+    from privet.client.site import load_site
+    from privet.client.training.glance import check_column
+    from privet.client.training.proposals import proposed
+
+    try:
+        config = load_site(site)
+    except PrivetError:  # the set-up mends it, or says what is wrong
+        return
+    for path in train or config.train:
+        if path.is_file() and not proposed(path, (), config.form_of(path.resolve())):
+            check_column(config, path.resolve(), column, site)

@@ -195,7 +195,11 @@ def serve(site: SiteFile) -> None:
     """
     log_as_json()  # the first line too, which comes before the imports that take seconds
     logging.getLogger("privet").info("opening %s", site)
-    from privet.client.network.serve import serve_site
+    from privet.client.network.lock import check_unserved
+    from privet.client.site import load_site
+
+    check_unserved(load_site(site))
+    from privet.client.network.serve import serve_site  # PyTorch, which takes seconds
 
     _note_faults(site)
     serve_site(site)
