@@ -48,6 +48,13 @@ def evaluate(
     right: Annotated[
         str | None, typer.Option(help="Column of the right choice. Default: the study's column of answers.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help='For answers: a part that each answer has, written `PART: value.`, such as "Refer to". How often it '
+            "is right is counted, and the verdict follows from it too."
+        ),
+    ] = None,
     train: Annotated[
         list[Path] | None,
         typer.Option(help="For answers: file that the run was trained on, to find what the model repeats of it."),
@@ -102,6 +109,7 @@ def evaluate(
         positive=positive,
         choices=choices,
         right=right,
+        part=part,
         train=tuple(train or ()),
         openings=answers,
         samples=samples,
