@@ -424,7 +424,12 @@ def _bases(site: SiteConfig) -> Check:
 
     found: list[str] = []
     if not site.resources.bases:
-        return Check("bases", True, "none mapped: studies must name an installed package or a hub id")
+        return Check(
+            "bases",
+            True,
+            "no model directory is named here: a study's base must be an installed package, or a "
+            "model in this machine's cache",
+        )
     admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
     for name, path in sorted(site.resources.bases.items()):
         if not path.is_dir():

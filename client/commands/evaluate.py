@@ -94,6 +94,7 @@ def evaluate(
     from privet.client.release.opened import open_release
     from privet.client.site import Resources
 
+    forms, own = (None, ()) if form is None else (load_format(form), training_files(form))
     require_files(data or (), "--data")
     release = open_release(run, testing=True)
     from privet.client.release.asking import Asked  # PyTorch, which takes seconds
@@ -114,8 +115,8 @@ def evaluate(
         openings=answers,
         samples=samples,
         canaries=canaries,
-        forms=PLAINLY if form is None else load_format(form),
-        own=() if form is None else training_files(form),
+        forms=forms or PLAINLY,
+        own=own,
     )
     show_evaluation(release, asked, Resources(physical_batch=batch), out, as_json=as_json, formed=form is not None)
 

@@ -133,7 +133,8 @@ def setup(
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
     if apart:
-        typer.echo(f"Its files lack columns of {', '.join(apart)}: say first which they are, as said above.")
+        named, needs = ("study", "needs") if len(apart) == 1 else ("the studies", "need")
+        typer.echo(f"First map the columns that {named} {', '.join(apart)} {needs}, with the command above.")
     if serves_former(guide.site):
         typer.echo("A process serves this site with the former site file. Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
