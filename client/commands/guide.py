@@ -325,7 +325,7 @@ def _one_of_columns(guide: Guide, column: str) -> str:
 
     site = guide.site
     for path in site.train:
-        check_column(site, path, column, guide.file)
+        check_column(site, path, column, f"run `privet site setup {guide.file} --patient-column COLUMN`")
     return column
 
 

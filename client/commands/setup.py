@@ -161,4 +161,5 @@ def _check_column(site: Path, train: list[Path], column: str) -> None:
         return
     for path in train or config.train:
         if path.is_file() and not proposed(path, (), config.form_of(path.resolve())):
-            check_column(config, path.resolve(), column, site)
+            mend = "nothing was changed: run the same command with the right --patient-column"
+            check_column(config, path.resolve(), column, mend)

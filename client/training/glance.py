@@ -25,8 +25,8 @@ def columns_of(site: SiteConfig, path: Path) -> list[str]:
     return list(next(read_rows(path, site.form_of(path)), {}))
 
 
-def check_column(site: SiteConfig, path: Path, column: str, file: Path) -> None:
-    """Check that a file has the column of patients. `file` is the site file.
+def check_column(site: SiteConfig, path: Path, column: str, mend: str) -> None:
+    """Check that a file has the column of patients. `mend` is what to do if it has not.
 
     Raises:
         StudyError: It has no such column. DataError: As `read_rows`.
@@ -35,8 +35,7 @@ def check_column(site: SiteConfig, path: Path, column: str, file: Path) -> None:
     if column not in found:
         raise StudyError(
             f"{path.name} has no column {column!r}; found {', '.join(found)}",
-            f"run `privet site setup {file} --patient-column COLUMN`; if the columns look wrong, `[format]` in the "
-            "site file says how the file is written",
+            f"{mend}; if the columns look wrong, `[format]` in the site file says how the file is written",
         )
 
 

@@ -311,7 +311,7 @@ def test_columns_of_other_names_are_said_at_once_and_mapped_by_options(german: P
     shown = run(setup, german, "--yes", *own, "--study", study)
     text = " ".join(shown.output.split())
     assert "needs the columns note, specialty, patient, which your files lack; they have Befund, Fach, Patient." in text
-    assert f"Its files lack columns of {EXAMPLE.name}" in text
+    assert f"First map the columns that study {EXAMPLE.name} needs, with the command above." in text
     refused = run(commands.approve, german, study)
     text = " ".join(refused.output.split())
     assert refused.exit_code == 3
