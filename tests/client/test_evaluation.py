@@ -104,7 +104,7 @@ def test_both_arms_have_the_figures_of_the_study(bases: Mapping[str, Path], tmp_
                 assert measure[arm]["low"] <= value <= measure[arm]["high"]
     assert found["records"] == 40
     assert found["units"] == len({row["patient"] for row in rows})
-    assert f"40 records of {found['units']} patients." in found["verdict"]
+    assert f"40 records of {found['units']} patients" in found["verdict"]
     assert "not differentially private" in found["notes"][0]
     # No word of a record is in the document or the page.
     page = evaluation_page(found)
