@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -160,12 +160,13 @@ def approve(
     On a terminal it asks before it records; --yes leaves the question out. There it also asks which columns and labels
     of the files are those of the study, where they differ, and writes the answers to the site file.
     """
-    from privet.client.policy.decisions import needs_signature
+    from privet.client.policy.decisions import end_of, needs_signature
     from privet.client.site import load_site
 
     config = load_site(site)
     if config.approvers and by is None:
         raise needs_signature(config)
+    end = None if until is None else end_of(until)
     asked, who = named_study(site, config, study, read=not yes)
     from privet.client.commands.columns import settle_columns
     from privet.client.commands.guide import Guide
@@ -205,7 +206,6 @@ def approve(
     if by is None:
         record(config, asked, datetime.now(UTC))
     else:
-        end = None if until is None else until.replace(tzinfo=UTC) + timedelta(days=1)
         _decide(config, asked, by, "approve", reason, end, passphrase_file)
     typer.echo(f"\napproved  {asked.name} {asked.digest}")
     findings = judged(config, asked)[1] if by is not None else findings

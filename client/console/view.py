@@ -6,17 +6,19 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from privet.client.budget.accounts import Spending
 from privet.client.checks import Check
 from privet.client.console import reading
+from privet.client.console.officer import Budgets, Story, page_values
 from privet.client.console.reading import Accounts, Ask, Coordinator, OwnLog
 from privet.client.network.lock import is_served
 from privet.client.network.proposals import Proposed
 from privet.client.policy.agreement import LATER, advice, agreement
-from privet.client.policy.decisions import decide, decisions, newest
+from privet.client.policy.decisions import decide, decisions, end_of, newest
 from privet.client.policy.opinion import judged, price_of, unfit_of
 from privet.client.policy.rules import load_policy
 from privet.client.rounds.logbook import COPY
@@ -45,6 +47,7 @@ class SiteView:
     def __init__(self, file: Path, ask: Ask, examine: Callable[[], Sequence[Check]]) -> None:
         self._file, self._coordinator, self._examine = file, Coordinator(ask), examine
         self._accounts: Accounts | None = None
+        self._officer: tuple[Budgets, Story] | None = None
         # A passphrase can be guessed through an open session: this bounds how often, whatever the session.
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
         self._deciding = threading.Lock()
@@ -58,6 +61,7 @@ class SiteView:
                 "/study/{digest}": self._study,
                 "/left": self._left,
                 "/budget": self._budget,
+                "/privacy": self._privacy,
                 "/checks": self._checks,
             },
             {"/study/{digest}/decide": self._decide},
@@ -76,7 +80,7 @@ class SiteView:
     def _own(self) -> tuple[SiteConfig, Accounts]:
         site = load_site(self._file)
         if self._accounts is None or self._accounts.site != site:
-            self._accounts = Accounts(site, OwnLog(site))
+            self._accounts, self._officer = Accounts(site, OwnLog(site)), (Budgets(site), Story(site))
         return site, self._accounts
 
     def _common(self, site: SiteConfig, active: str) -> dict[str, Any]:
@@ -140,6 +144,15 @@ class SiteView:
         values = {"books": books, "bar_segments": _bar(books), "names": names, "curve": _curve(books)}
         return Shown("budget.html", {**self._common(site, "budget"), **values})
 
+    def _privacy(self, asked: Asked) -> Shown:
+        site, _ = self._own()
+        budgets, story = self._officer or (Budgets(site), Story(site))
+        values = page_values(site, self._file, budgets, story, self._coordinator.heard().said, now())
+        bars_of = {each.name: _spent_bar(each.spending) for each in values["datasets"].value or ()}
+        return Shown(
+            "privacy.html", {**self._common(site, "privacy"), **values, "bars": bars_of, "names": self._names()}
+        )
+
     def _checks(self, asked: Asked) -> Shown:
         site, _ = self._own()
         return Shown("checks.html", {**self._common(site, "checks"), "checks": self._examine()})
@@ -177,7 +190,7 @@ class SiteView:
                 site,
                 proposed.study,
                 form.get("by", ""),
-                form.get("passphrase", "").encode(),
+                form.get("passphrase", "").strip().encode(),
                 "approve" if approves else "refuse",
                 reason=form.get("reason", ""),
                 until=_day(form.get("until", "")) if approves else None,
@@ -202,15 +215,16 @@ def _day(text: str) -> datetime | None:
     if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         raise StateError(f"the last day: expected a date such as 2027-01-31, found {text[:20]!r}", "choose a day")
     try:
-        return datetime.fromisoformat(text).replace(tzinfo=UTC) + timedelta(days=1)
-    except (ValueError, OverflowError):
+        return end_of(date.fromisoformat(text))
+    except ValueError:
         raise StateError("the last day is no day of the calendar", "choose a day") from None
 
 
 def _bar(books: reading.Books) -> list[dict[str, Any]]:
-    spending = books.spending
-    if spending is None:
-        return []
+    return [] if books.spending is None else _spent_bar(books.spending)
+
+
+def _spent_bar(spending: Spending) -> list[dict[str, Any]]:
     reserved = max(spending.counted - spending.epsilon, 0.0)
     return bars([("spent", spending.epsilon), ("reserved", reserved)], spending.limit.epsilon)
 

@@ -7,13 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from privet.client.checks import Check
 from privet.client.commands import policy as commands
@@ -21,7 +24,7 @@ from privet.client.commands.doctor import LOCAL, examine
 from privet.client.console.reading import Consulting, Said
 from privet.client.console.view import SiteView
 from privet.client.policy.consent import approved, check_policy, record_approval
-from privet.client.policy.decisions import Decision, admitted, decide, decisions
+from privet.client.policy.decisions import Decision, admitted, decide, decisions, make_approver
 from privet.client.rounds.history import _keep, kept_leaves
 from privet.client.rounds.logbook import COPY
 from privet.client.site import load_site
@@ -29,15 +32,14 @@ from privet.common.clock import now
 from privet.common.errors import PolicyError, ProtocolError, StateError
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
-from privet.server.log.logfile import LogFile
 from tests.support.browser import browsing, look_at
-from tests.support.console import HOST, Visitor, served
+from tests.support.console import HOST, Remote, Visitor, opened_here, served
 from tests.support.consortium_world import World, run, running
+from tests.support.finished import finished_site
 from tests.support.pages import ROOT
 from tests.support.proposed_world import EXAMPLE, begin, changed, settle
 
 PASSPHRASE = "correct horse battery"
-WORLD = ROOT / "tests/compat/data/world.tar.xz"
 HOSTILE = "<img src=x onerror=alert(1)>'\"`</script><script>alert(2)</script>"
 
 
@@ -111,6 +113,8 @@ def test_the_command_line_signs_as_the_console_does(file: Path, world: World) ->
     assert (first.by, first.until) == ("anna", int(datetime(2099, 2, 1, tzinfo=UTC).timestamp()))
     assert (second.by, second.decision, second.reason) == ("bela", "refuse", "not now")
     assert approved(load_site(file)) == frozenset()
+    with pytest.raises(StateError, match="9999-12-31 is too late"):
+        run(commands.approve, file, EXAMPLE.digest, "--yes", "--as=anna", "--until=9999-12-31", *secret)
     with pytest.raises(StateError, match="expected --as NAME"):
         run(commands.refuse, file, EXAMPLE.digest, "--reason=no")
 
@@ -162,9 +166,39 @@ def test_a_decision_that_was_changed_or_is_anothers_stops_the_site(file: Path) -
     assert approved(site) == {EXAMPLE.digest}
 
 
+def test_the_last_word_of_an_approver_counts_whatever_clocks_said(file: Path) -> None:
+    site, secret, at = load_site(file), PASSPHRASE.encode(), now()
+    decide(site, EXAMPLE, "anna", secret, "approve", now=at + timedelta(days=3650))
+    decide(site, EXAMPLE, "anna", secret, "refuse", reason="not now", now=at)
+    assert approved(site) == frozenset()
+    # Nor does the order of the lines count, which whoever can write the file may change.
+    path = file.parent / "state/approvals.signed"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second + first)
+    assert approved(site) == frozenset()
+    path.unlink()
+    for decision in ("approve", "refuse"):
+        decide(site, EXAMPLE, "bela", secret, decision, reason="in one second", now=at)
+    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+    assert approved(site) == frozenset()
+
+
+def test_a_key_without_an_approver_is_not_overwritten_and_the_hint_says_how_to_go_on(file: Path, world: World) -> None:
+    make_approver(load_site(file), "carl", PASSPHRASE.encode())  # and the command is killed
+    with pytest.raises(StateError, match="names no approver carl") as caught:
+        run(commands.approver, file, "carl", "--passphrase-file", world.folder / "passphrase")
+    left = file.parent / "state/approvers/carl.pem"
+    assert f"remove {left}" in caught.value.hint
+    left.unlink()
+
+
 def test_a_key_is_encrypted_and_opens_with_its_passphrase_alone(file: Path) -> None:
     key = file.parent / "state/approvers/anna.pem"
-    assert b"ENCRYPTED" in key.read_bytes()
+    line, pem = key.read_bytes().split(b"\n", 1)
+    assert line.startswith(b"scrypt-65536-8-1 ")  # no guess is cheap for a process that reads the file
+    assert b"ENCRYPTED" in pem
+    with pytest.raises(ValueError, match="password"):
+        load_pem_private_key(pem, PASSPHRASE.encode())
     assert key.stat().st_mode & 0o777 == 0o600
     for passphrase in (b"", b"correct horse", b"x" * 500):
         with pytest.raises(StateError, match="does not open the key of approver anna"):
@@ -278,14 +312,7 @@ def test_a_site_without_approvers_signs_nothing_in_the_console(file: Path) -> No
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site that took part in rounds of a deployed study, with its copy of the round log."""
-    folder = tmp_path_factory.mktemp("finished")
-    with tarfile.open(WORLD) as archive:
-        inside = ("world/consortium/alpha", "world/consortium/coordinator/log")
-        archive.extractall(folder, [each for each in archive if each.name.startswith(inside)], filter="tar")
-    home = folder / "world/consortium/alpha"
-    log = LogFile(folder / "world/consortium/coordinator/log")
-    _keep(home / "state/log" / COPY, log.leaves(0, log.size(), 2**30), 0)
-    return home / "site.toml"
+    return finished_site(tmp_path_factory.mktemp("finished"))
 
 
 def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
@@ -320,7 +347,7 @@ def test_nothing_of_a_record_is_shown(finished: Path) -> None:
     visitor = visit(finished, said=Said((), 0, ()))
     text = (finished.parent / "data/train.csv").read_text().splitlines()[1]
     words = set(re.findall("[A-Za-z]{6,}", text))
-    for path in ("/", "/left", "/budget", "/checks"):
+    for path in ("/", "/left", "/budget", "/privacy", "/checks"):
         page = visitor.get(path).text
         assert page
         assert not {word for word in words if word in page} - {"specialty"}
@@ -336,7 +363,7 @@ def test_an_approver_reads_signs_by_keyboard_and_sees_what_changes(file: Path, t
         browser.open(link)
         browser.until("document.querySelector('a.card')")
         assert "waits for your decision" in browser.text()
-        for page in ("/", "/left", "/budget", "/checks", path_of()):
+        for page in ("/", "/left", "/budget", "/privacy", "/checks", path_of()):
             look_at(browser, home + page)
         # A text of the study's people cannot be chosen freely; that of another approver can.
         decide(load_site(file), EXAMPLE, "bela", PASSPHRASE.encode(), "refuse", reason=HOSTILE, now=now())
@@ -383,3 +410,63 @@ def test_a_console_that_is_killed_while_it_signs_leaves_whole_decisions(file: Pa
         os.kill(process.pid, signal.SIGKILL)
         told = process.communicate()[0].count("signed")
         assert len(decisions(load_site(file))) - before in (told, told + 1)  # each is whole; what was told is kept
+
+
+@pytest.mark.slow
+def test_a_site_refuses_and_two_people_approve_in_a_browser(file: Path) -> None:
+    policy = file.parent / "policy.toml"
+    policy.write_text(policy.read_text().replace('approval = "person"', 'persons = 2\napproval = "person"'))
+    with opened_here(SiteView(file, Consulting(file), lambda: ()).view()) as link, browsing() as browser:
+        home = link.split("/enter/")[0]
+        browser.open(link)
+        browser.until("document.querySelector('a.card')")
+
+        def sign(decision: str, by: str, says: str) -> None:
+            browser.open(home + path_of())
+            browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+            browser.run(f"document.querySelector('#by-{decision}').value = '{by}'")
+            browser.fill(f"#passphrase-{decision}", PASSPHRASE)
+            if decision == "refuse":
+                browser.fill("#reason", HOSTILE)
+            browser.follow(f"form:has([value={decision}]) .actions button")
+            assert says in browser.text()
+
+        sign("approve", "anna", "Signatures needed: 2")
+        with pytest.raises(PolicyError):
+            check_policy(load_site(file), EXAMPLE, dict)
+        sign("approve", "bela", "this site takes part")
+        check_policy(load_site(file), EXAMPLE, dict)
+        time.sleep(1)  # decisions are ordered by their second
+        sign("refuse", "bela", "onerror=alert")
+        assert approved(load_site(file), 2) == frozenset()
+        look_at(browser, home + "/privacy")
+        assert re.search(r"refused\s+bela\s+<img src=x onerror=alert", browser.text())
+        assert browser.objections == []
+
+
+@pytest.mark.slow
+def test_a_console_that_is_killed_in_the_middle_of_an_approval_loses_and_half_signs_nothing(file: Path) -> None:
+    lock = file.parent / "state/approvals.lock"
+    lock.unlink(missing_ok=True)
+    with served("client.commands.console:site", file) as (process, link):
+        remote = Remote(link)
+        sent = {"token": remote.token(), **form()}
+        thread = threading.Thread(target=_ask_in_vain, args=(remote, f"{path_of()}/decide", sent))
+        thread.start()
+        ends = time.monotonic() + 30
+        while not lock.exists() and time.monotonic() < ends:  # the key has signed, and the file is about to change
+            time.sleep(0.0005)
+        process.kill()
+        thread.join(30)
+    made = len(decisions(load_site(file)))  # every line is whole
+    assert made in (0, 1)
+    visitor = visit(file)
+    assert ("this site takes part" in visitor.get(path_of()).text) == bool(made)
+    assert visitor.post(f"{path_of()}/decide", form()).status_code == 303
+    assert len(decisions(load_site(file))) == made + 1
+    assert approved(load_site(file)) == {EXAMPLE.digest}
+
+
+def _ask_in_vain(remote: Remote, path: str, sent: dict[str, str]) -> None:
+    with suppress(OSError, HTTPException):
+        remote.ask("POST", path, sent)
