@@ -59,6 +59,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "ended": state.stopped,
         "withdrawn": directory.withdrawn,
         "waiting": None if wait is None else asdict(wait),
+        **({"stopping": True} if wait is not None and directory.stopping else {}),
         "epsilon": max(spent[0].values(), default=None) if spent else None,
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
@@ -84,7 +85,9 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _lines_of(run: Mapping[str, Any]) -> list[str]:
-    state = "finished" if run["ended"] else "running" if run["waiting"] else "unfinished"
+    ended = "finished" if run["closed"] else "ended without a result: no round closed"
+    state = ended if run["ended"] else "running" if run["waiting"] else "unfinished"
+    state += ", asked to stop" if run.get("stopping") else ""
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
     elif run["ended"] and run.get("gated") and not run["released"]:

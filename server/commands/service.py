@@ -111,7 +111,7 @@ def run(
         confirm_founding(made, asked.cohort.min_sites, yes=yes)
     from privet.server import studies
 
-    studies.check_new(made, asked)
+    studies.check_new(made, asked, study)
     chosen = studies.free_name(made, name or asked.name)
     if continued is not None:
         adapter = _release_of(made, continued, adapter)
@@ -251,12 +251,21 @@ def stop(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Stop a run after its current round. Continue it with `privet coordinator resume`."""
+    """Stop a run after its current round; while it waits for consent, at once. `resume` continues it."""
     from privet.server import studies
+    from privet.server.rounds.watch import CONSENT
 
-    studies.reopen_study(_open(directory, passphrase_file), run).stop()
+    found = studies.reopen_study(_open(directory, passphrase_file), run)
+    wait = found.directory.waiting
+    found.stop()
+    if wait is None:
+        said = f"no process of this machine runs {run}, so nothing is left to stop"
+    elif wait.stage == CONSENT:
+        said = f"run {run} waits for consent, and stops within seconds"
+    else:
+        said = f"run {run} stops after its current round"
     following = in_directory(f"next: privet coordinator resume {run}", directory)
-    typer.echo(f"run {run} stops after its current round\n{following}")
+    typer.echo(f"{said}\n{following}")
 
 
 @doing("Opening run {run}")
@@ -279,7 +288,7 @@ def withdraw(
     if found.directory.withdrawn_begun:
         typer.echo(
             "What sites have charged for its rounds stays charged; a site that dropped out before it trained charged "
-            "nothing. To start over, change the study, for example its seed."
+            "nothing. To start over, change the study's seed: `privet coordinator run` names the command."
         )
     typer.echo(in_directory("next: privet coordinator run STUDY", directory))
 

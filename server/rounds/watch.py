@@ -55,10 +55,13 @@ class Watch:
     Attributes:
         tell: Receives each change.
         owners: Returns which site each address belongs to, where that is known.
+        check: Is called again and again while no round is under way: for consent, and for cosignatures. What it raises
+            ends the run there, which can be resumed.
     """
 
     tell: Callable[[Wait], None] = lambda wait: None
     owners: Callable[[], Mapping[int, str]] = dict
+    check: Callable[[], None] = lambda: None
     _last: Wait | None = None
 
     def names(self, nodes: Iterable[int]) -> dict[int, str]:
@@ -86,10 +89,13 @@ class _Watched:
     watch: Watch
 
     def nodes(self) -> Sequence[int]:
+        self.watch.check()  # they are looked for between rounds alone
         return self.exchange.nodes()
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
         stage, number = _stage(next(iter(requests.values()), None))
+        if stage == COSIGN:
+            self.watch.check()
         if not stage:
             yield from self.exchange.ask(requests, timeout=timeout)
             return
