@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -27,17 +27,18 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
-from privet.server.network.service import admit_members, link_of, owners_of
+from privet.server.network.service import admit_members, link_of, listens, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import STOP, RunDirectory, RunState
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import Wait
+from privet.server.rounds.watch import CONSENT, Wait
 
 _CONFIG = "adapter_config.json"
 # Seconds between two notes of what a stage waits for, while it waits for more than a few sites.
 _NOTED, _FEW = 0.5, 50
+_UNSERVED = "not reachable, as the coordinator's service is not running"
 
 
 class StoppedError(PrivetError):
@@ -118,6 +119,8 @@ class StudyRun:
         def tell(wait: Wait) -> None:
             nonlocal noted
             now = time.monotonic()
+            if wait.stage == CONSENT and not listens(self.made.settings):  # the link state learns of it a minute late
+                wait = replace(wait, missing={name: why or _UNSERVED for name, why in wait.missing.items()})
             # Each note is a file, and a cohort of thousands answers within seconds. The last few are always noted.
             if noted[:2] != (wait.stage, wait.round) or len(wait.missing) <= _FEW or now - noted[2] >= _NOTED:
                 noted = wait.stage, wait.round, now

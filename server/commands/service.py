@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -304,7 +303,7 @@ def status(
     from privet.server.overview import consortium_status as look
 
     found = look(_open(directory, passphrase_file))
-    typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+    typer.echo(json.dumps(found) if as_json else in_directory("\n".join(as_lines(found)), directory))
 
 
 def rotate(
@@ -407,15 +406,9 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 def _note_service(made: Coordinator) -> None:
     """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
-    from privet.common.pki.addresses import split_address
+    from privet.server.network.service import listens
 
-    host, port = split_address(made.settings.fleet)
-    try:
-        family, kind, *_, address = socket.getaddrinfo(made.settings.bind or host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError:  # it is in use, or is an address of another machine, such as a gateway
+    if listens(made.settings):
         return
     text = (
         f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "

@@ -10,8 +10,10 @@ from typing import Any
 
 VALIDATED = "validation_accuracy"
 NONE = (
-    "The study holds out no units for validation (data.validation_fraction = 0), so the run has no figures of quality."
+    "Nobody has measured how good this model is: the study set no patients or records aside for it "
+    "(data.validation_fraction = 0)."
 )
+_EACH = " Each site can measure it with `privet site evaluate SITE RUN`."
 
 
 def quality(metrics: Mapping[str, float] | None) -> str:
@@ -25,7 +27,7 @@ def course(statements: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence about the first and the last validation of a run."""
     found = [(each["round"], each["metrics"]) for each in statements if quality(each["metrics"])]
     if not found:
-        return NONE
+        return NONE + _EACH
     (first, before), (last, after) = found[0], found[-1]
     if first == last:
         return f"Before round {first}, the sites together measured {quality(before)}."

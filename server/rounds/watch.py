@@ -139,7 +139,8 @@ def sentence(wait: Wait, now: float) -> str:
         return f"{where}every site has answered; computing, {since}"
     count = f"{done} of {done + len(missing)} have"
     if wait.needed:  # only consent needs a number
-        count = f"{done} of {wait.needed} needed"
+        agreed = f"{done} of the {wait.needed} sites needed have agreed"
+        count = agreed if done else f"none of the {wait.needed} sites needed has agreed yet"
     return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
 
 

@@ -25,7 +25,7 @@ from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, unfinished
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import TRAIN, Wait, Watch
+from privet.server.rounds.watch import CONSENT, TRAIN, Wait, Watch
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
@@ -236,6 +236,21 @@ def test_the_name_of_a_run_that_has_ended_is_taken_and_there_is_nothing_to_stop(
     assert "resume" not in caught.value.hint
     with pytest.raises(StateError, match="run flu has ended"):
         run(service.stop, "flu", "-C", home)
+
+
+def test_no_site_is_called_connected_while_the_service_is_down(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Wait] = []
+    begun = studies.begin(open_coordinator(home), study_of(), adapter_in(tmp_path), "flu")
+    tell, wait = replace(begun, tell=told.append)._noting(), Wait(CONSENT, 0, 2, (), {"berlin": "", "lyon": "not today"})
+    tell(wait)
+    assert told[-1].missing["berlin"].startswith("not reachable")
+    assert told[-1].missing["lyon"] == "not today"
+    assert begun.directory.waiting == told[-1]
+    monkeypatch.setattr("privet.server.studies.listens", lambda settings: True)
+    tell(wait)
+    assert told[-1] == wait
 
 
 @pytest.mark.parametrize(("last", "says"), [(False, "continue it"), (True, "make the release")])
