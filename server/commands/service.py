@@ -101,10 +101,13 @@ def run(
     """
     from privet.common.log.statements import StatedFloor
     from privet.common.study.study import check_shareable, load_study
+    from privet.server.rounds.quality import unmeasured_sentence
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     check_shareable(asked)
     typer.echo(f"study {asked.name}: {asked.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
+    if unmeasured := unmeasured_sentence(asked):
+        typer.echo(folded(unmeasured, err=True), err=True)
     founds = not made.members.founded()
     if founds:
         confirm_founding(made, asked.cohort.min_sites, yes=yes)

@@ -8,12 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from privet.common.study.study import Study
+
 VALIDATED = "validation_accuracy"
 NONE = (
     "Nobody has measured how good this model is: the study set no patients or records aside for it "
     "(data.validation_fraction = 0)."
 )
 _EACH = " Each site can measure it with `privet site evaluate SITE RUN`."
+
+
+def unmeasured_sentence(study: Study) -> str:
+    """Return what to know before a study is run whose sites will not measure the model together; else nothing."""
+    if study.counts or study.data.validation_fraction:
+        return ""
+    instead = "" if study.distributed else ", or set data.validation_fraction in the study before it is run"
+    return (
+        "Real sites will not measure together how good the model is: the study sets no patients or records aside for it. "
+        f"Each site can measure it afterwards with `privet site evaluate SITE RUN`{instead}."
+    )
 
 
 def quality(metrics: Mapping[str, float] | None) -> str:

@@ -94,6 +94,14 @@ def new(
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Epsilon of the whole study. Default: 8.")] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of the whole study. Default: from the counts.")] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of its units that each site sets aside, so that the sites measure the model together in "
+            "each round. Default: 0.1 where there are enough units, otherwise 0.",
+            metavar="FRACTION",
+        ),
+    ] = None,
     sites: Annotated[
         int | None, typer.Option(help="Number of sites of the consortium, where files of all are not here.", min=2)
     ] = None,
@@ -189,6 +197,7 @@ def new(
         sites,
         largest,
         dict(_pair("--label", text, "FILE=STUDY", "J=yes") for text in label or []),
+        validation,
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent

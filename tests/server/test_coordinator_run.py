@@ -243,7 +243,10 @@ def test_no_site_is_called_connected_while_the_service_is_down(
 ) -> None:
     told: list[Wait] = []
     begun = studies.begin(open_coordinator(home), study_of(), adapter_in(tmp_path), "flu")
-    tell, wait = replace(begun, tell=told.append)._noting(), Wait(CONSENT, 0, 2, (), {"berlin": "", "lyon": "not today"})
+    tell, wait = (
+        replace(begun, tell=told.append)._noting(),
+        Wait(CONSENT, 0, 2, (), {"berlin": "", "lyon": "not today"}),
+    )
     tell(wait)
     assert told[-1].missing["berlin"].startswith("not reachable")
     assert told[-1].missing["lyon"] == "not today"
