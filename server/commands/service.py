@@ -59,11 +59,14 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
     made, stop = _open(directory, passphrase_file), threading.Event()
     _ = made.authority  # ask for the passphrase before anything is served
-    for line in port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet):
-        typer.echo(folded(line, 16))
+
+    def ready() -> None:
+        for line in port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet):
+            typer.echo(folded(line, 16))
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve_until(made, now, stop)
+    serve_until(made, now, stop, ready)
 
 
 @doing("Opening {study} for a run")
@@ -162,7 +165,8 @@ def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
         raise StateError(
             f"the consortium is not founded yet: the study needs {needed} sites, but the members are {who}"
             + (f"; not approved yet: {', '.join(pending)}" if pending else ""),
-            "approve more sites with `privet coordinator approve SITE --words WORDS`, or found it with fewer with "
+            f"approve more sites with `privet coordinator approve {(pending or ['SITE'])[0]} --words WORDS`, or found it "
+            "with fewer with "
             "`privet coordinator found`",
         )
     quorum = next_quorum(len(members), made.settings.colluding)

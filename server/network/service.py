@@ -167,8 +167,10 @@ def check_files(settings: Settings, members: int, limit: int) -> None:
     check_limit(limit, needed, f"the connections of {members} members and of others")
 
 
-def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
-    """Serve the network until `stop` is set.
+def serve_until(
+    made: Coordinator, clock: Clock, stop: threading.Event, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve the network until `stop` is set. Calls `ready` once all ports are open.
 
     Raises:
         StateError: The limit on open files is too low, a port is no longer served, or the members cannot be read.
@@ -181,6 +183,7 @@ def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     with native_errors(partial(note_native, refusals)):
         log_as_json(partial(note_fault, refusals, "Flower"))
         with serving(made, clock, refusals) as service:
+            ready()
             _tend_until(service, stop, limit)
 
 

@@ -164,6 +164,10 @@ def new(
             "expected data files, or a directory of them; got none",
             "name one file for each site, as in `privet new north.csv south.csv west.csv`",
         )
+    if missing := [path for path in data or () if not path.exists()]:
+        from privet.simulations.drafts.places import data_files
+
+        data_files(missing)  # which says so
     if out.exists() and not force:
         raise StateError(
             f"{out}: expected a new file, found one that exists",
