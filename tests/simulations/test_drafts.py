@@ -739,6 +739,15 @@ def test_files_that_share_labels_are_not_taken_for_other_spellings() -> None:
     assert other_spellings({a: {"J": 1}, b: {"yes": 2}, c: {"yes": 2, "J": 0}}) == [(a, ["J"], ["yes"])]
 
 
+def test_a_missing_file_is_said_before_a_study_file_that_exists(
+    privet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("study.toml").touch()
+    code, _, err = privet("new", "nosuch", "--yes")
+    assert (code, "nosuch: expected a data file or a directory of them, but it does not exist" in err) == (2, True)
+
+
 def test_a_path_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     with pytest.raises(StudyError, match=r"fiels: .* it does not exist") as error:
