@@ -181,6 +181,9 @@ class SiteConfig(Formatted):
     ledger that was restored from an old backup. A site without one takes part in nothing."""
     anchor_same_disk: bool = False
     """Accept an anchor on the ledger's own file system. One backup or snapshot may then restore both."""
+    withdrawals: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether people, or the dataset, were withdrawn here (`privet site withdraw` writes it). Then nothing is read
+    without the marks beside the ledger."""
     limit: LimitSection | None = None
     """What the dataset may spend in its lifetime. Private studies need it. With it, other studies are refused."""
     identity: Path | None = None

@@ -40,10 +40,14 @@ from privet.common.masking.vector import words_of
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, derive_seed
 from privet.common.secagg.coordinator import Aggregator as Unmasking
-from privet.common.secagg.encoding import asks_for_keys, decode, is_kind
+from privet.common.secagg.encoding import asks_for_keys, decode, is_kind, kind_of
 from privet.common.secagg.messages import (
     BlockParameters,
+    DealDelivery,
+    DealtParameters,
     Delivery,
+    Expected,
+    Finish,
     LinkDelivery,
     Parameters,
     Proof,
@@ -64,7 +68,10 @@ _STAGES: Sequence[tuple[Any, str]] = (
     (Roster, "share"),
     (Delivery, "mask"),
     (LinkDelivery, "share"),
+    (DealDelivery, "share"),
     (Step, "mask"),
+    (Expected, "mask"),
+    (Finish, "reveal"),
     (Survivors, "confirm"),
     (Proof, "reveal"),
 )
@@ -237,8 +244,8 @@ def _exchange(asked: Message, reply: Message) -> dict[str, object]:
     if isinstance(asked, RoundOpen | Secured):
         found["nonce"] = asked.nonce
     if isinstance(asked, RoundOpen) and asks_for_keys(asked.masking):
-        block = is_kind(BlockParameters, asked.masking)
-        terms = decode(BlockParameters if block else Parameters, asked.masking)
+        proposed = kind_of(asked.masking)
+        terms = decode(proposed if proposed in (BlockParameters, DealtParameters) else Parameters, asked.masking)
         found |= {"threshold": terms.threshold, "least": terms.min_survivors}
     if isinstance(asked, Secured) and is_kind(Survivors, asked.body):
         found["survivors"] = list(decode(Survivors, asked.body).survivors)

@@ -35,6 +35,7 @@ _PAST = (
     "Nothing can be taken back from what has left: updates are in sums of several sites, and adapters that were "
     "released stay with those who received them.",
     "Which records a step drew is not recorded, so nobody can tell in which updates these records are.",
+    "An update that was made before, and has not arrived yet, may still be sent.",
     "What these studies have spent stays in the site's ledger: it gives no budget back.",
 )
 _PRIVATE = (
@@ -70,7 +71,7 @@ def certificate(site: SiteConfig, ledger: Ledger, entry: Entry) -> dict[str, Any
         said += [*_PAST, *(_PRIVATE if private else ()), *(_SHARED if shared else ())]
         said += [*(_OPEN if len(private) < len(studies) else ()), *_AGAIN]
     else:
-        said.append("No study has used this dataset before, as the site's ledger shows: nothing has left.")
+        said.append("No study has used this dataset before, as the site's ledger shows: no update made of it has left.")
     limit = limit_of(site)
     return {
         "type": "withdrawal-certificate",
@@ -118,7 +119,7 @@ def certificate_text(document: Mapping[str, Any]) -> str:
         "",
     ]
     if document["studies"]:
-        lines.append("Studies that used this dataset until then:")
+        lines.append("Studies of this dataset in the site's ledger when this certificate was written:")
         for each in document["studies"]:
             cost = "no differential privacy, or none for this unit"
             if each["epsilon"] is not None:
@@ -161,11 +162,16 @@ def verified(data: bytes, public: bytes) -> dict[str, Any]:
 
 
 def write_certificate(site: SiteConfig, ledger: Ledger, entry: Entry, folder: Path) -> Path:
-    """Write a certificate, signed, and beside it as text; return the signed file. Raises as `signed`."""
+    """Write a certificate, signed, and beside it as text; return the signed file. Raises as `signed`.
+
+    That of an earlier withdrawal stays: another one would name studies that were begun since, without these records.
+    """
+    path = folder / f"withdrawal-{entry.row:06d}.json"
+    if entry.again and path.exists() and path.with_suffix(".txt").exists():
+        return path
     document = certificate(site, ledger, entry)
     data = signed(site, document)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"withdrawal-{entry.row:06d}.json"
     write_durably(path, data, 0o600)
     write_durably(path.with_suffix(".txt"), certificate_text(document).encode(), 0o600)
     return path

@@ -9,7 +9,8 @@ of the ledger. Each statement of a site in the round log names its ledger's last
 withdrawal would tell everybody when one person left. See docs/decisions/0024-tombstones-and-sources.md.
 
 Fails closed. Without the key, with an old copy of the marks, or where the site file names patients by another column
-than the marks are of, nothing is read from any file.
+than the marks are of, nothing is read from any file. The site file says that there are marks (`withdrawals`), so that
+they are missed also where all of them are lost, or where the ledger was moved without them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from privet.client.budget.chain import Chain, Head
 from privet.client.budget.sealing import key_beside
 from privet.client.site import SiteConfig
-from privet.common.errors import RefusedError, StateError
+from privet.common.errors import RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 
 _TABLES = """
@@ -85,13 +86,11 @@ class Withdrawn:
     Attributes:
         column: Column of the site's files that identifies patients.
         head: Number and head of the last row of the chain: another one means that somebody was withdrawn since.
-        rules: Rules of ids under which an id is compared.
         left: Whether the whole dataset was withdrawn.
     """
 
     column: str | None
     head: Head
-    rules: tuple[str, ...]
     left: bool
     _marks: frozenset[str] = field(repr=False)
     _key: bytes = field(repr=False)
@@ -102,7 +101,7 @@ class Withdrawn:
 
     def holds(self, names: Names) -> bool:
         """Return whether the id with these names was withdrawn."""
-        return any(_mark(self._key, rule, names[rule]) in self._marks for rule in self.rules if rule in names)
+        return any(_mark(self._key, rule, name) in self._marks for rule, name in names.items())
 
 
 @dataclass(frozen=True)
@@ -144,25 +143,33 @@ class Withdrawals:
         Raises:
             StateError: One of marks, key and anchor is missing or cannot be read; or with `create`, the site file names
                 no ledger.
-            VerificationError: A row was changed, or an old copy was restored.
+            VerificationError: A row was changed, or an old copy was restored. Private, as it tells that somebody was
+                withdrawn.
         """
         places = Places.of(site)
-        if places is None and create:
-            raise StateError(
-                f"the site file of {site.name} names no ledger, beside which withdrawals are kept",
-                "run `privet site setup SITE`, which puts the line back",
-            )
-        there = [] if places is None else [path for path in places.files if path.exists()]
-        if places is None or not (there or create):
+        if places is None:
+            if create or site.withdrawals:
+                raise StateError(
+                    f"the site file of {site.name} names no ledger, beside which withdrawals are kept",
+                    "run `privet site setup SITE`, which puts the line back",
+                )
             yield None
             return
-        if there and len(there) < len(places.files):
+        there = [path for path in places.files if path.exists()]
+        begun = site.withdrawals or (bool(there) and not _is_unfinished(places))
+        if not begun and not create:
+            yield None
+            return
+        if begun and len(there) < len(places.files):
             gone = ", ".join(str(path) for path in places.files if path not in there)
             raise StateError(f"people were withdrawn from this site's data, but {gone} is missing", _RESTORE)
-        if not there:
-            write_new(places.key, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
-            Chain.create(places.marks, _TABLES, places.anchor).close()
-        chain = Chain.open(places.marks, _TABLES, places.anchor)
+        if not begun:
+            _create(places)
+        try:
+            chain = Chain.open(places.marks, _TABLES, places.anchor)
+        except VerificationError as error:
+            error.private = True
+            raise
         try:
             yield cls(site, chain, _read_key(places.key))
         finally:
@@ -172,10 +179,20 @@ class Withdrawals:
         """Return who is left out.
 
         Raises:
-            StateError: The site file names patients by another column than the marks are of.
+            StateError: The site file names patients by another column than the marks are of, or the key is another one
+                than that of the marks.
         """
         rows, head = self._rows()
-        marks = frozenset(mark for row in rows if row["kind"] == "withdraw" for mark in row["marks"].values())
+        self._check_key(rows)
+        # Also by the rule of the day on which somebody was withdrawn: what was one id then stays left out as one.
+        rules = (self._site.patient_ids,) if self._site.patient_ids is not None else ("plain", "number", "text", "case")
+        marks = frozenset(
+            mark
+            for row in rows
+            if row["kind"] == "withdraw"
+            for rule, mark in row["marks"].items()
+            if rule in rules or rule == row.get("rule")
+        )
         columns = [row["column"] for row in rows if row["kind"] in ("withdraw", "renamed")]
         own = self._site.patient_column
         if marks and columns[-1] != own:
@@ -185,18 +202,17 @@ class Withdrawals:
                 "put `patient_column` back; or, if the column has only got another name and holds the same ids, run "
                 "`privet site withdraw SITE --renamed`",
             )
-        rule = self._site.patient_ids
-        rules = ("plain", "number", "text", "case") if rule is None else (rule,)
         left = any(row["kind"] == "leave" for row in rows)
-        return Withdrawn(own, head, rules, left, marks, self._key)
+        return Withdrawn(own, head, left, marks, self._key)
 
     def add(self, people: Iterable[Names]) -> list[Entry]:
         """Withdraw people, each with all names of an id. Durable on return. Who was withdrawn before stays so."""
         found = []
         with self._chain.transaction():
+            self._check_key(rows := self._read())
             known = {
                 mark: Entry(row["row"], row["head"], row["time"], row["marks"]["plain"], again=True)
-                for row in self._read()
+                for row in rows
                 if row["kind"] == "withdraw"
                 for mark in row["marks"].values()
             }
@@ -205,7 +221,8 @@ class Withdrawals:
                 if marks["plain"] in known:
                     found.append(known[marks["plain"]])
                     continue
-                self._chain.append({"kind": "withdraw", "column": self._site.patient_column, "marks": marks})
+                about = {"column": self._site.patient_column, "rule": self._site.patient_ids, "check": self._check}
+                self._chain.append({"kind": "withdraw", **about, "marks": marks})
                 row = self._read()[-1]
                 found.append(Entry(row["row"], row["head"], row["time"], marks["plain"]))
                 known[marks["plain"]] = found[-1]
@@ -228,6 +245,16 @@ class Withdrawals:
             self._chain.append({"kind": "renamed", "column": self._site.patient_column})
         self._chain.keep_anchor()
 
+    @property
+    def _check(self) -> str:
+        """What stands for the key in each row of a person."""
+        return _mark(self._key, "check", "")
+
+    def _check_key(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise `StateError` where marks were made with another key: nobody would be left out by them."""
+        if any(row.get("check", self._check) != self._check for row in rows):
+            raise StateError("the key of withdrawals is another one than the marks were made with", _RESTORE)
+
     def _rows(self) -> tuple[list[dict[str, Any]], Head]:
         with self._chain.reading():
             return self._read(), self._chain.last()
@@ -238,10 +265,35 @@ class Withdrawals:
         return [{**json.loads(content), "row": sequence, "head": head} for sequence, head, content in rows]
 
 
+def _is_unfinished(places: Places) -> bool:
+    """Return whether marks were begun and nobody was withdrawn: the key is made last, before the first row."""
+    if places.key.exists() or not places.marks.exists():
+        return False
+    chain = Chain.open(places.marks, _TABLES)
+    try:
+        with chain.reading():
+            return chain.last()[0] == 1
+    finally:
+        chain.close()
+
+
+def _create(places: Places) -> None:
+    """Make marks, anchor and key, or what an interrupted attempt has not made. Nothing is replaced."""
+    if not places.marks.exists():
+        Chain.create(places.marks, _TABLES, places.anchor).close()
+    elif places.anchor is not None and not places.anchor.exists():
+        chain = Chain.open(places.marks, _TABLES)
+        try:
+            chain.start_anchor(places.anchor)
+        finally:
+            chain.close()
+    write_new(places.key, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
+
+
 def anybody_withdrawn(site: SiteConfig) -> bool:
-    """Return whether there is any file of withdrawals, readable or not."""
+    """Return whether there is any file of withdrawals, readable or not, or the site file says so."""
     places = Places.of(site)
-    return places is not None and any(path.exists() for path in places.files)
+    return site.withdrawals or (places is not None and any(path.exists() for path in places.files))
 
 
 def withdrawn_of(site: SiteConfig) -> Withdrawn | None:

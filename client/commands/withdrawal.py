@@ -46,6 +46,7 @@ def withdraw(
     from privet.client.budget.certificate import write_certificate
     from privet.client.budget.releases import open_ledger
     from privet.client.budget.withdrawals import Withdrawals
+    from privet.client.setup import change
     from privet.client.site import load_site
 
     config = load_site(site)
@@ -84,6 +85,8 @@ def withdraw(
         _tell_rows(config)
     for path in paths:
         typer.echo(f"written    {path}")
+    # So that marks are missed where all of them are lost. Last, as the file may not be one that this user can change.
+    change(site, {"withdrawals": True})
 
 
 def _people(config: SiteConfig, file: Path) -> list[Names]:
@@ -95,14 +98,27 @@ def _people(config: SiteConfig, file: Path) -> list[Names]:
             f"the site file of {config.name} names no patient_column, so nobody could be left out by an id",
             "name the column of patients: `privet site setup SITE --patient-column COLUMN`",
         )
+    if config.declared_count is None:
+        raise StateError(
+            f"the site file of {config.name} declares no count, so the count that others see follows from the files: "
+            "it would tell when a person left",
+            "declare the count that others have seen until now: `privet site setup SITE --declared-count NUMBER`",
+        )
     try:
-        lines = sys.stdin.readlines() if str(file) == "-" else file.read_text(encoding="utf-8").splitlines()
+        lines = sys.stdin.readlines() if str(file) == "-" else file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(
             f"{file} cannot be read ({type(error).__name__})",
             f"check the path{most_like(file)}; it holds one id a line",
         ) from None
-    people: list[Names] = [names_by_rule(line) for line in lines if line.strip()]
+    # As the files spell them: with a decimal comma, 101,0 is 101 there.
+    forms = [config.form_of(path) for path in (*config.train, *config.test)]
+    people: list[Names] = [
+        names_by_rule(value)
+        for line in lines
+        if line.strip()
+        for value in sorted({form.number(line.strip()) for form in forms})
+    ]
     wrong = [row for row, names in enumerate(people, start=1) if (config.patient_ids or "plain") not in names]
     if wrong or not people:
         what = f"{len(wrong)} of {len(people)} lines are no ids under patient_ids of the site file" if wrong else "none"

@@ -179,7 +179,10 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
 def trained_records(study: Study, asked: Asked) -> Records:
     """Return the records of the files that the run was trained on, without units."""
     bare = study.model_copy(update={"data": study.data.model_copy(update={"unit": None})})
-    parts = [load_records(path, bare, training=False, form=asked.forms.of(path))[0] for path in asked.train]
+    parts = [
+        load_records(path, bare, training=False, form=asked.forms.of(path), withdrawn=asked.withdrawn)[0]
+        for path in asked.train
+    ]
     return Records(tuple(row for part in parts for row in part.rows), tuple(u for part in parts for u in part.units))
 
 

@@ -18,11 +18,16 @@ from privet.common.masking.groups import check_columns
 from privet.common.masking.parameters import check_proposal, check_step, inputs_of
 from privet.common.masking.vector import words_of
 from privet.common.secagg import block as blocks
+from privet.common.secagg import dealt
 from privet.common.secagg import site as protocol
-from privet.common.secagg.encoding import decode, encode, is_kind
+from privet.common.secagg.encoding import begins_step, decode, encode, is_kind
 from privet.common.secagg.messages import (
     BlockParameters,
+    DealDelivery,
+    DealtParameters,
     Delivery,
+    Expected,
+    Finish,
     LinkDelivery,
     Masked,
     Parameters,
@@ -32,6 +37,7 @@ from privet.common.secagg.messages import (
     Step,
     Survivors,
 )
+from privet.common.secagg.quantize import Words
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.suites import MLKEM, Kem
 from privet.common.secagg.terms import Floor, Pins, check_parameters
@@ -56,8 +62,11 @@ _State = (
     | protocol.Confirmed
     | blocks.Linked
     | blocks.Block
+    | dealt.Dealt
+    | dealt.DealtBlock
     | None
 )
+_Block = blocks.Block | dealt.DealtBlock
 
 
 @dataclass
@@ -134,9 +143,9 @@ class MaskedRounds:
                 "set `declared_count` in the site file, so that new data does not change the count",
             )
         check_known(opened, self.pins)
-        if is_kind(Step, opened.masking):
+        if begins_step(opened.masking):
             live, block = self._later(live, study, spec, opened, declared, random_bytes)
-            answer = _answer(live, opened.masking, *self._in_block(live, block, contribute))
+            answer = _answer(live, opened.masking, *self._in_block(live, block, opened.masking, contribute))
             # Not before: if training fails, the coordinator may ask for this round again.
             self._live[study_digest] = live
             return answer
@@ -145,7 +154,7 @@ class MaskedRounds:
                 f"round {opened.round}: this site has begun a block of rounds with this message, and is in a later one",
                 "open a new round; a late copy of a message ends no block",
             )
-        parameters = decode(Parameters if study.secure_aggregation.block is None else BlockParameters, opened.masking)
+        parameters = _proposed(study, opened.masking)
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
         self._check_columns(study, opened, parameters, [member.name for member in parameters.cohort])
@@ -185,7 +194,7 @@ class MaskedRounds:
         opened: RoundOpen,
         declared: int,
         random_bytes: RandomBytes,
-    ) -> tuple[_Round, blocks.Block]:
+    ) -> tuple[_Round, _Block]:
         """Return a later round of the block that this site has keys for, and the block.
 
         Raises:
@@ -198,15 +207,42 @@ class MaskedRounds:
         begun = live.opened.nonce if live.begun is None else live.begun
         return _Round(study, live.study_digest, spec, opened, parameters, random_bytes, block, begun=begun), block
 
-    def _in_block(self, live: _Round, block: blocks.Block, contribute: Contribute) -> tuple[Masked, bytes]:
+    def _in_block(self, live: _Round, block: _Block, step: bytes, contribute: Contribute) -> tuple[Masked, bytes]:
         """Train for a round of a block, and return the masked vector and this site's statement of the round."""
-        opened = live.opened
-        # Before training, which costs the dataset privacy.
-        block.check(opened.round)
-        words = words_of(live.study, live.spec, contribute(opened), live.parameters.layout, live.random_bytes)
-        inputs = inputs_of(live.study_digest, opened.round, opened.adapter_digest)
-        message = block.mask(opened.round, inputs, words, self.record)
+        opened, number = live.opened, live.opened.round
+        inputs = inputs_of(live.study_digest, number, opened.adapter_digest)
+        # Checked before training, which costs the dataset privacy.
+        if isinstance(block, dealt.DealtBlock):
+            expected = decode(Expected, step).sites
+            block.check(number, expected)
+            self._check_survivors(live, expected)
+            message = block.mask(number, inputs, expected, _trained(live, contribute), self.record)
+        else:
+            block.check(number)
+            message = block.mask(number, inputs, _trained(live, contribute), self.record)
         return message, self.state(opened, encode(message))
+
+    def _end(self, live: _Round, block: dealt.DealtBlock, asked: bytes) -> ProtocolMessage:
+        """Answer a message that follows the masked vector, in a round of a block that tolerates drop-outs."""
+        if is_kind(Survivors, asked):
+            survivors = decode(Survivors, asked)
+            self._check_survivors(live, survivors.survivors)
+            return block.confirm(survivors, self.record)
+        message = (
+            block.finish(decode(Finish, asked), self.record)
+            if is_kind(Finish, asked)
+            else block.reveal(decode(Proof, asked), self.record)
+        )
+        # As after the reveal of a round with a set-up of its own.
+        live.answers.clear()
+        self.revealed(live.study, live.opened)
+        return message
+
+    def _check_survivors(self, live: _Round, sites: Collection[int]) -> None:
+        """Check the sites that a sum is to hold, by number. Raises as `_check_columns`."""
+        members = live.parameters.cohort
+        names = [members[site].name for site in sites if site < len(members)]
+        self._check_columns(live.study, live.opened, live.parameters, names)
 
     def _again(self, live: _Round) -> Secured:
         answer = live.answers.get(_key(live.opened.masking))
@@ -230,7 +266,7 @@ class MaskedRounds:
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
         """Return this site's answer to one message of the coordinator.
 
-        Only the answer to a `Delivery` or a `Step` takes training.
+        Only the answer to a `Delivery`, a `Step` or an `Expected` takes training.
 
         Raises:
             ProtocolError: The round is not this site's live one, or the message is not the next one.
@@ -250,20 +286,26 @@ class MaskedRounds:
         message: ProtocolMessage
         statement = b""
         match live.state:
+            case protocol.Advertised() if isinstance(live.parameters, DealtParameters):
+                live.state, message = dealt.deal(live.state, decode(Roster, asked.body))
+            case dealt.Dealt():
+                live.state, message = dealt.join(live.state, decode(DealDelivery, asked.body))
+            case dealt.DealtBlock() if not begins_step(asked.body):
+                message = self._end(live, live.state, asked.body)
             case protocol.Advertised() if isinstance(live.parameters, BlockParameters):
                 live.state, message = blocks.link(live.state, decode(Roster, asked.body))
             case blocks.Linked():
                 live.state, message = blocks.join(live.state, decode(LinkDelivery, asked.body))
-            case blocks.Block():
-                message, statement = self._in_block(*_block_of(live, asked.body, asked.round), contribute)
+            case blocks.Block() | dealt.DealtBlock():
+                live, block = _block_of(live, asked.body, asked.round)
+                message, statement = self._in_block(live, block, asked.body, contribute)
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, decode(Roster, asked.body))
             case protocol.Shared():
                 shares = decode(Delivery, asked.body)
                 # Before training: a delivery that does not verify must not cost the dataset any privacy.
                 protocol.open_delivery(live.state, shares)
-                layout = live.parameters.layout
-                words = words_of(live.study, live.spec, contribute(live.opened), layout, live.random_bytes)
+                words = _trained(live, contribute)
                 # `mask` stores durably, before it returns the vector, that this round is masked. Two vectors under one
                 # set of masks would give their difference away, also after a restart.
                 live.state, message = protocol.mask(live.state, shares, words, self.record)
@@ -273,8 +315,7 @@ class MaskedRounds:
                 confirmed, message = protocol.confirm(live.state, survivors)
                 # Before the site goes on to a state that could reveal. Every site checks, not those of the smallest
                 # rank class alone: the others may be enough for a quorum.
-                names = [live.parameters.cohort[site].name for site in survivors.survivors]
-                self._check_columns(live.study, live.opened, live.parameters, names)
+                self._check_survivors(live, survivors.survivors)
                 live.state = confirmed
             case protocol.Confirmed():
                 message = protocol.reveal(live.state, decode(Proof, asked.body), self.record)
@@ -299,10 +340,30 @@ def check_known(opened: RoundOpen, pins: Pins) -> None:
         )
 
 
-def _block_of(live: _Round | None, step: bytes, round_number: int) -> tuple[_Round, blocks.Block]:
-    """Return the live round and its block; raise `ProtocolError` unless an encoded `Step` is for that block."""
+def _proposed(study: Study, masking: bytes) -> Parameters:
+    """Return the parameters that the coordinator proposes, of the study's kind: of one round, or of a block."""
+    if study.secure_aggregation.block is None:
+        return decode(Parameters, masking)
+    # Which of the two kinds of block it has to be follows from the study and the cohort (`check_proposal`).
+    return decode(DealtParameters if is_kind(DealtParameters, masking) else BlockParameters, masking)
+
+
+def _trained(live: _Round, contribute: Contribute) -> Words:
+    """Train, and return the vector's words."""
+    return words_of(live.study, live.spec, contribute(live.opened), live.parameters.layout, live.random_bytes)
+
+
+def _block_of(live: _Round | None, step: bytes, round_number: int) -> tuple[_Round, _Block]:
+    """Return the live round and its block; raise `ProtocolError` unless a `Step` or `Expected` is for that block."""
     block = None if live is None else live.state
-    if live is None or not isinstance(block, blocks.Block) or block.roster != decode(Step, step).roster:
+    match block:
+        case blocks.Block():
+            roster = decode(Step, step).roster
+        case dealt.DealtBlock():
+            roster = decode(Expected, step).roster
+        case _:
+            roster = b""
+    if live is None or not isinstance(block, _Block) or block.roster != roster:
         raise ProtocolError(
             f"round {round_number}: this site has no keys for this block of rounds, or has restarted since it began",
             "set up a new block: without this site, the round has no result",

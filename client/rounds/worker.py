@@ -36,7 +36,7 @@ from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
 from privet.common.canonical import digest
-from privet.common.errors import DivergedError, ProtocolError, RefusedError
+from privet.common.errors import DivergedError, ProtocolError, RefusedError, StateError
 from privet.common.log.statements import Charge
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import check_count, suite_of
@@ -112,6 +112,11 @@ class Worker:
             # Whoever is withdrawn leaves the next round, also of a study that has begun: its files are read again.
             withdrawn = withdrawn_of(self.site.config)
             head = None if withdrawn is None else withdrawn.head
+            if head is None and found is not None and found[1] is not None:
+                raise StateError(
+                    "people were withdrawn from this site's data, but the marks of all of them are missing",
+                    "restore the newest copies; until then this site reads no file",
+                )
             if found is None or found[0] != study.digest:
                 host = self._host(study)
                 found = self._open = (study.digest, head, self._load(study, host), host)

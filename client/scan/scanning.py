@@ -237,7 +237,7 @@ def _left_out(source: Source, path: Path) -> Callable[[Row], bool]:
     withdrawn = source.withdrawn
     if not withdrawn or withdrawn.column is None:
         return lambda row: False
-    column, held = withdrawn.column, left_out(withdrawn, source.form_of(path))
+    column, held = withdrawn.column, left_out(path, withdrawn, source.form_of(path))
 
     def gone(row: Row) -> bool:
         if column not in row and not kind_of(path).name.startswith("json"):

@@ -17,7 +17,7 @@ from privet.client.editing import quoted
 from privet.client.formats import FileFormat, toml_lines
 from privet.client.site import IdRule, SiteConfig
 from privet.client.training.data import DataReport, Records, concatenate, load_records
-from privet.client.training.files import read_columns
+from privet.client.training.files import kept_columns
 from privet.client.training.forms import Places, kinds_of, read_list
 from privet.client.training.overlap import overlaps, part_of
 from privet.client.training.proposals import decimals, letters_of, merged, proposed, unknown_labels
@@ -74,18 +74,20 @@ def _examined(
         records, report = load_records(path, study, training=not test, rule=rule, form=form, withdrawn=withdrawn)
     except DataError as error:
         fault = error
-    settings = _settings(study, path, form, fault)
+    settings = _settings(study, path, form, fault, withdrawn)
     letters = letters_of(path, settings["encoding"]) if "encoding" in settings else ""
     return Examined(path, test, records, report, fault, settings, letters)
 
 
-def _settings(study: Study, path: Path, form: FileFormat, fault: DataError | None) -> dict[str, Any]:
+def _settings(
+    study: Study, path: Path, form: FileFormat, fault: DataError | None, withdrawn: Withdrawn | None
+) -> dict[str, Any]:
     """Return the settings that fit a file better than its own."""
     columns, unit = study.data.columns, study.data.unit
     needed = list(dict.fromkeys([*columns.values(), *([unit] if unit else [])]))
     found = {} if fault is None else proposed(path, needed, form)
     try:
-        table = read_columns(path, study, needed, merged(form, found))
+        table = kept_columns(path, study, needed, merged(form, found), withdrawn)
     except DataError:
         return found
     if unit is not None and form.decimal == "point" and decimals(table.columns[unit]):

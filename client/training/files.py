@@ -7,6 +7,7 @@ a study needs; `read_rows` yields whole rows, for predictions.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,31 +80,54 @@ def kept_columns(
     if not withdrawn or withdrawn.column is None:
         return read_columns(path, study, names, form)
     table = read_columns(path, study, list(dict.fromkeys([*names, withdrawn.column])), form)
-    gone = left_out(withdrawn, form)
+    gone = left_out(path, withdrawn, form)
     rows = [row for row, value in enumerate(table.columns[withdrawn.column]) if not gone(value)]
     lines = None if table.lines is None else [table.lines[row] for row in rows]
     columns = {name: [table.columns[name][row] for row in rows] for name in names}
     return Table(table.kind, columns, lines, rows)
 
 
-def left_out(withdrawn: Withdrawn, form: FileFormat) -> Callable[[Any], bool]:
-    """Return a function that says of a value of the column of patients whether its rows are left out."""
+def left_out(path: Path, withdrawn: Withdrawn, form: FileFormat) -> Callable[[Any], bool]:
+    """Return a function that says of a value of the column of patients whether its rows are left out.
+
+    The function raises `DataError` for a value that cannot be compared with ids, such as a decimal of Parquet: a study
+    that names no unit would otherwise read the rows of people who were withdrawn.
+    """
     known: dict[Any, bool] = {}
 
     def gone(value: Any) -> bool:
-        if not isinstance(value, str | int | float):  # another type is refused where ids are read
-            return False
+        if not isinstance(value, str | int | float):
+            if value is None:
+                return False
+            raise _no_id(path, withdrawn.column)
         key = (type(value), value)
         if key not in known:
-            known[key] = withdrawn.holds(names_by_rule(form.number(value)))
+            known[key] = _is_held(path, withdrawn, form, value)
         return known[key]
 
     return gone
 
 
+def _is_held(path: Path, withdrawn: Withdrawn, form: FileFormat, value: str | float) -> bool:
+    names = names_by_rule(form.number(value))
+    if isinstance(value, float) and not math.isnan(value):
+        check_exact(path, str(withdrawn.column), form)
+        if not names:  # no whole number, or one that a float may have rounded
+            raise _no_id(path, withdrawn.column)
+    return withdrawn.holds(names)
+
+
+def _no_id(path: Path, column: str | None) -> DataError:
+    return DataError(
+        f"{path}: expected ids as strings or whole numbers in the column {column}, by which people were withdrawn at "
+        "this site; found other values, which cannot be compared with their ids",
+        "export the column again as integers or strings",
+    )
+
+
 def rows_left_out(path: Path, withdrawn: Withdrawn, form: FileFormat = PLAIN) -> int:
     """Return how many rows of a file are left out. Raises as `read_rows`."""
-    gone = left_out(withdrawn, form)
+    gone = left_out(path, withdrawn, form)
     return sum(gone(row.get(withdrawn.column or "")) for row in read_rows(path, form))
 
 

@@ -370,7 +370,7 @@ def _stranger(files: Files) -> str:
 
 def _manifest(files: Files) -> dict[str, Any]:
     document = _read(files, MANIFEST)
-    if document.keys() != {"format", "run"} or document["format"] != 1:
+    if document.keys() != {"format", "run"} or document["format"] != 1 or document["format"] is True:
         raise VerificationError(f"{MANIFEST} must hold the format 1 and the name of a run")
     return document
 
@@ -512,6 +512,10 @@ def _check_rounds(files: Files, run: _Run) -> str:
         if end is None or stated is None:
             raise VerificationError(
                 f"round {statement['round']}: the log has no round-close or round-abort for the bundle's statement"
+            )
+        if statement["type"] != end.type:
+            raise VerificationError(
+                f"round {statement['round']}: the bundle's statement is of another type than the log's {end.type}"
             )
         if list(stated.cohort) != statement["cohort"]:  # the privacy cost of each site follows from it
             raise VerificationError(

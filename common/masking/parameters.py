@@ -11,7 +11,14 @@ from privet.common.masking.groups import corrupt_sites, groups_of, survivors_of
 from privet.common.masking.noise_shares import bits_of
 from privet.common.masking.vector import segments_of, step_segments
 from privet.common.secagg import graph
-from privet.common.secagg.messages import BlockParameters, CohortMember, Parameters
+from privet.common.secagg.messages import (
+    MAX_DEALT,
+    BlockParameters,
+    CohortMember,
+    DealtParameters,
+    Parameters,
+    SeveralRounds,
+)
 from privet.common.secagg.suites import DEFAULT, Suite
 from privet.common.secagg.terms import fraction_of
 from privet.common.study.adapter import AdapterSpec
@@ -72,7 +79,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
     if block is None:
         choice = graph.choose(sites, corrupt, dropouts, security)
     else:
-        # All sites of a block mask with each other, and share nothing: the threshold only has to satisfy the rules.
+        # All sites of a block mask with each other. Where they share secrets, the threshold is the quorum.
         choice = graph.Choice(0, graph.least_threshold(sites, corrupt, 0, security))
     parameters = Parameters(
         session=session_of(study.digest),
@@ -94,10 +101,13 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         return parameters
     # The sums of a head start have another layout, so its round has a set-up of its own.
     rounds = 1 if head else min(block, study.rounds - opened.round + 1)
-    return BlockParameters(**vars(parameters), rounds=rounds)
+    if parameters.min_survivors == sites:
+        # A round that one site misses has no sum: then nothing needs to be shared to remove its masks.
+        return BlockParameters(**vars(parameters), rounds=rounds)
+    return DealtParameters(**vars(parameters), rounds=min(rounds, MAX_DEALT // sites))
 
 
-def check_step(study: Study, spec: AdapterSpec, opened: RoundOpen, begun: Parameters, declared: int) -> BlockParameters:
+def check_step(study: Study, spec: AdapterSpec, opened: RoundOpen, begun: Parameters, declared: int) -> SeveralRounds:
     """Check a later round of a block against the study, and return its parameters, as if a block began with it.
 
     Args:
@@ -114,8 +124,8 @@ def check_step(study: Study, spec: AdapterSpec, opened: RoundOpen, begun: Parame
     expected = parameters_of(study, spec, opened, members)
     check_proposal(study, spec, opened, expected, declared)
     if (
-        not isinstance(expected, BlockParameters)
-        or not isinstance(begun, BlockParameters)
+        not isinstance(expected, SeveralRounds)
+        or not isinstance(begun, SeveralRounds)
         or (replace(expected, round=begun.round, inputs=begun.inputs, rounds=begun.rounds) != begun)
     ):
         raise ProtocolError(

@@ -234,11 +234,12 @@ N = TypeVar("N", bound=Numbered)
 class PerSite(Generic[N]):
     """A list of at most `most` pairs of a site (u16, ascending) and `length` bytes, after a u32 count.
 
-    The bytes are those of `Many` over a `Struct`, but reading is several times faster: a round has n^2 of them.
+    The bytes are those of `Many` over a `Struct`, but reading is several times faster: a round has n^2 of them. Without
+    `length`, the items have one length, which stands after the count as a u32: 0 in an empty list, and only there.
     """
 
     make: Callable[[int, bytes], N]
-    length: int
+    length: int | None
     most: int
 
     def put(self, out: bytearray, value: tuple[N, ...]) -> None:
@@ -249,11 +250,14 @@ class PerSite(Generic[N]):
                 "items",
                 MALFORMED,
             )
-        if any(len(item.data) != self.length or not 0 <= item.site < 65536 for item in value):
+        length = (len(value[0].data) if value else 0) if self.length is None else self.length
+        if any(len(item.data) != length or not 0 <= item.site < 65536 for item in value) or (value and not length):
             raise ProtocolError(
-                f"an item of a list in a message must have a site number below 65536 and {self.length} bytes", MALFORMED
+                f"an item of a list in a message must have a site number below 65536 and {length} bytes", MALFORMED
             )
         out += len(value).to_bytes(4, "big")
+        if self.length is None:
+            out += length.to_bytes(4, "big")
         out += b"".join([item.site.to_bytes(2, "big") + item.data for item in value])
 
     def get(self, reader: Reader) -> tuple[N, ...]:
@@ -261,7 +265,13 @@ class PerSite(Generic[N]):
         count = int.from_bytes(reader.take(4), "big")
         if count > self.most:
             raise ProtocolError(f"a list in a message may have at most {self.most} items, got {count}", MALFORMED)
-        width = 2 + self.length
+        length = int.from_bytes(reader.take(4), "big") if self.length is None else self.length
+        if self.length is None and bool(length) != bool(count):
+            raise ProtocolError(
+                f"a list in a message has {count} items of {length} bytes; a list without items has the length 0",
+                MALFORMED,
+            )
+        width = 2 + length
         raw = bytes(reader.take(count * width))
         sites = [int.from_bytes(raw[at : at + 2], "big") for at in range(0, len(raw), width)]
         if not ascends(sites):

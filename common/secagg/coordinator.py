@@ -226,32 +226,44 @@ class Collector:
         return roster
 
 
-class Aggregator(Collector):
-    """The coordinator's state of one round.
+class Unmasking(Collector):
+    """What the coordinator does in a round and in one of a block with drop-outs alike, from the masked vectors on.
 
     Args:
         parameters: As sent to the sites.
+        steps: Kinds of the sites' messages, in order. The last three are `Masked`, `Confirm` and `Reveal`.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__(parameters, _STEPS)
-        self._shares: dict[int, Shares] = {}
+    def __init__(self, parameters: Parameters, steps: tuple[type[Signed], ...]) -> None:
+        super().__init__(parameters, steps)
+        self._masking = steps.index(Masked)
+        self._graph = graph.Graph((), 0, 0)
+        # Of the sites that shared secrets, by number: the digests of the seeds of self mask and pair masks, and of what
+        # they sent each neighbour for their common mask.
+        self._committed: dict[int, tuple[bytes, bytes]] = {}
         self._promised: dict[int, dict[int, bytes]] = {}
+        # The sites that may send a vector, and the digest that they agree on with it.
+        self._sharers: tuple[int, ...] = ()
+        self._agreed = b""
+        # What commitments and what the masks' keys are bound to.
+        self._dealt, self._keyed = b"", b""
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget the messages of a round, and begin a new sum."""
+        self._sum = np.zeros(self._words, WORD)
         self._wraps: dict[int, dict[int, bytes]] = {}
         self._tags: dict[int, dict[int, bytes]] = {}
         self._confirms: dict[int, Confirm] = {}
         self._reveals: dict[int, dict[int, bytes]] = {}
-        self._graph = graph.Graph((), 0, 0)
-        self._sharers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
+        self._revealing: frozenset[int] = frozenset()
         self._lists = b""
         self._weights: dict[tuple[int, ...], list[int]] = {}
 
     def _admit(self, message: Signed) -> None:
         if isinstance(message, Advertise):
             self._admit_advert(message)
-        elif isinstance(message, Shares):
-            self._admit_shares(message)
         elif isinstance(message, Masked):
             self._admit_masked(message)
         elif isinstance(message, Confirm):
@@ -259,36 +271,24 @@ class Aggregator(Collector):
         elif isinstance(message, Reveal):
             self._admit_reveal(message)
 
-    def _admit_shares(self, message: Shares) -> None:
-        if message.site not in self._adverts:
-            raise ProtocolError(f"{self._name(message.site)} sent shares, but no keys for this round before", LEFT_OUT)
-        if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
-            raise ProtocolError(
-                f"{self._name(message.site)} must send one encrypted item of shares to each of its neighbours, in "
-                "ascending order",
-                LEFT_OUT,
-            )
-        self._shares[message.site] = message
-        if message.suite.hybrid:
-            self._promised[message.site] = {
-                item.site: item.data[CIPHERTEXT_BYTES : CIPHERTEXT_BYTES + DIGEST_BYTES] for item in message.sealed
-            }
-
     def _admit_masked(self, message: Masked) -> None:
         name = self._name(message.site)
         if message.site not in self._sharers:
             raise ProtocolError(f"{name} sent a masked vector, but no shares before it", LEFT_OUT)
-        if message.sharers != sharers_digest(self._binding.roster, self._sharers):
+        if message.sharers != self._agreed:
             raise ProtocolError(
                 f"{name} masked its vector for another list of sharing sites than the coordinator sent", LEFT_OUT
             )
-        peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._sharers]
         if [tag.site for tag in message.tags] != peers:
             raise ProtocolError(
                 f"{name} must send one confirmation tag to each of its {len(peers)} neighbours that sent shares",
                 LEFT_OUT,
             )
-        higher = [other for other in peers if other > message.site] if message.suite.hybrid else []
+        higher = []
+        if message.suite.hybrid:
+            near = self._graph.neighbours(message.site)
+            higher = [other for other in near if other in self._committed and other > message.site]
         if [wrap.site for wrap in message.wraps] != higher:
             raise ProtocolError(
                 f"{name} must send the encrypted secret of the common mask with each of its {len(higher)} neighbours "
@@ -318,11 +318,11 @@ class Aggregator(Collector):
         self._confirms[message.site] = message
 
     def _admit_reveal(self, message: Reveal) -> None:
-        if message.site not in self._confirms or message.lists != self._lists:
+        if message.site not in self._revealing or message.lists != self._lists:
             raise ProtocolError(
                 f"{self._name(message.site)} revealed shares for a list of survivors that it did not confirm", LEFT_OUT
             )
-        owners = [site for site in self._graph.holders(message.site) if site in self._shares]
+        owners = [site for site in self._graph.holders(message.site) if site in self._committed]
         if [item.site for item in message.shares] != owners:
             raise ProtocolError(
                 f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites, in ascending order",
@@ -330,64 +330,35 @@ class Aggregator(Collector):
             )
         self._reveals[message.site] = {item.site: item.data for item in message.shares}
 
-    def roster(self) -> Roster:
-        """End the first step and return the keys of all sites that advertised. Raises as `Collector.roster`."""
-        roster, p = super().roster(), self.parameters
-        self._graph = graph.build_graph(
-            self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
-        )
-        return roster
-
-    def deliveries(self) -> dict[int, Delivery]:
-        """End the second step and return, by site, the shares that are for it.
-
-        Raises:
-            TooFewSitesError: Fewer sites shared than the sum needs.
-        """
-        self._close(1, len(self._shares), self.parameters.min_survivors, "sent shares")
-        self._sharers = tuple(sorted(self._shares))
-        inbox: dict[int, list[Sealed]] = {site: [] for site in self._sharers}
-        for sender in self._sharers:
-            for item in self._shares[sender].sealed:
-                if item.site in inbox:  # a receiver that did not share has dropped out
-                    inbox[item.site].append(Sealed(sender, item.data))
-            # Passed on, and not needed again: of a hybrid suite, they are the largest part of what is kept.
-            self._shares[sender] = replace(self._shares[sender], sealed=())
-        self._sum = np.zeros(self._words, WORD)
-        return {
-            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed), self.parameters.suite)
-            for site, sealed in inbox.items()
-        }
-
     def survivors(self) -> dict[int, Survivors]:
-        """End the third step and return, by site, the list of survivors with the tags that are for it.
+        """End the step of the vectors and return, by site, the list of survivors with the tags that are for it.
 
         Raises:
             TooFewSitesError: Fewer sites sent a vector than the sum needs.
         """
-        self._close(2, len(self._tags), self.parameters.min_survivors, "sent a masked vector")
+        self._close(self._masking, len(self._tags), self.parameters.min_survivors, "sent a masked vector")
         self._survivors = tuple(sorted(self._tags))
-        self._lists = lists_digest(sharers_digest(self._binding.roster, self._sharers), self._survivors)
+        self._lists = lists_digest(self._agreed, self._survivors)
         return {
-            site: Survivors(
-                self._binding.roster,
-                site,
-                self._survivors,
-                tuple(
-                    Tag(other, self._tags[other][site]) for other in self._graph.neighbours(site) if other in self._tags
-                ),
-            )
+            site: Survivors(self._binding.roster, site, self._survivors, self._tags_for(site))
             for site in self._survivors
         }
 
+    def _tags_for(self, site: int) -> tuple[Tag, ...]:
+        """Return the tags that came with vectors and are for this site."""
+        return tuple(
+            Tag(other, self._tags[other][site]) for other in self._graph.neighbours(site) if other in self._tags
+        )
+
     def proofs(self) -> dict[int, Proof]:
-        """End the fourth step and return, by site, the confirmations of a quorum for it to check.
+        """End the step of the confirmations and return, by site, those of a quorum for it to check.
 
         Raises:
             TooFewSitesError: Fewer sites than a quorum confirmed.
         """
         quorum = graph.quorum(len(self.parameters.cohort), self.parameters.corrupt)
-        self._close(3, len(self._confirms), quorum, "confirmed the survivors")
+        self._close(self._masking + 1, len(self._confirms), quorum, "confirmed the survivors")
+        self._revealing = frozenset(self._confirms)
         confirmed = sorted(self._confirms)
         tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
         # A confirmation passed on to strangers needs no tags: these are for the sender's neighbours.
@@ -417,26 +388,26 @@ class Aggregator(Collector):
             VerificationError: A secret cannot be reconstructed because holders sent wrong shares.
             BrokenPromiseError: A site's secret for a mask is not the one that it committed to.
         """
-        held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
+        owners = sorted(self._committed)
+        held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in owners]
         what = "revealed a share of one site's secret"
-        self._close(4, min(held, default=0), self.parameters.threshold, what)
+        self._close(self._masking + 2, min(held, default=0), self.parameters.threshold, what)
         # Keys of masks to add and to subtract. Of a site, either the self mask (survivor) or the pair masks (drop-out)
         # can be reconstructed, never both.
         plus: list[bytes] = []
         minus: list[bytes] = []
         alive = set(self._survivors)
-        roster = self._binding.roster
         for site in self._survivors:
             seed = self._reconstruct(site, alive=True)
-            minus.append(masks.self_mask_key(seed, roster, site))
-        for site in self._sharers:
+            minus.append(masks.self_mask_key(seed, self._keyed, site))
+        for site in owners:
             if site not in alive:
                 seed = self._reconstruct(site, alive=False)
                 for other in self._graph.neighbours(site):
                     if other in alive:
                         secret = self._pair_secret(seed, site, other)
                         # The survivor added the mask if the dropped site has the higher number.
-                        (minus if site > other else plus).append(masks.pair_mask_key(secret, roster, site, other))
+                        (minus if site > other else plus).append(masks.pair_mask_key(secret, self._keyed, site, other))
         masks.apply(self._sum, plus, minus, workers=workers)
         if self.parameters.packed:
             np.bitwise_and(self._sum, masks.LOW, out=self._sum)
@@ -447,7 +418,7 @@ class Aggregator(Collector):
         if self.parameters.suite is Suite.X25519:
             key = suites.private_key(Suite.X25519, seed)
             return suites.agree(key, self._adverts[other].mask_key, whose=self._name(other))
-        own = masks.pair_secret(seed, self._binding.roster, dropped, other)
+        own = masks.pair_secret(seed, self._dealt, dropped, other)
         self._check_promised(dropped, other, own)
         if dropped < other:
             return own
@@ -456,7 +427,7 @@ class Aggregator(Collector):
         return secret
 
     def _check_promised(self, sender: int, receiver: int, secret: bytes) -> None:
-        if pair_commitment(self._binding.roster, sender, receiver, secret) != self._promised[sender][receiver]:
+        if pair_commitment(self._dealt, sender, receiver, secret) != self._promised[sender][receiver]:
             raise BrokenPromiseError(
                 f"the secret of {self._name(sender)} for its common mask with {self._name(receiver)} is not the one "
                 "that it committed to",
@@ -485,16 +456,81 @@ class Aggregator(Collector):
         )
 
     def _fits(self, owner: int, secret: bytes, *, alive: bool) -> bool:
+        of_self, of_seed = self._committed[owner]
         if alive:
-            return commitment(self._binding.roster, owner, secret) == self._shares[owner].commitment
+            return commitment(self._dealt, owner, secret) == of_self
         if self.parameters.suite is Suite.X25519:
             return mask_public(secret) == self._adverts[owner].mask_key
-        return seed_commitment(self._binding.roster, owner, secret) == self._shares[owner].seed_commitment
+        return seed_commitment(self._dealt, owner, secret) == of_seed
 
     def _lagrange(self, points: tuple[int, ...]) -> list[int]:
         if points not in self._weights:
             self._weights[points] = shamir.weights(points)
         return self._weights[points]
+
+
+class Aggregator(Unmasking):
+    """The coordinator's state of one round.
+
+    Args:
+        parameters: As sent to the sites.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters, _STEPS)
+        self._shares: dict[int, Shares] = {}
+
+    def _admit(self, message: Signed) -> None:
+        if isinstance(message, Shares):
+            self._admit_shares(message)
+        else:
+            super()._admit(message)
+
+    def _admit_shares(self, message: Shares) -> None:
+        if message.site not in self._adverts:
+            raise ProtocolError(f"{self._name(message.site)} sent shares, but no keys for this round before", LEFT_OUT)
+        if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
+            raise ProtocolError(
+                f"{self._name(message.site)} must send one encrypted item of shares to each of its neighbours, in "
+                "ascending order",
+                LEFT_OUT,
+            )
+        self._shares[message.site] = message
+        self._committed[message.site] = message.commitment, message.seed_commitment
+        if message.suite.hybrid:
+            self._promised[message.site] = {
+                item.site: item.data[CIPHERTEXT_BYTES : CIPHERTEXT_BYTES + DIGEST_BYTES] for item in message.sealed
+            }
+
+    def roster(self) -> Roster:
+        """End the first step and return the keys of all sites that advertised. Raises as `Collector.roster`."""
+        roster, p = super().roster(), self.parameters
+        self._dealt = self._keyed = self._binding.roster
+        self._graph = graph.build_graph(
+            self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
+        )
+        return roster
+
+    def deliveries(self) -> dict[int, Delivery]:
+        """End the second step and return, by site, the shares that are for it.
+
+        Raises:
+            TooFewSitesError: Fewer sites shared than the sum needs.
+        """
+        self._close(1, len(self._shares), self.parameters.min_survivors, "sent shares")
+        self._sharers = tuple(sorted(self._shares))
+        self._agreed = sharers_digest(self._binding.roster, self._sharers)
+        inbox: dict[int, list[Sealed]] = {site: [] for site in self._sharers}
+        for sender in self._sharers:
+            for item in self._shares[sender].sealed:
+                if item.site in inbox:  # a receiver that did not share has dropped out
+                    inbox[item.site].append(Sealed(sender, item.data))
+        # Passed on, and not needed again: of a hybrid suite, they are the largest part of what is kept.
+        self._shares.clear()
+        return {
+            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed), self.parameters.suite)
+            for site, sealed in inbox.items()
+        }
 
 
 def _subsets(points: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:

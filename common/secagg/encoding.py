@@ -27,6 +27,7 @@ from privet.common.secagg.messages import (
     HYBRID_LINK_BYTES,
     HYBRID_SEALED_BYTES,
     LINK_BYTES,
+    MAX_BLOCK,
     MAX_CONTROL_BYTES,
     MAX_SEGMENTS,
     MAX_SITES,
@@ -39,7 +40,12 @@ from privet.common.secagg.messages import (
     BlockParameters,
     CohortMember,
     Confirm,
+    Deal,
+    DealDelivery,
+    DealtParameters,
     Delivery,
+    Expected,
+    Finish,
     Joined,
     LinkDelivery,
     Links,
@@ -70,8 +76,13 @@ _M = TypeVar(
     Roster,
     Links,
     LinkDelivery,
+    DealtParameters,
+    Deal,
+    DealDelivery,
     Joined,
     Step,
+    Expected,
+    Finish,
     Shares,
     Delivery,
     Masked,
@@ -119,7 +130,7 @@ _DIGEST, _KEY, _SIGNATURE = Bytes(32), Bytes(32), Bytes(64)
 _SITES: Codec[Any] = Many(_U16, MAX_SITES, by=int)
 
 
-def _per_site(kind: type[Any], length: int, most: int = MAX_SITES) -> Codec[Any]:
+def _per_site(kind: type[Any], length: int | None, most: int = MAX_SITES) -> Codec[Any]:
     return PerSite(kind, length, most)
 
 
@@ -164,6 +175,11 @@ KIND_NUMBERS: dict[type[Any], int] = {
     LinkDelivery: 13,
     Step: 14,
     Joined: 15,
+    DealtParameters: 16,
+    Deal: 17,
+    DealDelivery: 18,
+    Expected: 19,
+    Finish: 20,
 }
 
 
@@ -208,7 +224,19 @@ def _table(suite: Suite) -> dict[type[Any], Struct[Any]]:
         "signature": _SIGNATURE,
         "words": _Words(),
     }
+    dealt: dict[type[Any], Struct[Any]] = {}
+    if suite.hybrid:
+        # Of as many bytes as the block has rounds.
+        items = _per_site(Sealed, None)
+        commitments: Codec[Any] = Many(Bytes(2 * DIGEST_BYTES), MAX_BLOCK)
+        deal = {"commitments": commitments, "sealed": items, "signature": _SIGNATURE}
+        dealt = {
+            DealtParameters: Struct(DealtParameters, {**named, **_PARAMETERS, "rounds": _U16}),
+            Deal: Struct(Deal, {**named, "roster": _DIGEST, "site": _U16, **deal}),
+            DealDelivery: Struct(DealDelivery, {**named, "roster": _DIGEST, "site": _U16, "sealed": items}),
+        }
     return {
+        **dealt,
         Parameters: Struct(Parameters, {**named, **_PARAMETERS}),
         BlockParameters: Struct(BlockParameters, {**named, **_PARAMETERS, "rounds": _U16}),
         Advertise: Struct(Advertise, advertise),
@@ -226,6 +254,8 @@ _SUITES = {suite.version: suite for suite in Suite}
 # The same in all suites.
 _COMMON: dict[type[Any], Struct[Any]] = {
     Step: Struct(Step, {"roster": _DIGEST}),
+    Expected: Struct(Expected, {"roster": _DIGEST, "sites": _SITES}),
+    Finish: Struct(Finish, {"roster": _DIGEST, "site": _U16, "tags": _TAGS}),
     Joined: Struct(Joined, {"roster": _DIGEST, "site": _U16, "signature": _SIGNATURE}),
     Survivors: Struct(Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
     Confirm: Struct(Confirm, _CONFIRM),
@@ -254,7 +284,13 @@ _COMMON: dict[type[Any], Struct[Any]] = {
 def fields_of(message: ProtocolMessage) -> Struct[Any]:
     """Return the fields of a message in the order in which they are written."""
     kind = type(message)
-    return _COMMON[kind] if kind in _COMMON else _BY_SUITE[message.suite][kind]  # type: ignore[union-attr]
+    if kind in _COMMON:
+        return _COMMON[kind]
+    suite: Suite = message.suite  # type: ignore[union-attr]
+    fields = _BY_SUITE[suite].get(kind)
+    if fields is None:
+        raise ProtocolError(f"the suite {suite.value} has no {kind.__name__} message", MALFORMED)
+    return fields
 
 
 def _version(message: ProtocolMessage) -> int:
@@ -303,7 +339,7 @@ def _fields_for(kind: type[Any], head: bytes) -> Struct[Any] | None:
     if kind in _COMMON:
         return _COMMON[kind] if head[3] == VERSION else None
     suite = _SUITES.get(head[3])
-    return None if suite is None else _BY_SUITE[suite][kind]
+    return None if suite is None else _BY_SUITE[suite].get(kind)
 
 
 def decode(kind: type[_M], data: bytes | memoryview) -> _M:
@@ -336,7 +372,12 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
 
 def asks_for_keys(masking: bytes) -> bool:
     """Return whether a round that opens with this message begins with keys: it is masked, and no block's later one."""
-    return bool(masking) and not is_kind(Step, masking)
+    return bool(masking) and not begins_step(masking)
+
+
+def begins_step(body: bytes) -> bool:
+    """Return whether this message begins a round of a block that is set up: the site trains for its answer."""
+    return is_kind(Step, body) or is_kind(Expected, body)
 
 
 def kind_of(data: bytes) -> type[ProtocolMessage] | None:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from privet.common.errors import ProtocolError, VerificationError
 from privet.common.secagg import masks, suites
 from privet.common.secagg.codec import MALFORMED
-from privet.common.secagg.messages import DIGEST_BYTES, HYBRID_LINK_BYTES, SECRET_BYTES, Advertise
+from privet.common.secagg.messages import DIGEST_BYTES, LINK_BYTES, SECRET_BYTES, Advertise
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.signatures import pair_commitment
 from privet.common.secagg.suites import CIPHERTEXT_BYTES, ClassicalKey, Kem, Suite
@@ -122,9 +122,8 @@ def make_links(
     """
     if keys.kem is None:
         return _Classical(keys, roster, me, adverts, name_of)
-    links = _Hybrid(keys.kem, kem, roster, me, name_of)
-    links.agree(keys, adverts)
-    return links
+    own = {other: masks.pair_secret(keys.seed, roster, me, other) for other in adverts}
+    return _Hybrid(HybridChannels(keys, roster, me, adverts, name_of, kem), own, roster, me, name_of)
 
 
 class _Classical:
@@ -148,58 +147,116 @@ class _Classical:
         return Link(_sized(back.open(data), held, other), there, back, self._pairs[other], b"")
 
 
-class _Hybrid:
+class HybridChannels:
+    """Channels with other sites, each for one item: ML-KEM-768 beside a classical scheme.
+
+    An item is the ML-KEM ciphertext, what is authenticated `beside` the encrypted part, and that part.
+
+    Args:
+        keys: This site's private keys, of a hybrid suite.
+        roster: The roster's digest.
+        me: This site's number.
+        adverts: The other sites' keys, by number.
+        name_of: Returns a site's name, for errors.
+        kem: Encapsulates the secrets.
+
+    Raises:
+        VerificationError: Another site's key is not usable.
+        ProtocolError: The keys are of another suite.
+    """
+
     def __init__(
-        self, key: MLKEM768PrivateKey, kem: Kem, roster: bytes, me: int, name_of: Callable[[int], str]
+        self,
+        keys: Keys,
+        roster: bytes,
+        me: int,
+        adverts: Mapping[int, Advertise],
+        name_of: Callable[[int], str],
+        kem: Kem,
     ) -> None:
-        self._key, self._kem, self._roster, self._me, self._name_of = key, kem, roster, me, name_of
-        self._own: dict[int, bytes] = {}
+        if keys.kem is None:
+            raise ProtocolError("the round's suite has no ML-KEM keys", "report this as a bug")
+        self._key, self._kem, self._roster, self._me = keys.kem, kem, roster, me
         self._secrets: dict[int, bytes] = {}
         self._ciphertexts: dict[int, bytes] = {}
         self._there: dict[int, masks.Channel] = {}
-
-    def agree(self, keys: Keys, adverts: Mapping[int, Advertise]) -> None:
         for other, advert in adverts.items():
-            name = self._name_of(other)
-            self._own[other] = masks.pair_secret(keys.seed, self._roster, self._me, other)
+            name = name_of(other)
             self._secrets[other] = suites.agree(keys.share, advert.share_key, whose=name)
-            sent = self._kem.encapsulate(advert.kem_key, roster=self._roster, whose=name)
+            sent = kem.encapsulate(advert.kem_key, roster=roster, whose=name)
             self._ciphertexts[other] = sent.ciphertext
-            self._there[other] = self._channel(sent.secret, other, self._me, other, sent.ciphertext)
+            self._there[other] = self._channel(sent.secret, other, me, other, sent.ciphertext)
 
     def _channel(self, secret: bytes, other: int, sender: int, receiver: int, ciphertext: bytes) -> masks.Channel:
         # Both secrets, and by the roster's digest and the ciphertext all public values of both schemes (SP 800-56C).
         return masks.hybrid_channel(secret + self._secrets[other], self._roster, sender, receiver, ciphertext)
 
-    def seal(self, other: int, shares: bytes) -> bytes:
-        own = self._own[other]
-        committed = pair_commitment(self._roster, self._me, other, own)
-        return self._ciphertexts[other] + committed + self._there[other].seal(shares + own, committed)
+    def there(self, other: int) -> masks.Channel:
+        """Return the channel to another site."""
+        return self._there[other]
 
-    def open(self, other: int, data: bytes, held: int = HELD) -> Link:
-        expected = HYBRID_LINK_BYTES + held
+    def seal(self, other: int, plain: bytes, beside: bytes) -> bytes:
+        """Return the item for another site. Call it once for each."""
+        return self._ciphertexts[other] + beside + self._there[other].seal(plain, beside)
+
+    def open(self, other: int, data: bytes, beside: int, plain: int) -> tuple[bytes, bytes, masks.Channel]:
+        """Read the item of another site, with `beside` and `plain` bytes; return both and the channel from the site.
+
+        Raises:
+            VerificationError: It was altered or belongs elsewhere.
+            ProtocolError: It has another length.
+        """
+        expected = CIPHERTEXT_BYTES + beside + plain + LINK_BYTES
         if len(data) != expected:
             raise ProtocolError(
                 f"the encrypted item of site number {other}: expected {expected} bytes, got {len(data)}", MALFORMED
             )
         ciphertext, rest = data[:CIPHERTEXT_BYTES], data[CIPHERTEXT_BYTES:]
-        committed, box = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
         secret = self._kem.decapsulate(self._key, ciphertext)
         back = self._channel(secret, other, other, self._me, ciphertext)
-        plain = _sized(back.open(box, committed), held + SECRET_BYTES, other)
+        return back.open(rest[beside:], rest[:beside]), rest[:beside], back
+
+
+class _Hybrid:
+    def __init__(
+        self, channels: HybridChannels, own: dict[int, bytes], roster: bytes, me: int, name_of: Callable[[int], str]
+    ) -> None:
+        self._channels, self._own, self._roster, self._me, self._name_of = channels, own, roster, me, name_of
+
+    def seal(self, other: int, shares: bytes) -> bytes:
+        own = self._own[other]
+        return self._channels.seal(other, shares + own, pair_commitment(self._roster, self._me, other, own))
+
+    def open(self, other: int, data: bytes, held: int = HELD) -> Link:
+        plain, committed, back = self._channels.open(other, data, DIGEST_BYTES, held + SECRET_BYTES)
         theirs, own = plain[held:], self._own[other]
-        if not hmac.compare_digest(committed, pair_commitment(self._roster, other, self._me, theirs)):
-            raise VerificationError(
-                f"the secret that {self._name_of(other)} sent this site for their common mask is not the one that it "
-                "committed to",
-                "take part in no further round with that site until its operator explains it: only that site can have "
-                "sent it",
-            )
-        lower = self._me < other
-        pair = own if lower else theirs
-        wrap = masks.exclusive_or(own, theirs) if lower else b""
-        key = masks.pair_mask_key(pair, self._roster, self._me, other)
-        return Link(plain[:held], self._there[other], back, key, wrap)
+        check_promised(committed, self._roster, other, self._me, theirs, self._name_of(other))
+        key = masks.pair_mask_key(pair_of(own, theirs, self._me, other), self._roster, self._me, other)
+        return Link(plain[:held], self._channels.there(other), back, key, wrap_of(own, theirs, self._me, other))
+
+
+def pair_of(own: bytes, theirs: bytes, me: int, other: int) -> bytes:
+    """Return the secret of a pair's mask, of the two that the sites sent each other: that of the lower site."""
+    return own if me < other else theirs
+
+
+def wrap_of(own: bytes, theirs: bytes, me: int, other: int) -> bytes:
+    """Return the pair's secret under the one-time pad of the higher site; empty at the higher site."""
+    return masks.exclusive_or(own, theirs) if me < other else b""
+
+
+def check_promised(committed: bytes, salt: bytes, sender: int, me: int, secret: bytes, name: str) -> None:
+    """Check the secret that `sender` sent this site against its commitment.
+
+    Raises:
+        VerificationError: It is another one.
+    """
+    if not hmac.compare_digest(committed, pair_commitment(salt, sender, me, secret)):
+        raise VerificationError(
+            f"the secret that {name} sent this site for their common mask is not the one that it committed to",
+            "take part in no further round with that site until its operator explains it: only that site can have "
+            "sent it",
+        )
 
 
 def _sized(plain: bytes, length: int, sender: int) -> bytes:

@@ -8,6 +8,7 @@ initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat u
 
 from __future__ import annotations
 
+import copy
 import hmac
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,12 @@ class Channel:
                 "take part in no further round until the coordinator explains it: the shares were changed, swapped "
                 "or belong to another round",
             ) from None
+
+    def for_tags(self) -> Channel:
+        """Return the channel without the key of its one message."""
+        channel = copy.copy(self)
+        channel._seal = b""
+        return channel
 
     def tag(self, what: bytes) -> bytes:
         """Return the channel's MAC on `what`, a digest bound to its purpose: HMAC-SHA256, cut to 128 bits."""

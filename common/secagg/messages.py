@@ -22,7 +22,7 @@ from typing import Final
 
 from privet.common.secagg.quantize import Layout, Segment, Words
 from privet.common.secagg.shamir import SHARE_BYTES
-from privet.common.secagg.suites import CIPHERTEXT_BYTES, Suite
+from privet.common.secagg.suites import CIPHERTEXT_BYTES, DEFAULT, Suite
 
 VERSION: Final = 1
 MAX_SITES: Final = 4096
@@ -39,6 +39,11 @@ DIGEST_BYTES: Final = 32
 HYBRID_SEALED_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + SEALED_BYTES + SECRET_BYTES
 HYBRID_LINK_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + LINK_BYTES + SECRET_BYTES
 MAX_BLOCK: Final = 65_535
+# In a block with drop-outs the item holds, for each round, the commitment to a secret for the receiver, two shares and
+# that secret.
+DEALT_BYTES: Final = 2 * SHARE_BYTES + SECRET_BYTES
+MAX_DEALT: Final = 2**18
+"""Largest product of sites and rounds of a block with drop-outs: a site's items stay below 40 MB."""
 TAG_BYTES: Final = 16
 NO_SIGNATURE: Final = bytes(64)
 # Words of 63 bits that are sent in one word less: each of the others has room for one bit.
@@ -113,17 +118,29 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class BlockParameters(Parameters):
-    """What the coordinator proposes for a block: consecutive rounds of one cohort, in which nobody may drop out.
+class SeveralRounds(Parameters):
+    """What the coordinator proposes for consecutive rounds of one cohort with one set-up.
 
-    `round` and `inputs` are those of the first round. The rules demand that `min_survivors` is the whole cohort and
-    `degree` is 0.
+    `round` and `inputs` are those of the first round. The rules demand that `degree` is 0.
 
     Attributes:
         rounds: Number of rounds, from 1 to 65,535.
     """
 
     rounds: int = 1
+
+
+@dataclass(frozen=True)
+class BlockParameters(SeveralRounds):
+    """Parameters of a block in which nobody may drop out. The rules demand that `min_survivors` is the whole cohort."""
+
+
+@dataclass(frozen=True)
+class DealtParameters(SeveralRounds):
+    """Parameters of a block that tolerates drop-outs: the secrets of all its rounds are shared at once.
+
+    The rules demand a hybrid suite, the least safe threshold, and at most `MAX_DEALT` for sites times rounds.
+    """
 
 
 @dataclass(frozen=True)
@@ -246,6 +263,57 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Deal:
+    """A site's shares of its secrets of all rounds of a block with drop-outs (site to coordinator).
+
+    Attributes:
+        roster: Digest of the roster.
+        site: The sender.
+        commitments: For each round, the digests of the seeds of its self mask and of its pair masks, 64 bytes.
+        sealed: For each other site of the roster, the item of all rounds.
+        signature: Ed25519.
+        suite: The block's suite, a hybrid one.
+    """
+
+    roster: bytes
+    site: int
+    commitments: tuple[bytes, ...]
+    sealed: tuple[Sealed, ...]
+    signature: bytes = NO_SIGNATURE
+    suite: Suite = DEFAULT
+
+
+@dataclass(frozen=True)
+class DealDelivery:
+    """The items for one site (coordinator to that site). It and their senders are the members of the block.
+
+    Attributes:
+        roster: Digest of the roster.
+        site: The receiver.
+        sealed: The items from all other members.
+        suite: The block's suite.
+    """
+
+    roster: bytes
+    site: int
+    sealed: tuple[Sealed, ...]
+    suite: Suite = DEFAULT
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Begins a round of a block with drop-outs (coordinator to the sites that it expects to answer).
+
+    Attributes:
+        roster: Digest of the block's members.
+        sites: The expected sites.
+    """
+
+    roster: bytes
+    sites: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Shares:
     """A site's shares for its neighbours (site to coordinator).
 
@@ -313,11 +381,13 @@ class Masked:
     Attributes:
         roster: Digest of the roster.
         site: The sender.
-        sharers: Digest of U2 as the site received it; in a block, the digest of the round (`transcript.step_digest`).
-        tags: For each neighbour in U2, a MAC on that digest; none in a block.
+        sharers: Digest of U2 as the site received it; in a block, the digest of the round (`transcript.step_digest`),
+            and where it tolerates drop-outs, that of the expected sites (`transcript.expected_digest`).
+        tags: For each neighbour in U2, a MAC on that digest; none in a block without drop-outs.
         words: The masked vector as it is sent, shape (parameters.sent_words,), little-endian.
         signature: Ed25519.
-        wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519 and in a block.
+        wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519 and in a block
+            without drop-outs.
         suite: The round's suite.
     """
 
@@ -329,6 +399,21 @@ class Masked:
     signature: bytes = NO_SIGNATURE
     wraps: tuple[Wrap, ...] = ()
     suite: Suite = Suite.X25519
+
+
+@dataclass(frozen=True)
+class Finish:
+    """All expected sites of a round of a block have sent their vectors (coordinator to each of them).
+
+    Attributes:
+        roster: Digest of the block's members.
+        site: The receiver.
+        tags: From each other expected site, its MAC on the expected sites.
+    """
+
+    roster: bytes
+    site: int
+    tags: tuple[Tag, ...]
 
 
 @dataclass(frozen=True)
@@ -414,5 +499,7 @@ class Reveal:
     signature: bytes = NO_SIGNATURE
 
 
-Signed = Advertise | Links | Joined | Shares | Masked | Confirm | Reveal
-ProtocolMessage = Parameters | Roster | Delivery | LinkDelivery | Step | Survivors | Proof | Signed
+Signed = Advertise | Links | Deal | Joined | Shares | Masked | Confirm | Reveal
+ProtocolMessage = (
+    Parameters | Roster | Delivery | LinkDelivery | DealDelivery | Step | Expected | Finish | Survivors | Proof | Signed
+)

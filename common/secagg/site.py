@@ -17,7 +17,7 @@ round. To retry, a site sends the same bytes again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
@@ -29,7 +29,6 @@ from privet.common.secagg.codec import ascends
 from privet.common.secagg.links import Keys, Link, Links, make_keys, make_links
 from privet.common.secagg.messages import (
     Advertise,
-    BlockParameters,
     Confirm,
     Delivery,
     Masked,
@@ -38,6 +37,7 @@ from privet.common.secagg.messages import (
     Reveal,
     Roster,
     Sealed,
+    SeveralRounds,
     Share,
     Shares,
     Signed,
@@ -80,15 +80,17 @@ class RecordedStep:
     Attributes:
         session: 32 bytes that name the study.
         round: Number of the round.
-        step: "mask" or "reveal". A site takes each once per session and round, whatever the roster: an update
-            masked twice, for overlapping cohorts, is in two sums, and their difference may reveal it.
-        roster: Digest of the roster.
-        lists: Digest of the sharers (mask), or of sharers and survivors (reveal).
+        step: "mask" or "reveal"; in a block with drop-outs, also "choice" between all expected sites and a list of
+            survivors. A site takes each once per session and round, whatever the roster: an update masked twice, for
+            overlapping cohorts, is in two sums, and their difference may reveal it.
+        roster: Digest of the roster, or of the members of a block with drop-outs.
+        lists: Digest of the sharers (mask), or of sharers and survivors (reveal). In a block with drop-outs, of the
+            expected sites (mask, choice), or of these and the survivors (choice, reveal).
     """
 
     session: bytes
     round: int
-    step: Literal["mask", "reveal"]
+    step: Literal["mask", "reveal", "choice"]
     roster: bytes
     lists: bytes
 
@@ -270,8 +272,8 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     """
     expect(state, Advertised)
     context, parameters = state.context, state.context.parameters
-    if isinstance(parameters, BlockParameters):
-        raise ProtocolError("in a block of rounds, a site shares no secret", TAKE_NO_PART)
+    if isinstance(parameters, SeveralRounds):
+        raise ProtocolError("in a block of rounds, a site shares no secret for one of them", TAKE_NO_PART)
     me = context.site
     adverts = check_roster(state, roster)
     # From here on every key and signature is bound to the roster's digest. Sites that were given different rosters
@@ -310,13 +312,13 @@ def check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     """Check all adverts and return them by site."""
     context, parameters = state.context, state.context.parameters
     sites = [advert.site for advert in roster.adverts]
-    _check_ascending(sites, len(parameters.cohort))
+    check_ascending(sites, len(parameters.cohort))
     if state.advert not in roster.adverts:
         raise VerificationError(
             "the round's list of keys (roster) does not hold this site's own keys as the site sent them",
             "take part in no further round until the coordinator explains it: the keys were changed",
         )
-    _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "sent their keys")
+    check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "sent their keys")
     check_sharing(parameters, len(sites))
     if any(advert.suite is not parameters.suite for advert in roster.adverts):
         raise ProtocolError(
@@ -411,7 +413,7 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, Link]:
     context, parameters = state.context, state.context.parameters
     me = context.site
     check_address(context, delivery.roster, delivery.site)
-    _check_ascending(delivery.sharers, len(parameters.cohort))
+    check_ascending(delivery.sharers, len(parameters.cohort))
     sharers = frozenset(delivery.sharers)
     if not sharers <= state.roster or me not in sharers:
         raise ProtocolError(
@@ -447,7 +449,7 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     context = state.context
     me = context.site
     check_address(context, survivors.roster, survivors.site)
-    _check_ascending(survivors.survivors, len(context.parameters.cohort))
+    check_ascending(survivors.survivors, len(context.parameters.cohort))
     alive = frozenset(survivors.survivors)
     if not alive <= frozenset(state.sharers) or me not in alive:
         raise ProtocolError(
@@ -500,12 +502,16 @@ def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
     binding = context.binding
     # On disk before any share leaves, so that a restarted site never reveals for a second pair of lists.
     record(RecordedStep(binding.session, binding.round, "reveal", binding.roster, state.lists))
-    alive = frozenset(state.survivors)
+    return reveal_for(context, state.shares, state.survivors, state.lists)
+
+
+def reveal_for(context: Context, held: Mapping[int, bytes], alive: Collection[int], lists: bytes) -> Reveal:
+    """Return one share for each owner: of its self mask's seed if it is in `alive`, or else of its mask key's."""
     shares = tuple(
-        Share(owner, held[:SHARE_BYTES] if owner in alive else held[SHARE_BYTES:])
-        for owner, held in sorted(state.shares.items())
+        Share(owner, both[:SHARE_BYTES] if owner in alive else both[SHARE_BYTES:])
+        for owner, both in sorted(held.items())
     )
-    message = Reveal(binding.roster, context.site, state.lists, shares)
+    message = Reveal(context.binding.roster, context.site, lists, shares)
     return replace(message, signature=sign(context, message))
 
 
@@ -513,8 +519,8 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
     context, parameters = state.context, state.context.parameters
     check_address(context, proof.roster, proof.site)
     tagged, signed = [tag.site for tag in proof.tags], [message.site for message in proof.confirms]
-    _check_ascending(tagged, len(parameters.cohort))
-    _check_ascending(signed, len(parameters.cohort))
+    check_ascending(tagged, len(parameters.cohort))
+    check_ascending(signed, len(parameters.cohort))
     # The quorum is of the whole cohort. If the neighbours' confirmations were enough, the coordinator could give two
     # arcs of the ring different lists.
     senders = {*tagged, *signed, context.site}
@@ -525,7 +531,7 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
             TAKE_NO_PART,
         )
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
-    _check_enough(len(senders), quorum, "confirmed the survivors")
+    check_enough(len(senders), quorum, "confirmed the survivors")
     for tag in proof.tags:
         state.channels[tag.site][1].check(state.lists, tag.data)
     for message in proof.confirms:
@@ -569,7 +575,7 @@ def check_address(context: Context, roster: bytes, site: int) -> None:
         )
 
 
-def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
+def check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
     """Check a list of sites: in the cohort, ascending, none twice."""
     if not ascends(sites) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
         raise ProtocolError(
@@ -579,7 +585,8 @@ def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
         )
 
 
-def _check_enough(count: int, least: int, what: str) -> None:
+def check_enough(count: int, least: int, what: str) -> None:
+    """Raise `TooFewSitesError` if too few sites did something that the round needs."""
     if count < least:
         raise TooFewSitesError(
             f"secure aggregation: {count} sites {what}, the round needs at least {least}",
@@ -590,9 +597,9 @@ def _check_enough(count: int, least: int, what: str) -> None:
 def _check_list(context: Context, masking: graph.Graph, present: frozenset[int], what: str) -> None:
     """Check that `present` are enough sites, in all and around this site, and that they stay connected."""
     parameters = context.parameters
-    _check_enough(len(present), parameters.min_survivors, what)
+    check_enough(len(present), parameters.min_survivors, what)
     around = sum(holder in present for holder in masking.holders(context.site))
-    _check_enough(around, parameters.threshold, f"among this site and its neighbours {what}")
+    check_enough(around, parameters.threshold, f"among this site and its neighbours {what}")
     if not masking.holds_together(present):
         raise VerificationError(
             f"the sites that {what} are split in two or more parts without common masks, so each part could be "

@@ -13,7 +13,15 @@ from fractions import Fraction
 
 from privet.common.errors import PrivetError, RefusedError, VerificationError
 from privet.common.secagg import graph
-from privet.common.secagg.messages import MAX_BLOCK, MAX_SITES, MAX_WORDS, BlockParameters, Parameters
+from privet.common.secagg.messages import (
+    MAX_BLOCK,
+    MAX_DEALT,
+    MAX_SITES,
+    MAX_WORDS,
+    DealtParameters,
+    Parameters,
+    SeveralRounds,
+)
 from privet.common.secagg.quantize import MIN_BITS
 from privet.common.secagg.suites import Suite
 
@@ -99,12 +107,15 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
     _at_least("least number of survivors", parameters.min_survivors, max(least_survivors(n, c), floor.survivors))
     _at_most("least number of survivors", parameters.min_survivors, n)
     _at_least("number of bits for one value", parameters.bits, floor.bits)
-    if isinstance(parameters, BlockParameters):
-        # Each pair's mask cancels only if both sites are in the sum, and nothing could remove the mask of a drop-out.
-        _at_least("least number of survivors in a block", parameters.min_survivors, n)
-        _at_most("number of neighbours that are fewer than all others (degree), in a block,", parameters.degree, 0)
+    if isinstance(parameters, SeveralRounds):
         _at_least("number of rounds in a block", parameters.rounds, 1)
         _at_most("number of rounds in a block", parameters.rounds, MAX_BLOCK)
+        _at_most("number of neighbours that are fewer than all others (degree), in a block,", parameters.degree, 0)
+    if isinstance(parameters, DealtParameters):
+        _check_dealt(parameters)
+    elif isinstance(parameters, SeveralRounds):
+        # Each pair's mask cancels only if both sites are in the sum, and nothing could remove the mask of a drop-out.
+        _at_least("least number of survivors in a block", parameters.min_survivors, n)
     try:
         words = parameters.layout.words
     except PrivetError as error:
@@ -112,6 +123,19 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
             f"secure aggregation: the proposed layout of the vector is not valid: {error.message}", error.hint
         ) from None
     _at_most("number of 64-bit words of the vector", words, min(floor.max_words, MAX_WORDS))
+
+
+def _check_dealt(parameters: DealtParameters) -> None:
+    """Check what a block with drop-outs needs besides the rules of a round. Raises as `check_parameters`."""
+    n = len(parameters.cohort)
+    if not parameters.suite.hybrid:
+        raise RefusedError(
+            f"secure aggregation: a block that tolerates drop-outs has no suite {parameters.suite.value}",
+            "remove suite under [secure_aggregation] in the study, or remove block",
+        )
+    # One quorum decides on lists and reconstructs secrets: the argument that excludes a second sum counts with it.
+    _at_most("threshold in a block", parameters.threshold, graph.quorum(n, parameters.corrupt))
+    _at_most("product of sites and rounds of a block", n * parameters.rounds, MAX_DEALT)
 
 
 def accepted_suites(floor: Floor) -> tuple[Suite, ...]:

@@ -37,6 +37,21 @@ def step_digest(roster: bytes, round_number: int, inputs: bytes) -> bytes:
     return transcript_digest("step", roster, round_number.to_bytes(8, "big"), inputs)
 
 
+def slot_digest(roster: bytes, round_number: int) -> bytes:
+    """Return the digest that names a round of a block with drop-outs when its secrets are dealt."""
+    return transcript_digest("slot", roster, round_number.to_bytes(8, "big"))
+
+
+def members_digest(roster: bytes, members: Iterable[int]) -> bytes:
+    """Return the digest of R (ascending), bound to the roster's. It takes the roster's place in a block's rounds."""
+    return transcript_digest("members", roster, _list(members))
+
+
+def expected_digest(step: bytes, expected: Iterable[int]) -> bytes:
+    """Return the digest of F (ascending), bound to that of the round. It takes the place of that of U2."""
+    return transcript_digest("expected", step, _list(expected))
+
+
 def lists_digest(sharers: bytes, survivors: Iterable[int]) -> bytes:
     """Return the digest of U3 (ascending), bound to that of U2."""
     return transcript_digest("lists", sharers, _list(survivors))

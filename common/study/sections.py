@@ -735,9 +735,10 @@ class SecureAggregationSection(Section):
     """The key agreement. Without it: x25519-mlkem768. p256-mlkem768: FIPS-approved algorithms alone. x25519: the rounds
     of earlier versions; whoever records them can read them once X25519 is broken, so sites refuse it by default."""
     block: Annotated[int | None, Field(ge=1, le=65_535, exclude_if=lambda value: value is None)] = None
-    """Number of rounds with one set-up of secure aggregation, for privacy.mode = "distributed" without drop-outs. A
-    round then takes one exchange instead of five, and a set-up two more. A round that one site misses has no result.
-    Without it: a set-up for each round."""
+    """Number of rounds with one set-up of secure aggregation, for privacy.mode = "distributed". A set-up takes three
+    exchanges. If no site may drop out, a round takes one exchange instead of five, and one that a site misses has no
+    result. With drop-outs, a round takes two exchanges, and three if a site is missing. Without it: a set-up for each
+    round."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of groups that are summed separately in cohorts of 30 sites and more, so that a group with an outlying sum
     can be left out. The coordinator learns each group's sum. Fewer are formed if a group would be too small. Two are

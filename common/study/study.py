@@ -271,14 +271,19 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def _block_loses_nobody(self) -> Self:
+    def _block_fits(self) -> Self:
         if self.secure_aggregation.block is None:
             return self
         privacy = self.privacy
-        if not self.distributed or privacy.dropouts or privacy.dropout_fraction:
+        if not self.distributed:
             raise ValueError(
-                "secure_aggregation.block: no site may drop out of a block's rounds, as nothing removes its masks; set "
-                'privacy.mode = "distributed", privacy.dropouts = 0 and privacy.dropout_fraction = 0, or remove block'
+                'secure_aggregation.block: only rounds of privacy.mode = "distributed" are short enough to share a '
+                "set-up; set this mode, or remove block"
+            )
+        if self.secure_aggregation.suite == "x25519" and (privacy.dropouts or privacy.dropout_fraction):
+            raise ValueError(
+                "secure_aggregation.block: the suite x25519 has no blocks that tolerate drop-outs; remove suite, or "
+                "set privacy.dropouts = 0 and privacy.dropout_fraction = 0"
             )
         if privacy.band is not None:
             raise ValueError(

@@ -9,7 +9,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime
 
 from privet.common.errors import RefusedError
 from privet.common.study.study import Study
@@ -80,7 +80,8 @@ def _sentence(text: str) -> str:
 
 
 def _over(day: str, now: datetime) -> bool:
-    return now >= datetime.combine(date.fromisoformat(day) + timedelta(days=1), time(), UTC)
+    # Days, and not the midnight after: 9999-12-31, in use for "without end", has none.
+    return now.astimezone(UTC).date() > date.fromisoformat(day)
 
 
 def check_receiver(study: Study, site: str, participants: Collection[str]) -> None:

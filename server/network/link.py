@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,7 +45,12 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+)
 from flwr.server.superlink.linkstate import LinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import (
@@ -131,6 +136,17 @@ _PARTS = (
     "WITH RECURSIVE part(id) AS (SELECT :id "
     "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
     "SELECT object_id, is_available FROM objects JOIN part ON object_id = part.id LIMIT :most"
+)
+_FOR_ANOTHER = "SELECT 1 FROM message_ins WHERE message_id = :id AND dst_node_id != :node"
+_ADDRESSED = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_ins WHERE dst_node_id = :node "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) SELECT 1 FROM part WHERE id = :id"
+)
+# Messages, and answers of other nodes, among the objects of a message.
+_NAMED = ", ".join(f":name{number}" for number in range(MOST_PARTS))
+_OTHERS = (
+    f"SELECT 1 FROM message_ins WHERE message_id IN ({_NAMED}) UNION ALL "  # noqa: S608 - names of parameters
+    f"SELECT 1 FROM message_res WHERE message_id IN ({_NAMED}) AND src_node_id != :node LIMIT 1"
 )
 _OVER = 403  # Flower's status for a run that has ended
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
@@ -292,8 +308,15 @@ class Link:
             return 400, b""
         if not self._own(request, node):
             return 401, b""
-        if isinstance(request, PushMessagesRequest) and not _is_one_of_ours(request):
+        if isinstance(request, PushMessagesRequest) and not (
+            _is_one_of_ours(request) and self._is_new(request.message_object_trees[0], node)
+        ):
             return 400, b""
+        # Flower gives, and deletes, any object to whoever names it.
+        if isinstance(request, ConfirmMessageReceivedRequest) and self._is_of_another(request.message_object_id, node):
+            return 401, b""
+        if isinstance(request, PullObjectRequest) and not self._is_addressed(request.object_id, node):
+            return 200, bytes(PullObjectResponse().SerializeToString())
         try:
             if path == TAKE:
                 return 200, self._next_message(request, node)
@@ -333,6 +356,8 @@ class Link:
             return 400, b""
         tree = push.message_object_trees[0]
         contents = dict(zip(part_names(tree), bundle.pieces[1:], strict=True))
+        if not self._is_new(tree, node):
+            return 400, b""
         try:
             answer = message_from_proto(push.messages_list[0])
             run = answer.metadata.run_id
@@ -342,8 +367,7 @@ class Link:
             with _sql(self._state).session():
                 if self._state.store_message_res(answer) is not None:
                     # In one transaction no session of Flower's is needed, which would tell what is still to come.
-                    for name in self._state.object_store.preregister(run, tree):
-                        self._state.object_store.put(name, contents[name])
+                    _store_of(self._state).store_all(run, tree, contents)
                     self._state.object_store.delete(answer.metadata.reply_to_message_id)
         except (ValueError, TypeError, LookupError, AttributeError):  # no message, or a part with another digest
             return 400, b""
@@ -359,6 +383,23 @@ class Link:
             self._given[row["message_id"]] += 1
             if self._given[row["message_id"]] < _MOST_TIMES:
                 _sql(self._state).query(_AGAIN, {"id": row["message_id"]})
+
+    def _is_of_another(self, message: str, node: int) -> bool:
+        """Whether a message that waits for its answer is for another node."""
+        return bool(_sql(self._state).query(_FOR_ANOTHER, {"id": message, "node": uint64_to_int64(node)}))
+
+    def _is_addressed(self, name: str, node: int) -> bool:
+        """Whether an object is part of a message for this node."""
+        return bool(_sql(self._state).query(_ADDRESSED, {"id": name, "node": uint64_to_int64(node)}))
+
+    def _is_new(self, tree: Any, node: int) -> bool:
+        """Whether no object of an answer is a message of the coordinator, or another node's answer.
+
+        Objects are deleted with the answer, so a node could delete what belongs to others by naming it as its own.
+        """
+        names = part_names(tree)
+        wanted = {f"name{number}": names[min(number, len(names) - 1)] for number in range(MOST_PARTS)}
+        return not _sql(self._state).query(_OTHERS, {**wanted, "node": uint64_to_int64(node)})
 
     def _own(self, request: Any, node: int) -> bool:
         if isinstance(request, ActivateNodeRequest):
@@ -459,8 +500,7 @@ class LinkGrid(Grid):
         with _sql(self._state).session():
             if self._state.store_message_ins(remove_content_from_message(message)) is None:
                 return ""
-            for name in self._state.object_store.preregister(self._run, objects.tree):
-                self._state.object_store.put(name, objects.contents[name])
+            _store_of(self._state).store_all(self._run, objects.tree, objects.contents)
         return str(message.metadata.message_id)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -564,16 +604,24 @@ def _is_one_of_ours(push: PushMessagesRequest) -> bool:
     """Whether one message is announced, under its own name and with as few parts as privet's messages have.
 
     Flower stores every announced object, and accepts any number of trees of any size for one answer. A site could fill
-    the coordinator's disk with it.
+    the coordinator's disk with it. And it stores a NaN for a time, which SQLite reads as NULL: all later queries for
+    answers of the run would fail.
     """
     if len(push.messages_list) != 1 or len(push.message_object_trees) != 1:
         return False
-    tree = push.message_object_trees[0]
+    tree, metadata = push.message_object_trees[0], push.messages_list[0].metadata
+    if not (math.isfinite(metadata.created_at) and math.isfinite(metadata.ttl)):
+        return False
     try:
         part_names(tree)
     except ProtocolError:
         return False
-    return bool(tree.object_id == push.messages_list[0].metadata.message_id)
+    return bool(tree.object_id == metadata.message_id)
+
+
+def _store_of(state: LinkState) -> FileObjectStore:
+    """Return the state's object store with the type that `open_state` gave it."""
+    return cast(FileObjectStore, state.object_store)
 
 
 def _sql(state: LinkState) -> Any:

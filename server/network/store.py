@@ -11,11 +11,17 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flwr.server.superlink.linkstate import LinkState, SqlLinkState
-from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_children_ids_from_object_content,
+    get_object_id,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.superlink.config_loader import get_federation_manager
@@ -28,6 +34,10 @@ _OLD = 3600.0
 _NAME = re.compile("[0-9a-f]{64}")
 # No object begins like this: `validate_object_content` requires the name of a kind.
 _MARK = b"\x00in a file"
+_CHILDREN = "SELECT child_id FROM object_children WHERE parent_id = :id"
+_UNREFER = f"UPDATE objects SET ref_count = ref_count - 1 WHERE ref_count > 0 AND object_id IN ({_CHILDREN})"  # noqa: S608 - no value
+# The database deletes the object's links, to its children and of its parents, with it.
+_EVICT = "DELETE FROM objects WHERE object_id = :id"
 
 
 class FileObjectStore(SqlObjectStore):
@@ -60,6 +70,40 @@ class FileObjectStore(SqlObjectStore):
         finally:
             partial.unlink(missing_ok=True)
         super().put(object_id, _MARK)
+
+    def store_all(self, run_id: int, tree: Any, contents: Mapping[str, bytes]) -> None:
+        """Announce a message's objects and store them. Call it within a transaction.
+
+        An object that a node announced before with false children gives way. Otherwise a node that expects a message
+        to come, since parts of messages repeat, could make it undeliverable to everybody.
+
+        Args:
+            run_id: The run.
+            tree: The objects, as Flower names them.
+            contents: Their bytes, by digest.
+
+        Raises:
+            ValueError: The tree does not fit the contents, or a part has another digest.
+        """
+        try:
+            new = self.preregister(run_id, tree)
+        except ValueError:
+            self._evict_false(tree, contents)
+            new = self.preregister(run_id, tree)
+        for name in new:
+            self.put(name, contents[name])
+
+    def _evict_false(self, tree: Any, contents: Mapping[str, bytes]) -> None:
+        """Delete the objects that are stored with other children than their contents have."""
+        for part in iterate_object_tree(tree):
+            name, content = part.object_id, contents[part.object_id]
+            announced = {child.object_id for child in part.children}
+            if name not in self or {row["child_id"] for row in self.query(_CHILDREN, {"id": name})} == announced:
+                continue
+            if get_object_id(content) != name or set(get_object_children_ids_from_object_content(content)) != announced:
+                raise ValueError("the announced parts of an object are not those of its content")
+            self.query(_UNREFER, {"id": name})
+            self.query(_EVICT, {"id": name})
 
     def get(self, object_id: str) -> bytes | None:
         """Return an object; empty bytes if it has not arrived, None if it was not announced or is lost."""

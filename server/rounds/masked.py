@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,14 @@ from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import read_step, read_sums
 from privet.common.secagg.block_sums import BlockAggregator
-from privet.common.secagg.coordinator import Aggregator, BrokenPromiseError
+from privet.common.secagg.coordinator import Aggregator, BrokenPromiseError, Unmasking
+from privet.common.secagg.dealt_sums import DealtAggregator
 from privet.common.secagg.encoding import decode as read
 from privet.common.secagg.encoding import encode
 from privet.common.secagg.messages import (
     Advertise,
     Confirm,
+    Deal,
     Joined,
     Links,
     Masked,
@@ -53,13 +55,24 @@ from privet.server.rounds.participants import Participant, RoundSum, too_few
 # A group is left out if the norm of its mean update is more than this many times the median group's.
 _OUTLYING = 2.0
 _FAR = "the norm of the group's mean update is over twice the median group's"
-_LATE = Failure(
+LATE = Failure(
     "TimeoutError",
     "the site did not answer before the deadline",
     "check that the site is running and online, or allow more time for a round",
 )
 _VERSION = "run the same version of privet at the site and at the coordinator"
-AnswerKind = type[Advertise] | type[Links] | type[Joined] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
+AnswerKind = (
+    type[Advertise]
+    | type[Links]
+    | type[Deal]
+    | type[Joined]
+    | type[Shares]
+    | type[Masked]
+    | type[Confirm]
+    | type[Reveal]
+)
+Side = Aggregator | BlockAggregator | DealtAggregator
+"""The coordinator's side of a round, or of a block."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,9 @@ class Waits:
     training: float
 
 
-_A = TypeVar("_A", Aggregator, BlockAggregator)
-
-
 @dataclass(eq=False)
-class Group(Generic[_A]):
-    """The sites of one sum, and what each of the five exchanges asks of them.
+class Group:
+    """The sites of one sum, and what each exchange asks of them.
 
     Attributes:
         names: The sites, by their numbers in the protocol.
@@ -98,7 +108,7 @@ class Group(Generic[_A]):
     study: Study
     study_digest: str
     parameters: Parameters
-    coordinator: _A
+    coordinator: Side
     failures: dict[str, Failure] = field(default_factory=dict)
     lost: ProtocolError | VerificationError | None = None
     spoiled: frozenset[str] = frozenset()
@@ -116,17 +126,27 @@ class Group(Generic[_A]):
 
     def deliveries(self) -> dict[int, Message]:
         """Return the encrypted shares that the sites sent each other, by receiver."""
-        return {site: self.secured(body) for site, body in self.coordinator.deliveries().items()}
+        return self.each(self.coordinator.deliveries())
 
-    def survivors(self: Group[Aggregator]) -> dict[int, Message]:
+    def survivors(self) -> dict[int, Message]:
         """Return whose updates arrived, for each site to confirm."""
-        found = self.coordinator.survivors()
+        found = self._unmasking.survivors()
         check_columns(self.study, [self.names[site] for site in found], self.parameters.corrupt, self.opened.round)
-        return {site: self.secured(body) for site, body in found.items()}
+        return self.each(found)
 
-    def proofs(self: Group[Aggregator]) -> dict[int, Message]:
+    def proofs(self) -> dict[int, Message]:
         """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""
-        return {site: self.secured(body) for site, body in self.coordinator.proofs().items()}
+        return self.each(self._unmasking.proofs())
+
+    @property
+    def _unmasking(self) -> Unmasking:
+        if isinstance(self.coordinator, BlockAggregator):
+            raise ProtocolError("a block without drop-outs has no list of survivors", "report this as a bug")
+        return self.coordinator
+
+    def each(self, bodies: Mapping[int, Any]) -> dict[int, Message]:
+        """Return the messages of the protocol, by number of the site."""
+        return {site: self.secured(body) for site, body in bodies.items()}
 
     def secured(self, body: Any) -> Message:
         """Return a message of the protocol for this round."""
@@ -184,8 +204,8 @@ def group_of(
     spec: AdapterSpec,
     opened: RoundOpen,
     members: Mapping[str, Participant],
-    coordinator: Callable[[Any], _A],
-) -> Group[_A]:
+    coordinator: Callable[[Any], Side],
+) -> Group:
     """Return the state of one sum of a round, over `members` in name order.
 
     Args:
@@ -214,14 +234,14 @@ def group_of(
 
 def take(
     exchange: Exchange,
-    groups: Sequence[Group[_A]],
+    groups: Sequence[Group],
     kind: AnswerKind,
-    requests: Callable[[Group[_A]], Mapping[int, Message]],
+    requests: Callable[[Group], Mapping[int, Message]],
     timeout: float,
 ) -> None:
     """Run one exchange with all groups at once. A group with too few sites for it is lost for this round."""
     asked: dict[int, Message] = {}
-    awaited: dict[int, tuple[Group[_A], int]] = {}
+    awaited: dict[int, tuple[Group, int]] = {}
     for group in groups:
         if group.lost is None:
             try:
@@ -240,10 +260,10 @@ def take(
             if failure is not None:
                 group.failures[group.names[site]] = failure
     for group, site in awaited.values():
-        group.failures[group.names[site]] = _LATE
+        group.failures[group.names[site]] = LATE
 
 
-def _admit(group: Group[_A], site: int, kind: AnswerKind, reply: Message) -> Failure | None:
+def _admit(group: Group, site: int, kind: AnswerKind, reply: Message) -> Failure | None:
     """Pass a site's answer to the protocol; return why the site dropped out, if it did."""
     if isinstance(reply, Failure):
         return reply
@@ -264,7 +284,7 @@ def _admit(group: Group[_A], site: int, kind: AnswerKind, reply: Message) -> Fai
     return None
 
 
-def finish(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[str, Participant]) -> GroupSum | None:
+def finish(study: Study, spec: AdapterSpec, group: Group, cohort: Mapping[str, Participant]) -> GroupSum | None:
     """Unmask a group's sum, or return None where too few sites are left or a site sent values that spoil it."""
     if group.lost is not None:
         return None
@@ -281,7 +301,7 @@ def finish(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[st
     return None
 
 
-def _unmask(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[str, Participant]) -> GroupSum:
+def _unmask(study: Study, spec: AdapterSpec, group: Group, cohort: Mapping[str, Participant]) -> GroupSum:
     """Unmask a group's sum.
 
     Raises:
@@ -304,7 +324,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: Group[_A], cohort: Mapping[s
         "suite": p.suite.value,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
-    if isinstance(group.coordinator, BlockAggregator):
+    if isinstance(group.coordinator, BlockAggregator | DealtAggregator):
         document["block"] = group.coordinator.parameters.round
     if study.distributed:
         # The sum is divided by the expected number of units, which is public; the number drawn is private. That of
@@ -332,7 +352,7 @@ def _without_outliers(sums: Sequence[GroupSum]) -> list[GroupSum]:
     return [total for total in sums if total.norm * total.weight <= limit * max(total.weight, usual)]
 
 
-def combine(study: Study, finished: Sequence[tuple[Group[_A], GroupSum | None]], opened: RoundOpen) -> RoundSum:
+def combine(study: Study, finished: Sequence[tuple[Group, GroupSum | None]], opened: RoundOpen) -> RoundSum:
     """Add the sums of all groups, without those far longer than the median."""
     failures = {name: failure for group, _ in finished for name, failure in group.failures.items()}
     sums = [total for _, total in finished if total is not None]

@@ -99,6 +99,7 @@ def run_study(
             log.keep_in_step()
             check_permit(run.study, now())
             participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
+            check_permit(run.study, now())  # again: sites may have been waited for past midnight
             left = log.left
             # The log has this cohort; another one would be a second `round-open` of the same round. If one of its
             # sites is missing, the round cannot be run as logged, so it is aborted.

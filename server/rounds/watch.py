@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from privet.common.log.encoding import shown
 from privet.common.progress import duration
 from privet.common.secagg.encoding import asks_for_keys, is_kind
-from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Step, Survivors
+from privet.common.secagg.messages import (
+    DealDelivery,
+    Delivery,
+    Expected,
+    Finish,
+    LinkDelivery,
+    Proof,
+    Roster,
+    Step,
+    Survivors,
+)
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
 
@@ -18,7 +28,10 @@ _SECURED = {
     Roster: "exchange shares of the masks",
     Delivery: TRAIN,
     LinkDelivery: "check the keys for the masks",
+    DealDelivery: "check the keys for the masks",
     Step: TRAIN,
+    Expected: TRAIN,
+    Finish: "reveal shares of the masks",
     Survivors: "confirm whose updates arrived",
     Proof: "reveal shares of the masks",
 }

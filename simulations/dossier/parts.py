@@ -26,6 +26,7 @@ EACH_SITE = "each site"
 _UNBOUNDED = "Nothing bounds what is learnt about one person, as there is no differential privacy."
 _MOST_EXPONENT, _LONG = 700.0, 14.0
 """An exponent whose power is a float64, and one from which on the power is too long to read."""
+_MARKS = str.maketrans("“”„«»", "'''''")
 _EGRESS = "egress-decision"
 """Type of a statement that an adapter may leave, or may not. Of its fields, all are shown."""
 _ATTACKS = {
@@ -80,15 +81,25 @@ def day_of(time: float) -> str:
     return datetime.fromtimestamp(min(time, 253_402_300_799), UTC).strftime("%Y-%m-%d")
 
 
+def quoted(text: str) -> str:
+    """Return others' words between quotation marks that they cannot close: what follows them is privet's statement."""
+    return f"“{text.translate(_MARKS)}”"
+
+
 def purpose(evidence: Evidence) -> list[Sentence]:
     """Return purpose, legal basis and contacts in the study's own words."""
     found = evidence.study.purpose
     if found is None:
         return [missing("the purpose, the legal basis and contacts, as the study has no table [purpose]")]
     return [
-        Sentence(f"Purpose, in the study's words: “{found.text}”", evidence.field("purpose.text")),
-        Sentence(f"Legal basis, in the study's words: “{found.legal_basis}”", evidence.field("purpose.legal_basis")),
-        Sentence(f"Contacts: {'; '.join(found.contacts)}.", evidence.field("purpose.contacts")),
+        Sentence(f"Purpose, in the study's words: {quoted(found.text)}", evidence.field("purpose.text")),
+        Sentence(
+            f"Legal basis, in the study's words: {quoted(found.legal_basis)}", evidence.field("purpose.legal_basis")
+        ),
+        Sentence(
+            f"Contacts, in the study's words: {', '.join(map(quoted, found.contacts))}.",
+            evidence.field("purpose.contacts"),
+        ),
         Sentence(
             "privet checks none of these statements. Sites are shown them before they approve the study.",
             Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
@@ -127,7 +138,7 @@ def release(evidence: Evidence) -> list[Sentence]:
             said.append(
                 Sentence(
                     f"On {day_of(statement.time)} the coordinator stated that the adapter is {fields['state']}: "
-                    f"“{fields['reason']}”",
+                    f"{quoted(fields['reason'])}",
                     evidence.at(each, statement),
                 )
             )

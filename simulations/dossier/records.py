@@ -317,7 +317,7 @@ def _sheets(evidence: Evidence) -> list[Section]:
             text = f"A member of the consortium since {parts.day_of(joined.time)}."
             sites[member.site].membership.append(Sentence(text, leaf))
     for leaf, revoked in evidence.all(Revoke):
-        text = f"Revoked on {parts.day_of(revoked.time)}: {revoked.reason}."
+        text = f"Revoked on {parts.day_of(revoked.time)}: {parts.quoted(revoked.reason)}."
         sites[revoked.site].membership.append(Sentence(text, leaf))
     for leaf, opened in evidence.all(RoundOpened):
         for site in opened.cohort:

@@ -174,7 +174,7 @@ def dpia(evidence: Evidence) -> Document:
                     *parts.hidden_sums(evidence),
                     *_policies(evidence),
                     *parts.egress(evidence),
-                    *_withdrawal(),
+                    *_withdrawal(evidence),
                     missing("measures at the sites' machines, and the training of their staff", EACH_SITE),
                 ),
             ),
@@ -256,13 +256,23 @@ def _policies(evidence: Evidence) -> list[Sentence]:
     ]
 
 
-def _withdrawal() -> list[Sentence]:
+def _withdrawal(evidence: Evidence) -> list[Sentence]:
+    bound = {
+        "patient": "Differential privacy bounds what this run's results tell about one patient of a site.",
+        "record": "Differential privacy bounds what this run's results tell about one record, and less about a person "
+        "with several.",
+    }
+    study = evidence.study
     return [
         Sentence(
-            "A site can withdraw a person from all later studies. What earlier studies released stays released, and "
-            "differential privacy bounds what it tells about that person.",
+            "A site can withdraw a person from all later studies. What earlier studies released stays released.",
             Claim("docs/operate-site.md", "a-person-withdraws"),
-        )
+        ),
+        Sentence(
+            bound[study.privacy.unit] if study.private else "Nothing bounds what this run's results tell about them.",
+            evidence.field("privacy.mode"),
+            *((evidence.field("privacy.unit"), Claim("docs/privacy.md", "the-guarantee")) if study.private else ()),
+        ),
     ]
 
 
@@ -372,11 +382,11 @@ def hipaa_activity(evidence: Evidence) -> Document:
         elif isinstance(each, Join):
             said.append(Sentence(f"{when}: {each.member.site} joins.", at))
         elif isinstance(each, Revoke):
-            said.append(Sentence(f"{when}: {each.site} is revoked ({each.reason}).", at))
+            said.append(Sentence(f"{when}: {each.site} is revoked ({parts.quoted(each.reason)}).", at))
         elif isinstance(each, RunOpen):
             said.append(Sentence(f"{when}: the coordinator opens run {each.run}.", at))
         elif isinstance(each, RoundAbort):
-            said.append(Sentence(f"{when}: round {each.round} is aborted: {each.reason}", at))
+            said.append(Sentence(f"{when}: round {each.round} is aborted: {parts.quoted(each.reason)}", at))
         elif isinstance(each, Refusal):
             what = f"round {each.round}" if each.round else "the run"
             said.append(Sentence(f"{when}: {each.site} refuses {what} with {each.code}.", at))
@@ -462,8 +472,8 @@ def permit(evidence: Evidence) -> Document | None:
     if found is None:
         return None
     said = [
-        Sentence(f"Number: {found.number}.", evidence.field("purpose.permit.number")),
-        Sentence(f"Permitted purpose: “{found.purpose}”", evidence.field("purpose.permit.purpose")),
+        Sentence(f"Number: {parts.quoted(found.number)}.", evidence.field("purpose.permit.number")),
+        Sentence(f"Permitted purpose: {parts.quoted(found.purpose)}", evidence.field("purpose.permit.purpose")),
         Sentence(f"Last day: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
     ]
     times = parts.rounds_in_time(evidence)

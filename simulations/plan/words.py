@@ -109,7 +109,7 @@ def advice_lines(advice: Advice, declared: Declared) -> Iterator[str]:
         yield f"noise       {advice.ratio:.1f} times the mean gradient of a round, in norm"
     sent, received = _traffic(advice, declared)
     times = (
-        f"{seconds_on(*network, exchanges_of(study), sent + received):.2g} s at {name}"
+        f"{seconds_on(*network, exchanges_of(study, len(declared.consortium.units)), sent + received):.2g} s at {name}"
         for name, network in NETWORKS.items()
     )
     yield f"traffic     about {sent / 1e6:.2f} MB up and {received / 1e6:.2f} MB down per site and round"

@@ -18,7 +18,17 @@ from dataclasses import dataclass, replace
 
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.secagg.encoding import asks_for_keys, kind_of
-from privet.common.secagg.messages import Delivery, LinkDelivery, Proof, Roster, Step, Survivors
+from privet.common.secagg.messages import (
+    DealDelivery,
+    Delivery,
+    Expected,
+    Finish,
+    LinkDelivery,
+    Proof,
+    Roster,
+    Step,
+    Survivors,
+)
 from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.simulations.data.scenario import Network, Range, Stage
 
@@ -26,7 +36,10 @@ _ASKED: dict[type, Stage] = {
     Roster: "share",
     Delivery: "train",
     LinkDelivery: "share",
+    DealDelivery: "share",
     Step: "train",
+    Expected: "train",
+    Finish: "reveal",
     Survivors: "confirm",
     Proof: "reveal",
 }

@@ -12,12 +12,15 @@ from privet.client.training.footprint import measured_bytes
 from privet.client.training.host import ModelHost
 from privet.client.training.model import check_terms, choose_autocast, choose_device, open_host
 from privet.client.training.packing import Shape
-from privet.common.masking.groups import corrupt_sites
+from privet.common.masking.groups import corrupt_sites, survivors_of
 from privet.common.masking.noise_shares import bits_of, deviation_of_sum, momentum_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon, multipliers
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.privacy.correlated import Band, error_of_sums
+from privet.common.secagg.messages import DEALT_BYTES, DIGEST_BYTES, LINK_BYTES, SECRET_BYTES, TAG_BYTES
 from privet.common.secagg.quantize import lane_bits
+from privet.common.secagg.shamir import SHARE_BYTES
+from privet.common.secagg.suites import CIPHERTEXT_BYTES
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.counts import cells_of
 from privet.common.study.sections import SQUARING
@@ -53,8 +56,10 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
-    down, up = bytes_down(study, host.spec), bytes_up(study, trainable)
-    exchanges = exchanges_of(study)
+    sites = _sites_of(plan)
+    shares_down, shares_up = shares_bytes(study, sites)
+    down, up = bytes_down(study, host.spec) + shares_down, bytes_up(study, trainable) + shares_up
+    exchanges = exchanges_of(study, sites)
     sent = exchanges, down + up
     meaning: dict[str, Any] = {
         "study": study.name,
@@ -104,7 +109,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
             "mode": study.privacy.mode,
         }
         if study.distributed:
-            meaning["shared_noise"] = sharing(study, mechanism, _sites_of(plan))
+            meaning["shared_noise"] = sharing(study, mechanism, sites)
     return meaning
 
 
@@ -199,15 +204,36 @@ def _banded(study: Study, band: Band, less: float) -> dict[str, Any]:
     }
 
 
-def exchanges_of(study: Study) -> float:
+def exchanges_of(study: Study, sites: int) -> float:
     """Return the exchanges of a round: in each, a message goes to a site and an answer comes back.
 
-    With `secure_aggregation.block`, the mean over a block: one for each round, and the set-up.
+    With `secure_aggregation.block`, the mean over a block of a cohort of `sites` that all answer: one for each round,
+    two where a site may drop out, and the set-up.
     """
     block = study.secure_aggregation.block
     if block is None:
         return _EXCHANGES[study.secure_aggregation.mode]
-    return 1 + _SET_UP / min(block, study.rounds)
+    return (2 if _tolerates(study, sites) else 1) + _SET_UP / min(block, study.rounds)
+
+
+def _tolerates(study: Study, sites: int) -> bool:
+    """Return whether a block of a cohort of `sites` tolerates drop-outs."""
+    return study.secure_aggregation.block is not None and survivors_of(study, sites, sites) < sites
+
+
+def shares_bytes(study: Study, sites: int) -> tuple[int, int]:
+    """Return the bytes of shares and tags that a site receives and sends in a round, on the mean over a block.
+
+    Only a block that tolerates drop-outs has them in each round (docs/secure-aggregation.md, section 15).
+    """
+    block = study.secure_aggregation.block
+    if block is None or not _tolerates(study, sites):
+        return 0, 0
+    others, rounds = sites - 1, min(block, study.rounds)
+    dealt = others * (DIGEST_BYTES + DEALT_BYTES + (CIPHERTEXT_BYTES + LINK_BYTES) / rounds)
+    tags = others * TAG_BYTES
+    wraps = others / 2 * SECRET_BYTES
+    return math.ceil(dealt + tags), math.ceil(dealt + 2 * DIGEST_BYTES + tags + wraps + sites * SHARE_BYTES)
 
 
 def seconds_on(megabits: float, delay: float, exchanges: float, size: int) -> float:

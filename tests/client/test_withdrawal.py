@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from privet.client.budget import withdrawals
 from privet.client.budget.certificate import verified
+from privet.client.budget.chain import Chain
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.withdrawals import Places, Withdrawals, withdrawn_of
 from privet.client.commands import doctor
 from privet.client.commands.withdrawal import withdraw
+from privet.client.release.asking import Asked, trained_records
 from privet.client.release.material import UNNAMED, read_material
+from privet.client.rounds.answers import answer
 from privet.client.scan.scanning import Source, scan
 from privet.client.setup import move_anchor
 from privet.client.site import SiteConfig, load_site
@@ -24,6 +32,7 @@ from privet.client.training.examination import examine
 from privet.client.training.ids import names_by_rule
 from privet.common.clock import now
 from privet.common.errors import DataError, PolicyError, RefusedError, StateError, StudyError, VerificationError
+from privet.common.study.messages import Failure, Offer
 from privet.common.study.study import Study
 from tests.support.consortium_world import run
 from tests.support.tiny import private, rows_for, site_toml, tiny_study, worker_of
@@ -198,6 +207,11 @@ def test_withdrawing_twice_changes_nothing(tmp_path: Path, study: Study) -> None
     assert "1 more were withdrawn before" in gone(site, "0101", "0102")
     gone(site, "0102")
     after = withdrawn_of(load_site(site))
+    # A certificate that was written stays: another one would name studies that were begun since.
+    first = tmp_path / "certificates/withdrawal-000002.json"
+    written = first.stat().st_mtime_ns
+    gone(site, "0101")
+    assert first.stat().st_mtime_ns == written
     assert head is not None
     assert after is not None
     assert (head.head[0], after.head[0]) == (2, 3)
@@ -220,6 +234,14 @@ def test_without_marks_key_or_anchor_nothing_is_read(tmp_path: Path, study: Stud
         with pytest.raises(StateError, match="is missing"):
             site_records(config, study)
         file.with_suffix(".away").rename(file)
+    key = places.key.read_bytes()
+    places.key.write_bytes(b"11" * 32)
+    with pytest.raises(StateError, match="another one than the marks"):
+        site_records(config, study)
+    (site.parent / "more.txt").write_text("0102")
+    with pytest.raises(StateError, match="another one than the marks"):
+        run(withdraw, site, "--unit-file", site.parent / "more.txt")
+    places.key.write_bytes(key)
     places.key.chmod(0o644)
     with pytest.raises(StateError, match="can read the key"):
         site_records(config, study)
@@ -310,6 +332,146 @@ def test_what_names_nobody_is_refused(
         run(withdraw, site, "--renamed")
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [Decimal(n) for n in range(101, 107)],
+        [str(n).encode() for n in range(101, 107)],
+        [[str(n)] for n in range(101, 107)],
+        [2.0**53 + 2 * n for n in range(101, 107)],
+        [n + 0.5 for n in range(101, 107)],
+    ],
+    ids=["decimals", "bytes", "lists", "large floats", "fractions"],
+)
+def test_ids_that_cannot_be_compared_are_refused_also_where_the_study_names_no_unit(
+    tmp_path: Path, study: Study, bert: Path, ids: list[Any]
+) -> None:
+    site = site_in(tmp_path, study)
+    gone(site, "101")
+    _as_parquet(site, ids)
+    with pytest.raises(DataError, match="cannot be compared"):
+        site_records(load_site(site), tiny_study(bert))
+
+
+def test_floats_of_32_bits_are_no_ids(tmp_path: Path, study: Study, bert: Path) -> None:
+    site = site_in(tmp_path, study)
+    gone(site, "101")
+    _as_parquet(site, pa.array([101.0, 102.0, None, 104.0, 105.0, 106.0], pa.float32()))
+    with pytest.raises(DataError, match="floats of 32 bits"):
+        site_records(load_site(site), tiny_study(bert))
+    _as_parquet(site, pa.array([101.0, 102.0, None, 104.0, 105.0, 106.0], pa.float64()))
+    assert len(site_records(load_site(site), tiny_study(bert))[0]) == 5
+
+
+def _as_parquet(site: Path, ids: Any) -> None:
+    rows = [json.loads(line) for line in (site.parent / "north-train.jsonl").read_text().splitlines()][: len(ids)]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "patient"}
+    pq.write_table(pa.table({**columns, "patient": ids}), site.parent / "north-train.parquet")
+    site.write_text(site.read_text().replace("north-train.jsonl", "north-train.parquet"))
+
+
+def test_an_id_is_spelled_as_in_the_files(tmp_path: Path, study: Study) -> None:
+    ids = ["101,0", "102,0", "103,0"]
+    site = site_in(tmp_path, study, ids, patient_ids="number")
+    site.write_text(f'{site.read_text()}\n[format]\ndecimal = "comma"\n')
+    assert "withdrawn  1 person" in gone(site, "102,0")
+    assert units(load_site(site), study) == {"101", "103"}
+
+
+def test_what_was_one_id_stays_left_out_as_one_under_another_rule(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study, ["0101", "101", "102", "103", "104", "105"], patient_ids="number")
+    gone(site, "0101")
+    assert units(load_site(site), study) == {"102", "103", "104", "105"}
+    site.write_text(site.read_text().replace('patient_ids = "number"', 'patient_ids = "text"'))
+    assert units(load_site(site), study) == {"102", "103", "104", "105"}
+
+
+def test_marks_are_missed_where_all_of_them_are_lost_or_the_ledger_was_moved(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study, studies=[study.digest])
+    gone(site, "0101")
+    line = "withdrawals = true\n"
+    assert line in site.read_text()
+    marked = site.read_text()
+    site.write_text(marked.replace(line, ""))  # as when the process began, before the first withdrawal
+    worker = worker_of(site)
+    worker.open(study)
+    site.write_text(marked)
+    places = Places.of(load_site(site))
+    assert places is not None
+    for file in places.files:
+        file.unlink()
+    with pytest.raises(StateError, match="is missing"):
+        site_records(load_site(site), study)
+    with pytest.raises(StateError, match="are missing"):
+        worker.open(study)
+    with pytest.raises(StateError, match="names no ledger"):
+        withdrawn_of(load_site(site).model_copy(update={"ledger": None}))
+
+
+@pytest.mark.parametrize("step", ["anchor", "key"])
+def test_an_interrupted_first_withdrawal_leaves_a_site_that_reads_and_can_withdraw(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    site = site_in(tmp_path, study)
+
+    def stops(*_: object) -> None:
+        raise StateError("the power failed")
+
+    with monkeypatch.context() as patch:
+        if step == "key":
+            patch.setattr(withdrawals, "write_new", stops)
+        else:
+            patch.setattr(Chain, "start_anchor", stops)
+        with pytest.raises(StateError, match="power"):
+            gone(site, "0101")
+    assert len(units(load_site(site), study)) == len(IDS)
+    gone(site, "0101")
+    assert len(units(load_site(site), study)) == len(IDS) - 1
+
+
+def test_the_coordinator_is_not_told_that_there_are_marks(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study, studies=[study.digest])
+    gone(site, "0101")
+    places = Places.of(load_site(site))
+    assert places is not None
+    said = []
+    damages: list[Callable[[], None]] = [
+        partial(places.key.chmod, 0o644),
+        places.key.unlink,
+        partial(_roll_back, places),
+    ]
+    for damage in damages:
+        damage()
+        reply = answer(lambda: Offer(study.document()), lambda: worker_of(site))
+        assert isinstance(reply, Failure)
+        said.append(reply.message + reply.hint)
+    assert [text for text in said if "withdraw" in text or str(tmp_path) in text] == []
+
+
+def _roll_back(places: Places) -> None:
+    places.key.write_text("00" * 32)
+    places.key.chmod(0o600)
+    assert places.anchor is not None
+    places.anchor.write_text(json.dumps({"sequence": 9, "head": "x"}))
+
+
+def test_nobody_is_withdrawn_where_a_count_would_tell_of_it(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study)
+    site.write_text(site.read_text().replace("declared_count = 100\n", ""))
+    (tmp_path / "ids").write_text("0101\n")
+    with pytest.raises(StateError, match="declares no count"):
+        run(withdraw, site, "--unit-file", tmp_path / "ids")
+    assert withdrawn_of(load_site(site)) is None
+
+
+def test_no_answer_of_a_withdrawn_person_is_looked_for_in_a_model(tmp_path: Path, study: Study) -> None:
+    site = site_in(tmp_path, study)
+    gone(site, "0101")
+    config = load_site(site)
+    asked = Asked(files=((UNNAMED, config.test[0]),), train=config.train, withdrawn=withdrawn_of(config))
+    assert len(trained_records(study, asked)) == 2 * (len(IDS) - 1)
+
+
 # The certificate, and a site that leaves
 
 
@@ -359,7 +521,7 @@ def test_a_certificate_before_any_study_says_that_nothing_has_left(tmp_path: Pat
     site = site_in(tmp_path, study)
     gone(site, "0101")
     text = (tmp_path / "certificates/withdrawal-000002.txt").read_text()
-    assert "nothing has left" in text
+    assert "no update made of it has left" in text
     assert "Nothing can be taken back" not in text
 
 

@@ -276,7 +276,9 @@ class Captured:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.keys: list[tuple[list[bytes], list[bytes]]] = []
-        monkeypatch.setattr(masks, "apply", lambda words, plus, minus: self.keys.append((list(plus), list(minus))))
+        monkeypatch.setattr(
+            masks, "apply", lambda words, plus, minus, **more: self.keys.append((list(plus), list(minus)))
+        )
 
 
 def combinations_free_of_masks(rows: list[tuple[list[bytes], list[bytes]]], known: set[bytes]) -> np.ndarray:

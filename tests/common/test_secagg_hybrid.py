@@ -191,7 +191,7 @@ def lying(monkeypatch: pytest.MonkeyPatch, play: Any, liar: int, lie: Callable[[
 def test_a_secret_other_than_the_one_committed_to_names_its_sender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(self: Any, other: int, shares: bytes) -> bytes:
         committed = pair_commitment(self._roster, self._me, other, self._own[other])
-        return bytes(self._ciphertexts[other] + committed + self._there[other].seal(shares + bytes(32), committed))
+        return bytes(self._channels.seal(other, shares + bytes(32), committed))
 
     play = world.World(world.parameters(5, dropouts=2)).advertise()
     lying(monkeypatch, play, 1, lie)
@@ -203,7 +203,7 @@ def invented(self: Any, other: int, shares: bytes) -> bytes:
     """An item with a secret that does not follow from the seed, and a commitment that fits it."""
     self._own[other] = b"invented" * 4
     committed = pair_commitment(self._roster, self._me, other, self._own[other])
-    return bytes(self._ciphertexts[other] + committed + self._there[other].seal(shares + self._own[other], committed))
+    return bytes(self._channels.seal(other, shares + self._own[other], committed))
 
 
 @pytest.mark.parametrize("liar", [0, 2, 4])

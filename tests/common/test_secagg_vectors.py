@@ -14,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 
-from privet.common.secagg import block, encoding, masks, messages, quantize, site, suites
+from privet.common.secagg import block, dealt, encoding, masks, messages, quantize, site, suites
 from privet.common.secagg.block_sums import BlockAggregator
 from privet.common.secagg.coordinator import Aggregator
+from privet.common.secagg.dealt_sums import DealtAggregator
 from privet.common.secagg.quantize import Segment
 from privet.common.secagg.suites import Suite
 from privet.common.secagg.terms import Floor
@@ -67,8 +68,9 @@ class Cast:
             segments=tuple(Segment(**segment) for segment in case["segments"]),
             suite=Suite(case.get("suite", "x25519")),
         )
-        if "rounds" in case:
-            self.parameters = messages.BlockParameters(**vars(self.parameters), rounds=case["rounds"])
+        kind = {"block": messages.BlockParameters, "dealt": messages.DealtParameters}.get(reference.kind_of(case))
+        if kind is not None:
+            self.parameters = kind(**vars(self.parameters), rounds=case["rounds"])
 
     def advertise(self, i: int) -> Any:
         parameters = self.parameters
@@ -81,7 +83,7 @@ class Cast:
 
 def play(case: dict[str, Any]) -> dict[str, Any]:
     """Play the case with the product's code."""
-    return play_block(Cast(case)) if "rounds" in case else play_round(Cast(case))
+    return {"round": play_round, "block": play_block, "dealt": play_dealt}[reference.kind_of(case)](Cast(case))
 
 
 def play_round(cast: Cast) -> dict[str, Any]:
@@ -157,6 +159,56 @@ def play_block(cast: Cast) -> dict[str, Any]:
     return out
 
 
+def play_dealt(cast: Cast) -> dict[str, Any]:
+    case, everyone = cast.case, range(len(cast.who))
+    assert isinstance(cast.parameters, messages.DealtParameters)
+    coordinator = DealtAggregator(cast.parameters)
+    out: dict[str, Any] = {"parameters": encoding.encode(cast.parameters)}
+    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "deal", "join")}
+
+    def send(kind: str, i: int, message: Any) -> None:
+        coordinator.admit(message)
+        out.setdefault(kind, {})[i] = encoding.encode(message)
+
+    def all_of(kind: str, sent: dict[int, Any]) -> dict[int, Any]:
+        out[kind] = {i: encoding.encode(message) for i, message in sent.items()}
+        return sent
+
+    states: dict[int, Any] = {}
+    for i in set(everyone) - missing["advertise"]:
+        states[i], message = cast.advertise(i)
+        send("advertise", i, message)
+    roster = coordinator.roster()
+    out["roster"] = encoding.encode(roster)
+    for i in sorted(states.keys() - missing["deal"]):
+        states[i], message = drawn(dealt.deal, states[i], roster, cast.random[i])
+        send("deal", i, message)
+    deliveries = all_of("deal_delivery", coordinator.deliveries())
+    for i in sorted(deliveries.keys() - missing["join"]):
+        states[i], message = dealt.join(states[i], deliveries[i])
+        send("joined", i, message)
+    digests = [bytes.fromhex(each) for each in (case["inputs"], *case["later_inputs"])]
+    for number, inputs in zip(case["played"], digests, strict=True):
+        name, drops = f" of round {number}", case["drops"].get(str(number), {})
+        expected = coordinator.begin(number, inputs)
+        out["expected" + name] = encoding.encode(expected)
+        for i in sorted(set(expected.sites) - set(drops.get("mask", []))):
+            masked = states[i].mask(number, inputs, expected.sites, cast.words(i), lambda entry: None)
+            send("masked" + name, i, masked)
+        if coordinator.complete:
+            asked, answer = all_of("finish" + name, coordinator.finishes()), "finish"
+        else:
+            for i, message in all_of("survivors" + name, coordinator.survivors()).items():
+                if i not in drops.get("confirm", []):
+                    send("confirm" + name, i, states[i].confirm(message, lambda entry: None))
+            asked, answer = all_of("proof" + name, coordinator.proofs()), "reveal"
+        for i, message in asked.items():
+            if i not in drops.get("reveal", []):
+                send("reveal" + name, i, getattr(states[i], answer)(message, lambda entry: None))
+        out["total" + name] = coordinator.total().words.tobytes()
+    return out
+
+
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 def test_the_product_reproduces_the_committed_transcript(path: Path) -> None:
     case = json.loads(path.read_text())
@@ -170,7 +222,7 @@ def test_the_reference_reproduces_the_committed_transcript(path: Path) -> None:
 
 
 def test_there_is_a_vector_for_every_case() -> None:
-    assert [path.stem for path in VECTORS] == sorted([*reference.CASES, *reference.BLOCKS])
+    assert [path.stem for path in VECTORS] == sorted([*reference.CASES, *reference.BLOCKS, *reference.DEALT])
 
 
 def test_hkdf_and_aes_streams_have_known_values() -> None:

@@ -29,6 +29,8 @@ SHARED_BY_NATURE = {
     "privet.common.audit": "an auditor is a third side, who has this package alone",
     "privet.common.secagg.block": "the other half of the protocol in `privet.common.secagg.block_sums`",
     "privet.common.secagg.block_sums": "the other half of the protocol in `privet.common.secagg.block`",
+    "privet.common.secagg.dealt": "the other half of the protocol in `privet.common.secagg.dealt_sums`",
+    "privet.common.secagg.dealt_sums": "the other half of the protocol in `privet.common.secagg.dealt`",
     "privet.common.secagg.coordinator": "the other half of the protocol in `privet.common.secagg.site`",
     "privet.common.secagg.site": "the other half of the protocol in `privet.common.secagg.coordinator`",
 }

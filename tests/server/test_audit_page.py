@@ -31,11 +31,11 @@ from privet.common.log import checkpoint, gate, mldsa, note
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, cosign, parse_note, sign_note
-from privet.common.log.statements import AdapterState
+from privet.common.log.statements import AdapterState, RoundClose
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle
 from privet.common.masking.isolation import Isolation, Sums
 from privet.common.pki.words import words_of
-from privet.common.study.average import AVERAGED
+from privet.common.study.average import AVERAGED, averaged_name
 from tests.conftest import Run
 from tests.support import chromium
 from tests.support.chromium import Tab, browser
@@ -90,6 +90,13 @@ def _same_study(files: Mapping[str, bytes], run: Any) -> str:
     return ""
 
 
+def _of_closed_rounds(files: Mapping[str, bytes], run: Any) -> str:
+    named = {averaged_name(end.round) for end in run.ends.values() if isinstance(end, RoundClose)}
+    if any(name.startswith(AVERAGED) and name not in named for name in files):
+        raise VerificationError("an adapter of no round")
+    return ""
+
+
 def _nothing(*_: object) -> str:
     return ""
 
@@ -106,7 +113,7 @@ LEFT_OUT: dict[str, list[Callable[[], Any]]] = {
         partial(patch.object, bundle, "check_counts", _nothing),
         partial(patch.object, bundle, "_check_result", _nothing),
     ],
-    "average": [partial(patch.dict, bundle._CHECKS, {AVERAGED: _nothing})],
+    "average": [partial(patch.dict, bundle._CHECKS, {AVERAGED: _of_closed_rounds})],
     "weights": [partial(patch.object, bundle, "verify_files", _nothing)],
     "privacy-statement": [partial(patch.object, bundle, "_check_privacy", _nothing)],
     "canaries": [

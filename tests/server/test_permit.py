@@ -13,7 +13,7 @@ from privet.client.policy.rules import Facts, judge
 from privet.client.site import SiteConfig
 from privet.common.errors import RefusedError, StudyError
 from privet.common.study.study import Study
-from privet.common.study.terms import check_permit, purpose_text
+from privet.common.study.terms import check_permit, check_until, purpose_text
 from privet.server.rounds import rounds
 from privet.server.studies import check_new
 from tests.client.test_policy import NOON, policy_of
@@ -85,9 +85,20 @@ def test_a_site_refuses_after_the_permit_s_last_day_whatever_its_policy_says() -
     assert judge(policy_of(), agreed(purpose=PURPOSE), Facts(**{**vars(facts), "now": NOON})) == ()
 
 
-def test_the_coordinator_begins_no_run_and_opens_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_day_of_all_is_a_day_without_end() -> None:
+    study = masked_study(
+        purpose={**PURPOSE, "permit": {**PERMIT, "expires": "9999-12-31"}}, release={"until": "9999-12-31"}
+    )
+    check_permit(study, LAST)
+    check_until(study, LAST)
+
+
+@pytest.mark.parametrize("late", [4, 5])  # before sites are asked for round 3, and while they are waited for
+def test_the_coordinator_begins_no_run_and_opens_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
     study = masked_study(training={"rounds": 3}, purpose={**PURPOSE, "permit": PERMIT})
-    times = iter([LAST, LAST, LAST + timedelta(seconds=1)])
+    times = iter([*[LAST] * late, LAST + timedelta(seconds=1)])
     monkeypatch.setattr(rounds, "now", lambda: next(times))
     world = world_of(tmp_path / "world", study)
     with pytest.raises(RefusedError, match=r"the permit of study .* has expired") as caught:

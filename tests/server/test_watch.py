@@ -6,16 +6,34 @@ import io
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from privet.common.errors import TooFewSitesError
+from privet.common.secagg.encoding import KIND_NUMBERS
+from privet.common.secagg.messages import (
+    BlockParameters,
+    DealDelivery,
+    DealtParameters,
+    Delivery,
+    Expected,
+    Finish,
+    LinkDelivery,
+    Parameters,
+    Proof,
+    Roster,
+    Signed,
+    Step,
+    Survivors,
+)
 from privet.common.study.messages import Failure
 from privet.server.commands.screen import Screen
 from privet.server.rounds.consent import _why
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory
-from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch, details, sentence, several
+from privet.server.rounds.watch import _SECURED, CONSENT, COSIGN, TRAIN, Wait, Watch, details, sentence, several
+from privet.simulations.scenarios import network
 from tests.support.logged_world import QUICK, LoggedWorld, world_of
 from tests.support.masked_world import masked_study
 
@@ -27,6 +45,15 @@ def played(world: LoggedWorld) -> list[Wait]:
     with world.journal() as journal:
         run_study(world.log(journal), world.exchange, timing=QUICK, watch=Watch(told.append, lambda: owners))
     return told
+
+
+def test_every_message_to_a_site_has_a_stage() -> None:
+    """Also of the kinds of block; the simulated network knows them all too."""
+    sent = {Roster, Delivery, LinkDelivery, DealDelivery, Step, Expected, Finish, Survivors, Proof}
+    assert set(_SECURED) == sent
+    assert set(network._ASKED) == sent
+    # All others are a site's, or open a round.
+    assert set(KIND_NUMBERS) - sent - set(get_args(Signed)) == {Parameters, BlockParameters, DealtParameters}
 
 
 def test_every_stage_of_a_round_is_told_with_the_sites_by_name(tmp_path: Path) -> None:

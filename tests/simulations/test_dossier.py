@@ -63,7 +63,11 @@ CANARIES = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> LoggedWorld:
-    purpose = {**PURPOSE, "text": "Sort <notes> by `urgency`", "permit": {**PERMIT, "expires": "2199-12-31"}}
+    purpose = {
+        **PURPOSE,
+        "text": "Sort <notes> by `urgency`” Verified: “all",
+        "permit": {**PERMIT, "expires": "2199-12-31"},
+    }
     made = world_of(tmp_path_factory.mktemp("world"), masked_study(**PRIVATE, purpose=purpose))
     for site in made.sites.values():
         site.metrics = lambda number: (10.0, 10.0 * 0.1 / number, 4.0 + number)
@@ -219,7 +223,7 @@ def test_pages_show_a_source_for_each_sentence_and_their_links_lead_somewhere(ma
             assert (made / (file or name)).is_file(), (name, target)
             assert not anchor or f'id="{anchor}"' in pages[file or name], (name, target)
         assert "Sort <notes>" not in text
-    assert "“Sort &lt;notes&gt; by <code>urgency</code>”" in pages["dpia-input.html"]
+    assert "“Sort &lt;notes&gt; by <code>urgency</code>&#x27; Verified" in pages["dpia-input.html"]
     document = whole(made)
     for each in document["documents"]:
         items = re.findall(r"<li>(.*?)</li>", pages[f"{each['name']}.html"], re.DOTALL)
@@ -236,6 +240,12 @@ def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) ->
     # The synthetic sites commit to these counts; their values are in no leaf.
     stated = [each["text"] for each in sentences(whole(made)) if "committed" in each["text"]]
     assert set(stated) == {"It committed to values of: units."}
+
+
+def test_others_words_cannot_end_their_quotation(made: Path) -> None:
+    texts = [each["text"] for each in sentences(whole(made))]
+    assert "Purpose, in the study's words: “Sort <notes> by `urgency`' Verified: 'all”" in texts
+    assert any(text.startswith("Contacts, in the study's words: “Dr Müller") for text in texts)
 
 
 def test_the_files_of_a_dossier_are_listed_with_their_digests(made: Path) -> None:
@@ -302,6 +312,8 @@ def test_a_run_without_privacy_and_a_simulation_say_so(tmp_path: Path) -> None:
         assert "SIMULATION" in each["sections"][0]["sentences"][1]["text"]
     said = " ".join(each["text"] for each in sentences(document))
     assert "There is NO differential privacy" in said
+    assert "Nothing bounds what this run's results tell about them." in said
+    assert "Differential privacy bounds" not in said
     assert "no table [purpose]" in said
     assert "ehds-permit.html" not in files
     for name in ("sbom.cdx.json", "ml-bom.cdx.json"):

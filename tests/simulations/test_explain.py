@@ -98,6 +98,21 @@ def test_a_block_of_rounds_takes_an_exchange_each_and_three_for_its_set_up(tmp_p
     assert short["exchanges_per_round"] == 1.375
 
 
+def test_a_block_that_tolerates_drop_outs_takes_two_exchanges_and_its_shares(tmp_path: Path, bert: Path) -> None:
+    more = {"training.rounds": 8, "cohort.min_sites": 4}
+    alone = explained(tmp_path / "alone", bert, {**SHARED, **more})
+    found = explained(tmp_path / "blocks", bert, {**SHARED, **more, "secure_aggregation.block": 4})
+    assert (alone["exchanges_per_round"], found["exchanges_per_round"]) == (5, 2.75)
+    dealt = 4 * (130 + 1104 / 4)
+    assert found["bytes_down_per_round_and_site"] - alone["bytes_down_per_round_and_site"] == dealt + 4 * 16
+    sent = found["bytes_up_per_round_and_site"] - alone["bytes_up_per_round_and_site"]
+    assert sent == dealt + 64 + 4 * 16 + 2 * 32 + 5 * 33
+    # A cohort that can lose nobody has a block of a single exchange.
+    all_five = {**more, "cohort.min_sites": 5}
+    small = explained(tmp_path / "small", bert, {**SHARED, **all_five, "secure_aggregation.block": 4})
+    assert small["exchanges_per_round"] == 1.75
+
+
 def test_traffic_is_that_of_the_messages(tmp_path: Path, bert: Path) -> None:
     masked = explained(tmp_path / "masked", bert)
     plain = explained(tmp_path / "plain", bert, {"secure_aggregation.mode": "plain"})

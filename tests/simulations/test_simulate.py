@@ -23,6 +23,7 @@ from privet.simulations.runs.simulate import RoundReport, keeping_only_progress,
 from privet.simulations.terminal import continued
 from privet.simulations.terminal.report import round_line
 from tests.support.forks import training_processes
+from tests.support.scenarios import scenario_file
 from tests.support.tiny import LABELS, class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
@@ -81,6 +82,22 @@ def test_a_simulation_whose_sites_share_the_noise_against_one_place_that_adds_al
     assert shared["training"]["noise_multiplier"] == own["training"]["noise_multiplier"]
     assert shared["training"]["mechanism"] != own["training"]["mechanism"]
     assert statements[-1]["masking"][0]["noise"]["of_this_sum"] == pytest.approx(own["training"]["noise_multiplier"])
+
+
+def test_a_simulation_in_blocks_that_tolerate_drop_outs_has_the_sums_of_one_without(tmp_path: Path, bert: Path) -> None:
+    step = {"rounds": 2, "local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0}
+    server = {"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "tau": 1e-6, "largest_count": 100}
+    overrides = {"privacy": private(mode="distributed"), "training": step, "aggregation": server, "cohort.min_sites": 4}
+    found = {}
+    for name, more in (("each", {}), ("block", {"secure_aggregation.block": 2})):
+        file = scenario_file(tmp_path / name, bert, overrides={**overrides, **more})
+        summary = run_simulation(prepare(file, tmp_path / f"run-{name}"))
+        statements = RunDirectory.open(tmp_path / f"run-{name}").load().statements
+        masking = [statement["masking"][0] for statement in statements]
+        found[name] = summary["adapter_digest"], [(each.get("block"), each["min_survivors"]) for each in masking]
+    # Five sites, of which four are enough. Noise and rounding follow from the seed, and the sums are exact.
+    assert found["each"][0] == found["block"][0]
+    assert (found["each"][1], found["block"][1]) == ([(None, 4)] * 2, [(1, 4)] * 2)
 
 
 def test_a_simulation_with_correlated_noise_is_the_same_after_an_interruption(tmp_path: Path, bert: Path) -> None:

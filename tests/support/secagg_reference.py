@@ -1,4 +1,4 @@
-"""A second implementation of `privet-secagg/1` and its blocks, from docs/secure-aggregation.md, in plain integers.
+"""A second implementation of `privet-secagg/1` and of blocks, from docs/secure-aggregation.md, in plain integers.
 
 It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), P-256 (SP 800-186), ML-KEM-768
 (FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written
@@ -518,6 +518,14 @@ def listed(items: list[bytes]) -> bytes:
     return be(len(items), 4) + b"".join(items)
 
 
+PARAMETERS = {"round": 1, "block": 11, "dealt": 16}
+
+
+def kind_of(case: dict[str, Any]) -> str:
+    """A round of its own, a block (section 14), or a block that tolerates drop-outs (section 15)."""
+    return "round" if "rounds" not in case else "dealt" if "drops" in case else "block"
+
+
 class Setup:
     """The set-up of a round or a block: parameters, adverts, roster, and the keys and items of each pair."""
 
@@ -532,7 +540,7 @@ class Setup:
         # Three lanes of 21 bits leave a bit of each word.
         self.packs = self.hybrid and 64 // self.lane * self.lane == 63
         self.modulus = 2**63 if self.packs else 2**64
-        self.parameters = self.header(11 if "rounds" in case else 1) + self._fields()
+        self.parameters = self.header(PARAMETERS[kind_of(case)]) + self._fields()
         self.ph = digest("parameters", self.parameters)
         self.th = bytes(32)
         self.share_key: dict[int, Any] = {}
@@ -542,7 +550,7 @@ class Setup:
         self.encapsulated: dict[tuple[int, int], tuple[bytes, bytes]] = {}
 
     def header(self, number: int) -> bytes:
-        named = number <= 6 or 11 <= number <= 13
+        named = number <= 6 or 11 <= number <= 13 or 16 <= number <= 18
         return b"PSA" + bytes([VERSIONS[self.suite] if named else 1, number])
 
     def _fields(self) -> bytes:
@@ -564,9 +572,11 @@ class Setup:
         )
         return fields + (be(case["rounds"], 2) if "rounds" in case else b"")
 
-    def sign(self, i: int, number: int, body: bytes) -> bytes:
-        head = b"privet-secagg/1 message\0" + bytes([number]) + self.session + be(self.case["round"], 8)
-        return ed25519_sign(self.seeds[i], head + self.ph + self.th + body)
+    def sign(self, i: int, number: int, body: bytes, at: int | None = None, bound: bytes | None = None) -> bytes:
+        """Sign a message of the round `at`, by default the first; `bound` is in the place of th."""
+        round_number = self.case["round"] if at is None else at
+        head = b"privet-secagg/1 message\0" + bytes([number]) + self.session + be(round_number, 8)
+        return ed25519_sign(self.seeds[i], head + self.ph + (self.th if bound is None else bound) + body)
 
     def advertise(self, sites: list[int]) -> tuple[dict[int, bytes], bytes]:
         """Return each site's `Advertise`, and `Roster`."""
@@ -637,7 +647,7 @@ class Setup:
 
 def transcript(case: dict[str, Any]) -> dict[str, Any]:
     """Play the round or the block of `case` and return all messages by kind and site, and the sums' words."""
-    return block_transcript(case) if "rounds" in case else round_transcript(case)
+    return {"round": round_transcript, "block": block_transcript, "dealt": dealt_transcript}[kind_of(case)](case)
 
 
 def round_transcript(case: dict[str, Any]) -> dict[str, Any]:
@@ -838,6 +848,159 @@ def block_transcript(case: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def tag_of(key: bytes, th: bytes, i: int, j: int, what: bytes) -> bytes:
+    return hmac.new(key, th + be(i, 2) + be(j, 2) + what, "sha256").digest()[:16]
+
+
+def sites_listed(sites: list[int]) -> bytes:
+    return listed([be(j, 2) for j in sites])
+
+
+def items_listed(items: dict[int, bytes]) -> bytes:
+    length = len(next(iter(items.values()))) if items else 0
+    return be(len(items), 4) + be(length, 4) + b"".join(be(j, 2) + item for j, item in items.items())
+
+
+def dealt_transcript(case: dict[str, Any]) -> dict[str, Any]:
+    """Play the block of section 15: the rounds of `case["played"]`, each with its drop-outs of `case["drops"]`."""
+    play = Setup(case)
+    n, random, header, t0 = play.n, play.random, play.header, case["round"]
+    rounds = range(t0, t0 + case["rounds"])
+    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "deal", "join")}
+    q = (n + case["corrupt"]) // 2 + 1
+    out: dict[str, Any] = {"parameters": play.parameters}
+    advertised = [i for i in range(n) if i not in missing["advertise"]]
+    out["advertise"], out["roster"] = play.advertise(advertised)
+    th = play.th
+    slot = {t: digest("slot", th + be(t, 8)) for t in rounds}
+
+    # Deal
+    members = [i for i in advertised if i not in missing["deal"]]
+    b: dict[tuple[int, int], bytes] = {}
+    s: dict[tuple[int, int], bytes] = {}
+    v: dict[tuple[int, int, int], bytes] = {}
+    held: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}  # (owner, holder, round)
+    items: dict[tuple[int, int], bytes] = {}
+    both: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+    out["deal"] = {}
+    for i in members:
+        others = [j for j in advertised if j != i]
+        play.encapsulate(i, others)
+        for t in rounds:
+            b[i, t], s[i, t] = random[i].take(32), random[i].take(32)
+            dealt = []
+            for secret in (b[i, t], s[i, t]):
+                coefficients = [int.from_bytes(random[i].take(48), "big") % P for _ in range(q - 1)]
+                dealt.append(share_out(secret, [j + 1 for j in advertised], coefficients))
+            for j, share_b, share_s in zip(advertised, *dealt, strict=True):
+                held[i, j, t] = (share_b, share_s)
+            for j in others:
+                v[i, j, t] = kdf(s[i, t], slot[t], "pair secret", i, j)
+            mine = slot[t] + be(i, 2)
+            both[i, t] = (digest("commitment", mine + b[i, t]), digest("seed", mine + s[i, t]))
+        for j in others:
+            beside = b"".join(digest("pair", slot[t] + be(i, 2) + be(j, 2) + v[i, j, t]) for t in rounds)
+            plain = b"".join(b"".join(held[i, j, t]) + v[i, j, t] for t in rounds)
+            box = aes_gcm_seal(play.channel(i, j)[0], plain, th + be(i, 2) + be(j, 2) + beside)
+            items[i, j] = play.encapsulated[i, j][1] + beside + box
+        body = th + be(i, 2) + listed([b"".join(both[i, t]) for t in rounds])
+        body += items_listed({j: items[i, j] for j in others})
+        out["deal"][i] = header(17) + body + play.sign(i, 17, body)
+
+    # Join
+    out["deal_delivery"] = {
+        i: header(18) + th + be(i, 2) + items_listed({j: items[j, i] for j in members if j != i}) for i in members
+    }
+    mh = digest("members", th + b"".join(be(j, 2) for j in members))
+    joined = [i for i in members if i not in missing["join"]]
+    out["joined"] = {}
+    for i in joined:
+        out["joined"][i] = header(15) + mh + be(i, 2) + play.sign(i, 15, mh + be(i, 2), bound=mh)
+
+    # The rounds
+    expected = joined
+    for t, inputs in zip(case["played"], [case["inputs"], *case["later_inputs"]], strict=True):
+        drops = {step: set(case["drops"].get(str(t), {}).get(step, [])) for step in ("mask", "confirm", "reveal")}
+        sd = digest("step", mh + be(t, 8) + bytes.fromhex(inputs))
+        fh = digest("expected", sd + b"".join(be(j, 2) for j in expected))
+        name = f" of round {t}"
+        out["expected" + name] = header(19) + mh + sites_listed(expected)
+        alive = [i for i in expected if i not in drops["mask"]]
+        plain_words, y, masked = {}, {}, {}
+        for i in alive:
+            plain_words[i] = quantised(case, i, random[i].take(32))
+            m = len(plain_words[i])
+            own = pad(kdf(b[i, t], sd, "self mask", i, 0), m)
+            y[i] = [a + c for a, c in zip(plain_words[i], own, strict=True)]
+            for j in members:
+                if j != i:
+                    low, high = min(i, j), max(i, j)
+                    mask = pad(kdf(v[low, high, t], sd, "pair mask", low, high, 0), m)
+                    y[i] = [a + c if i == low else a - c for a, c in zip(y[i], mask, strict=True)]
+            y[i] = [a % 2**64 for a in y[i]]
+            wraps = listed([be(j, 2) + xored(v[i, j, t], v[j, i, t]) for j in members if j > i])
+            body = mh + be(i, 2) + fh + wraps
+            tags = listed([be(j, 2) + tag_of(play.channel(i, j)[1], th, i, j, fh) for j in expected if j != i])
+            sent = without_top_bits(y[i]) if play.packs else y[i]
+            words = b"".join(a.to_bytes(8, "little") for a in sent)
+            masked[i] = header(6) + body + tags + play.sign(i, 6, body, t, mh) + be(len(sent), 4) + words
+        out["masked" + name] = masked
+
+        def tags_to(i: int, senders: list[int], what: bytes) -> bytes:
+            return listed([be(j, 2) + tag_of(play.channel(j, i)[1], th, j, i, what) for j in senders if j != i])
+
+        if alive == expected:
+            lists, revealing = fh, alive
+            out["finish" + name] = {i: header(20) + mh + be(i, 2) + tags_to(i, alive, fh) for i in alive}
+        else:
+            lists = digest("lists", fh + b"".join(be(j, 2) for j in alive))
+            out["survivors" + name] = {
+                i: header(7) + mh + be(i, 2) + sites_listed(alive) + tags_to(i, alive, fh) for i in alive
+            }
+            revealing = [i for i in alive if i not in drops["confirm"]]
+            confirms = {}
+            for i in revealing:
+                body = mh + be(i, 2) + lists
+                tags = listed([be(j, 2) + tag_of(play.channel(i, j)[1], th, i, j, lists) for j in alive if j != i])
+                confirms[i] = header(8) + body + tags + play.sign(i, 8, body, t, mh)
+            out["confirm" + name] = confirms
+            out["proof" + name] = {
+                i: header(9) + mh + be(i, 2) + tags_to(i, revealing, lists) + listed([]) for i in revealing
+            }
+        reveals: dict[int, bytes] = {}
+        shares: dict[int, dict[int, bytes]] = {j: {} for j in members}
+        for i in revealing:
+            if i not in drops["reveal"]:
+                for j in members:
+                    shares[j][i + 1] = held[j, i, t][0 if j in alive else 1]
+                body = mh + be(i, 2) + lists + listed([be(j, 2) + shares[j][i + 1] for j in members])
+                reveals[i] = header(10) + body + play.sign(i, 10, body, t, mh)
+        out["reveal" + name] = reveals
+
+        m = len(plain_words[alive[0]])
+        total = [sum(y[i][w] for i in alive) for w in range(m)]
+        for j in members:
+            secret = reconstruct(dict(list(shares[j].items())[-q:]))
+            committed = "commitment" if j in alive else "seed"
+            if digest(committed, slot[t] + be(j, 2) + secret) != both[j, t][0 if j in alive else 1]:
+                raise ValueError("wrong secret")
+            if j in alive:
+                total = [a - c for a, c in zip(total, pad(kdf(secret, sd, "self mask", j, 0), m), strict=True)]
+                continue
+            for i in alive:
+                agreed = kdf(secret, slot[t], "pair secret", j, i)
+                if i < j:
+                    agreed = xored(xored(v[i, j, t], v[j, i, t]), agreed)
+                mask = pad(kdf(agreed, sd, "pair mask", min(i, j), max(i, j), 0), m)
+                total = [a - c if i < j else a + c for a, c in zip(total, mask, strict=True)]
+        total = [a % play.modulus for a in total]
+        if total != [sum(plain_words[i][w] for i in alive) % play.modulus for w in range(m)]:
+            raise ValueError("the sum is wrong")
+        out["total" + name] = b"".join(a.to_bytes(8, "little") for a in total)
+        expected = list(reveals)
+    return out
+
+
 def summary(messages: dict[str, Any], *, full: bool) -> dict[str, Any]:
     """Messages as hexadecimal, or as the SHA-256 of each."""
 
@@ -966,10 +1129,55 @@ BLOCKS = {
 }
 
 
+def make_dealt(name: str, n: int, missing: dict[str, list[int]], drops: list[Any], **changes: Any) -> dict[str, Any]:
+    """A block that tolerates drop-outs, of which the second round is left out."""
+    start = 2**40 + n
+    played = [start + k for k in range(len(drops) + 1) if k != 1]
+    by_round = {str(t): each for t, each in zip(played, drops, strict=True)}
+    more = {
+        "rounds": len(drops) + 2,
+        "played": played,
+        "drops": by_round,
+        "later_inputs": [sha(b"inputs %d" % t).hex() for t in played[1:]],
+    }
+    return make_case(name, n, missing, **{**more, **changes})
+
+
+DEALT = {
+    "dealt-three-sites": (
+        {"n": 3, "missing": {}, "drops": [{"mask": [0]}, {}], "suite": "x25519-mlkem768", "size": 3},
+        True,
+    ),
+    "dealt-every-stage-loses-one": (
+        {
+            "n": 9,
+            "missing": {"advertise": [3], "deal": [7], "join": [5]},
+            "drops": [{"mask": [0]}, {}],
+            "suite": "x25519-mlkem768",
+            "bits": 14,
+            "size": 3,
+        },
+        False,
+    ),
+    # 68 words: one of them is taken apart, and four of the others stay as they are.
+    "dealt-fips-packed-words": (
+        {
+            "n": 7,
+            "missing": {},
+            "drops": [{"mask": [2], "confirm": [4], "reveal": [1]}],
+            "suite": "p256-mlkem768",
+            "size": 200,
+        },
+        False,
+    ),
+}
+
+
 if __name__ == "__main__":
     VECTORS.mkdir(parents=True, exist_ok=True)
     made = {name: (make_case(name, **arguments), full) for name, (arguments, full) in CASES.items()}  # type: ignore[arg-type]
     made |= {name: (make_block(name, **arguments), full) for name, (arguments, full) in BLOCKS.items()}  # type: ignore[arg-type]
+    made |= {name: (make_dealt(name, **arguments), full) for name, (arguments, full) in DEALT.items()}  # type: ignore[arg-type]
     for name, (case, full) in made.items():
         case["full"] = full
         case["messages"] = summary(transcript(case), full=full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from privet.common.audit.fields import FIELDS
 from privet.common.audit.verify import Tree
+from privet.common.canonical import canonical_json
 from privet.common.log.checkpoint import Policy
 from privet.common.log.envelope import PAYLOAD_TYPE, Envelope, pae
 from privet.common.log.merkle import leaf_hash
@@ -118,7 +120,21 @@ def flipped(archive: Archive, seed: int) -> Iterator[Tampered]:
 def rearranged(archive: Archive, seed: int) -> Iterator[Tampered]:
     """Take a file away, add one, or put one in another's place."""
     generator, names = random.Random(seed), sorted(archive.files)
-    strange = ("README", "rounds/evil.json", "release/x", "proofs/9.tlog-proof", "tile/0/001", "tile/0/000.p/5")
+    strange = (
+        "averaged/evil",
+        "averaged/0009.safetensors",
+        "README",
+        "rounds/evil.json",
+        "release/x",
+        "proofs/9.tlog-proof",
+        "tile/0/001",
+        "tile/0/000.p/5",
+    )
+    stated = json.loads(archive.files["rounds/0001.json"])
+    bare = {key: value for key, value in stated.items() if key != "metrics"}
+    for document in (bare, {**stated, "failures": []}, {**stated, "type": "x"}):
+        files = {**archive.files, "rounds/0001.json": canonical_json(document)}
+        yield Tampered("a round's statement of another form", files, archive.policy)
     for name in strange:
         yield Tampered(f"{name} added", {**archive.files, name: b"{}"}, archive.policy)
     generator.shuffle(names)

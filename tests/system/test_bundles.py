@@ -12,8 +12,14 @@ from typing import Any
 
 import pytest
 from flwr.app import Message as FlowerMessage
-from flwr.common.serde import message_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import SqlLinkState
 from google.protobuf.message import DecodeError
@@ -28,7 +34,7 @@ from privet.common.study.messages import Secured
 from privet.server.network import gate, link
 from privet.server.network.changes import Changes
 from privet.server.network.gate import QUOTA, Limits
-from privet.server.network.link import LinkGrid
+from privet.server.network.link import PUSH, LinkGrid
 from tests.support.fleet_world import World, public_line, until
 
 ASKED = Secured("study", 1, "nonce", b"asked")
@@ -150,6 +156,92 @@ def test_what_is_refused_leaves_nothing_behind(asked: Asked) -> None:
         assert asked.world.link.call(GIVE, body, asked.number)[0] in (400, 401)
     assert asked.give(asked.push(reply), *parts) == 200
     assert len(asked.answers()) == 1
+
+
+@pytest.mark.parametrize("path", [GIVE, PUSH])
+@pytest.mark.parametrize("field", ["ttl", "created_at"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_of_no_time_is_refused_and_stops_no_run(asked: Asked, path: str, field: str, value: float) -> None:
+    reply = asked.reply()
+    push = asked.push(reply)
+    setattr(push.messages_list[0].metadata, field, value)
+    body = push if path == PUSH else Bundle([push.SerializeToString(), *parts_of(reply)])
+    assert asked.world.link.call(path, body.SerializeToString(), asked.number)[0] == 400
+    assert asked.answers() == []
+    assert asked.give(asked.push(reply), *parts_of(reply)) == 200
+    assert len(asked.answers()) == 1
+
+
+def test_a_part_that_was_announced_with_false_children_makes_no_message_undeliverable(asked: Asked) -> None:
+    announced, parts = asked.take()
+    leaf = part_names(announced.message_object_trees[0])[0]
+    store = asked.world.link._state.object_store
+    store.delete(asked.message)  # as if the node had confirmed it
+    assert leaf not in store
+    push = asked.push(reply_to(Received(message_from_proto(announced.messages_list[0]), None), ASKED))
+    root = push.message_object_trees[0].object_id
+    false = ObjectTree(object_id=leaf, children=[ObjectTree(object_id="0" * 64)])
+    push.message_object_trees[0].CopyFrom(ObjectTree(object_id=root, children=[false]))
+    assert asked.world.link.call(PUSH, push.SerializeToString(), asked.number)[0] == 200
+    assert leaf in store
+    other = asked.world.link.register(public_line(asked.world.node_key()))
+    asked.world.link._state.activate_node(other, 30.0)
+    (message,) = asked.grid.push_messages([FlowerMessage(pack(ASKED), other, "train.secured", ttl=60.0)])
+    assert Asked(asked.world, asked.grid, other, message).take()[1] == (*parts[:2], store.get(message))
+    store.delete(root)  # the false announcement goes, and what the message needs stays
+    assert store.get(leaf) == parts[0]
+
+
+def test_a_bundle_cannot_replace_a_part_by_false_ones(asked: Asked) -> None:
+    announced, _ = asked.take()
+    store, tree = asked.world.link._state.object_store, announced.message_object_trees[0]
+    leaf = part_names(tree)[0]
+    reply = reply_to(Received(message_from_proto(announced.messages_list[0]), None), ASKED)
+    push, parts = asked.push(reply), parts_of(reply)
+    false = ObjectTree(object_id=leaf, children=[ObjectTree(object_id="0" * 64)])
+    push.message_object_trees[0].CopyFrom(
+        ObjectTree(object_id=push.message_object_trees[0].object_id, children=[false])
+    )
+    for pieces in (parts, [b"x", parts[0], parts[2]], [b"x", b"y", parts[2]]):
+        assert asked.give(push, *pieces) == 400
+    assert store.get_object_tree(asked.message) == tree
+    assert asked.answers() == []
+
+
+def test_what_is_for_one_node_is_neither_given_to_another_nor_deleted_by_it(asked: Asked) -> None:
+    announced, parts = asked.take()
+    other = asked.world.link.register(public_line(asked.world.node_key()))
+    run, tree = announced.messages_list[0].metadata.run_id, announced.message_object_trees[0]
+    for node, found in ((other, False), (asked.number, True)):
+        for name, part in zip(part_names(tree), parts, strict=True):
+            pull = PullObjectRequest(node=Node(node_id=node), run_id=run, object_id=name)
+            status, body = asked.world.link.call(link.PULL_OBJECT, pull.SerializeToString(), node)
+            answer = PullObjectResponse.FromString(body)
+            assert (status, answer.object_found, answer.object_content == part) == (200, found, found)
+    for node, status in ((other, 401), (asked.number, 200), (asked.number, 200)):
+        confirm = ConfirmMessageReceivedRequest(
+            node=Node(node_id=node), run_id=run, message_object_id=tree.object_id
+        ).SerializeToString()
+        assert asked.world.link.call(f"{link.FLEET}confirm-message-received", confirm, node)[0] == status
+        assert (asked.message in asked.world.link._state.object_store) is (node == other)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_answer_names_no_message_as_its_own_part(asked: Asked, inside: bool) -> None:
+    other = asked.world.link.register(public_line(asked.world.node_key()))
+    asked.world.link._state.activate_node(other, 30.0)
+    (victim,) = asked.grid.push_messages([FlowerMessage(pack(ASKED), other, "train.secured", ttl=60.0)])
+    store, push = asked.world.link._state.object_store, asked.push(asked.reply())
+    tree = store.get_object_tree(victim)
+    if inside:
+        push.message_object_trees[0].CopyFrom(ObjectTree(object_id=push.message_object_trees[0].object_id))
+        push.message_object_trees[0].children.append(ObjectTree(object_id=victim))
+    else:
+        push.message_object_trees[0].CopyFrom(tree)
+        push.messages_list[0].metadata.message_id = victim
+    assert asked.world.link.call(PUSH, push.SerializeToString(), asked.number)[0] == 400
+    assert asked.answers() == []
+    assert len(Asked(asked.world, asked.grid, other, victim).take()[1]) == 3
 
 
 def test_a_bundle_is_answered_in_the_nodes_own_name_alone(asked: Asked) -> None:

@@ -2,6 +2,12 @@
 
 const SERVED = ["log.policy", "log.vkey", "root.pem"];
 const PARTS = ["tile/", "rounds/", "averaged/", "release/", "proofs/"];
+// Fields that a run's statement of a round has, if it closed and if it was aborted.
+const BOTH_ENDS = ["adapter_before", "cohort", "failures", "nonce", "privacy", "round"];
+const END_FIELDS = {
+  "round-close": [...BOTH_ENDS, "adapter_after", "adapter_published", "aggregation", "masking", "metrics", "secure_aggregation", "survivors"],
+  "round-abort": [...BOTH_ENDS, "reason"],
+};
 const WEIGHTS = "adapter_model.safetensors";
 const AT_ONCE = 256;
 
@@ -137,6 +143,8 @@ async function verifyFiles(files, absent, report) {
   if (!run) throw new Fault("bundle.json: run", "a run of the log", shown(manifest.run));
   const stranger = names.find((name) => !["bundle.json", "checkpoint", "study.json", "software.json"].includes(name) && !PARTS.some((part) => name.startsWith(part)));
   if (stranger !== undefined) throw Object.assign(new Fault("a bundle has no file of this name"), { where: (report.where = stranger) });
+  const needless = names.find((name) => name.startsWith("averaged/") && ![...run.ends.values()].some((end) => end.type === "round-close" && name === averagedName(end)));
+  if (needless !== undefined) throw Object.assign(new Fault(`${needless}: the log closed no round of which this is the adapter`), { where: (report.where = "averaged/") });
   for (const [check, where, work] of [
     ["study", "study.json", () => checkDigest(files, "study.json", run.said.study)],
     ["software", "software.json", () => checkDigest(files, "software.json", run.said.software)],
@@ -151,6 +159,8 @@ async function verifyFiles(files, absent, report) {
   report.where = "";
   begin(report, "");
 }
+
+const averagedName = (end) => `averaged/${String(end.round).padStart(4, "0")}.safetensors`;
 
 function fetched(files, name) {
   const data = files.get(name);
@@ -202,6 +212,10 @@ async function checkRounds(files, names, run) {
     const leaf = run.nonces.get(statement.nonce), end = held.get(leaf);
     held.delete(leaf);
     if (!end) throw new Fault(`${where}: the log has no round-close or round-abort for the bundle's statement`);
+    expectEqual(`${where}: type of the bundle's statement`, end.type, statement.type ?? null);
+    const absent = END_FIELDS[end.type].find((field) => !Object.hasOwn(statement, field));
+    if (absent) throw new Fault(`${where}: the bundle's statement has no field ${absent}`);
+    if (Array.isArray(statement.failures)) throw new Fault(`${where}: failures in the bundle's statement`, "reasons by site", "a list");
     expectEqual(`${where}: cohort in the bundle's statement, against the log's round-open`, run.rounds.get(leaf).said.cohort, statement.cohort);
     const extract = await roundEnded(run.said.run, leaf, statement, end);
     for (const field of new Set([...Object.keys(end), ...Object.keys(extract)])) {
