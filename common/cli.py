@@ -111,7 +111,7 @@ def _of_the_arguments(error: click.UsageError) -> StudyError:
         words, at = [str(at.info_name), *words], at.parent
     message, did, like = error.format_message().rstrip(".").partition(" Did you mean")
     meant = f"Did you mean{like} " if did else ""
-    if isinstance(error, click.MissingParameter) and error.param is not None:
+    if isinstance(error, click.MissingParameter) and error.param is not None and error.ctx is not None:
         name = error.param.opts[0] if isinstance(error.param, click.Option) else error.param.make_metavar(error.ctx)
         text = str(getattr(error.param, "help", None) or "").strip()
         meant = f"{name}: {text} " if text else ""

@@ -414,15 +414,15 @@ def test_files_of_one_site_need_the_size_of_the_consortium(
     code, out, err = privet("new", *given, "--force", "--sites", "3", "--largest", "400")
     assert (code, "consortium of three" in out) == (0, False), err
     assert "real sites will not measure the model together" in out  # a tenth of 1200 units would tell too little
-    for more, fraction in ((("--largest", "900"), 0.1), (("--largest", "400", "--validation", "0.2"), 0.2)):
-        code, out, err = privet("new", *given, "--force", "--sites", "3", *more)
+    for more, fraction in (("900", 0.1), ("400 --validation 0.2", 0.2)):
+        code, out, err = privet("new", *given, "--force", "--sites", "3", "--largest", *more.split())
         assert (code, f"about {100 * fraction:.0f} % of its units" in out) == (0, True), err
         assert tomllib.loads(Path("study.toml").read_text())["data"]["validation_fraction"] == fraction
     for more, wrong in (
-        (("--validation", "0.7"), "a fraction from 0 to 0.5"),
-        (("--sites", "3", "--largest", "400", "--privacy", "distributed", "--validation", "0.1"), "expected 0 with"),
+        ("--validation 0.7", "a fraction from 0 to 0.5"),
+        ("--sites 3 --largest 400 --privacy distributed --validation 0.1", "expected 0 with"),
     ):
-        code, out, err = privet("new", *given, "--force", *more)
+        code, out, err = privet("new", *given, "--force", *more.split())
         assert (code, wrong in " ".join(err.split())) == (2, True)
     asked: list[str] = []
 
