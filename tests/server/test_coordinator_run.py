@@ -25,7 +25,7 @@ from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, unfinished
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import CONSENT, TRAIN, Wait, Watch
+from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
@@ -368,6 +368,25 @@ def stopped_within_a_round(world: LoggedWorld) -> None:
 
     with world.journal() as journal, pytest.raises(KeyboardInterrupt):
         run_study(world.log(journal), world.exchange, timing=QUICK, watch=Watch(kill))
+
+
+@pytest.mark.parametrize("stage", [CONSENT, COSIGN, TRAIN])
+def test_a_run_that_is_stopped_between_rounds_loses_none(tmp_path: Path, stage: str) -> None:
+    world, told = world_of(tmp_path, masked_study(training={"rounds": 2})), list[str]()
+
+    def check() -> None:
+        if stage in told:
+            raise studies.StoppedError("asked to stop")
+
+    for site in world.sites.values():
+        site.deaf = stage == COSIGN  # so it waits for cosignatures
+    watch = Watch(lambda wait: told.append(wait.stage), check=check)
+    with world.journal() as journal, pytest.raises(studies.StoppedError):
+        run_study(world.log(journal), world.exchange, timing=replace(QUICK, gathering=60.0), watch=watch)
+    for site in world.sites.values():
+        site.deaf = False
+    assert len(world.run.load().statements) == (stage == TRAIN)  # a round that is under way is ended first
+    assert [each["type"] for each in world.play().statements] == ["round-close", "round-close"]
 
 
 def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None:
