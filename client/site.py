@@ -21,7 +21,7 @@ from privet.common.pki.keyfile import read_key, read_mldsa_key
 from privet.common.retention import RetentionSection
 from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
-from privet.common.study.sections import Column, Name, Section
+from privet.common.study.sections import MOST_CANARIES, Column, Name, Section
 
 BaseName = Annotated[str, Field(min_length=1, max_length=200)]
 ApproverKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -147,7 +147,7 @@ class SiteConfig(Formatted):
     """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
-    canaries: Annotated[int, Field(ge=20)] | None = None
+    canaries: Annotated[int, Field(ge=20, le=MOST_CANARIES)] | None = None
     """Number of canaries that this site plants in studies whose gate asks for them: made-up records, each of which
     enters the training with probability 1/2. At most `declared_count`. They cost records no privacy. None: none."""
     declared_count: Annotated[int, Field(ge=1)] | None = None

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -177,7 +177,7 @@ def approve(
     from privet.client.network.lock import is_served
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
-    from privet.client.policy.decisions import needs_signature
+    from privet.client.policy.decisions import end_of, needs_signature
     from privet.client.policy.opinion import judged, price_of, said, unfit_of
     from privet.client.site import load_site
     from privet.client.training.glance import lacking_columns
@@ -185,6 +185,7 @@ def approve(
     config = load_site(site)
     if config.approvers and by is None:
         raise needs_signature(config)
+    end = None if until is None else end_of(until)
     asked, who = named_study(site, config, study, read=not yes)
     lacking, _ = lacking_columns(config, asked)
     for name, text in agreement(config, asked, who, price_of(config, asked), lacking):
@@ -216,7 +217,6 @@ def approve(
     if by is None:
         record(config, asked, datetime.now(UTC))
     else:
-        end = None if until is None else until.replace(tzinfo=UTC) + timedelta(days=1)
         _decide(config, asked, by, "approve", reason, end, passphrase_file)
     typer.echo(f"\napproved  {asked.name} {asked.digest}")
     findings = judged(config, asked)[1] if by is not None else findings

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from privet.client.console.reading import Accounts, Ask, Coordinator, OwnLog
 from privet.client.network.lock import is_served
 from privet.client.network.proposals import Proposed
 from privet.client.policy.agreement import LATER, advice, agreement
-from privet.client.policy.decisions import decide, decisions, newest
+from privet.client.policy.decisions import decide, decisions, end_of, newest
 from privet.client.policy.opinion import judged, price_of, unfit_of
 from privet.client.policy.rules import load_policy
 from privet.client.rounds.logbook import COPY
@@ -177,7 +177,7 @@ class SiteView:
                 site,
                 proposed.study,
                 form.get("by", ""),
-                form.get("passphrase", "").encode(),
+                form.get("passphrase", "").strip().encode(),
                 "approve" if approves else "refuse",
                 reason=form.get("reason", ""),
                 until=_day(form.get("until", "")) if approves else None,
@@ -202,8 +202,8 @@ def _day(text: str) -> datetime | None:
     if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         raise StateError(f"the last day: expected a date such as 2027-01-31, found {text[:20]!r}", "choose a day")
     try:
-        return datetime.fromisoformat(text).replace(tzinfo=UTC) + timedelta(days=1)
-    except (ValueError, OverflowError):
+        return end_of(date.fromisoformat(text))
+    except ValueError:
         raise StateError("the last day is no day of the calendar", "choose a day") from None
 
 

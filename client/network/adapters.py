@@ -24,7 +24,7 @@ from privet.client.release.received import RECEIVED, Received, check_received, k
 from privet.client.rounds.history import policy_of
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
-from privet.common.audit.egress import check_kept, check_logged
+from privet.common.audit.egress import check_kept, check_logged, check_origin
 from privet.common.audit.release import ADAPTER, FILES, KEY, SIGNATURE, STUDY, verify_digests
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import staged, sync_directory, sync_files
@@ -162,6 +162,8 @@ def receive(
         raise StateError(
             f"the round log has no release of a run {name}", "list what there is: `privet site adapters SITE`"
         )
+    # A run without a gate may have been said to have made it, before the run that did was closed.
+    check_origin(log.history, run.releases[-1].statement.adapter)
     released, target = run.releases[-1], folder / name
     if released.state in ("retired", "revoked"):
         reason = "" if released.change is None else released.change.reason

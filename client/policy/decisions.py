@@ -3,7 +3,8 @@
 The site file names approvers and their public keys. The private key of each is a file that only a passphrase opens, so
 that neither a session of the console nor a process of the site can approve. Each decision is one line, a DSSE envelope,
 of a file beside that of the approvals; the keys are there as well. The newest decision of an approver about a study
-replaces the earlier ones.
+replaces the earlier ones. Each one is dated after the earlier ones of its approver about its study, whatever the clock
+says: a refusal counts also where an approval came from a clock that was ahead, or from the same second.
 
 A study is approved if as many approvers as the policy asks for approve it, none of these approvals has expired, and
 nobody's newest decision refuses it. What a line cannot prove counts for nothing: it stops the site with an error.
@@ -16,7 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,7 @@ from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.log.envelope import PAYLOAD_TYPE, Envelope, pae
 from privet.common.log.statements import Digest
-from privet.common.pki.keyfile import public_key, read_locked_key, write_key
+from privet.common.pki.keyfile import public_key, read_locked_key, write_locked_key
 from privet.common.study.reading import validate
 from privet.common.study.sections import NAME_PATTERN, Name, Section
 from privet.common.study.study import Study
@@ -83,7 +84,7 @@ def decide(
 
     Raises:
         StateError: The site has no such approver, the passphrase or the key is wrong, the reason is missing or too
-            long, or the file cannot be written.
+            long, or the file cannot be read or written.
     """
     reason = " ".join(reason.split())
     if decision == "refuse" and not reason:
@@ -103,8 +104,15 @@ def decide(
         time=int(now.timestamp()),
         until=None if until is None else int(until.timestamp()),
     )
-    _append(site, _signed(made, key))
-    return made
+    return _append(site, made, key)
+
+
+def end_of(day: date) -> datetime:
+    """Return the end of an approval's last day (UTC). Raises StateError: There is no day after it."""
+    try:
+        return datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1)
+    except OverflowError:
+        raise StateError(f"the last day {day:%Y-%m-%d} is too late", "choose an earlier day") from None
 
 
 def approver_key(site: SiteConfig, by: str, passphrase: bytes) -> Ed25519PrivateKey:
@@ -124,14 +132,27 @@ def approver_key(site: SiteConfig, by: str, passphrase: bytes) -> Ed25519Private
 
 
 def make_approver(site: SiteConfig, by: str, passphrase: bytes) -> str:
-    """Make an approver's key, encrypted under a passphrase, and return its public key. Raises as `write_key`."""
+    """Make an approver's key, encrypted under a passphrase, and return its public key.
+
+    Raises:
+        StateError: The name is none, there is a key of this name already, or its file cannot be written.
+    """
     if not re.fullmatch(NAME_PATTERN, by):
         raise StateError(
             f"expected 1 to 63 lower-case letters, digits and dashes as a name, found {by!r}", "choose such a name"
         )
     folder = _folder(site)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return public_key(write_key(folder / f"{by}.pem", Ed25519PrivateKey.generate(), passphrase))
+    file = folder / f"{by}.pem"
+    if file.exists():
+        raise StateError(
+            f"{file} is there, but the site file names no approver {by}: it is a former approver's key, or a command "
+            "ended early",
+            f"choose another name; or remove {file}, with which nobody can sign any more then, and try again",
+        )
+    key = Ed25519PrivateKey.generate()
+    write_locked_key(file, key, passphrase)
+    return public_key(key)
 
 
 def decisions(site: SiteConfig) -> tuple[Decision, ...]:
@@ -194,13 +215,18 @@ def _signed(decision: Decision, key: Ed25519PrivateKey) -> bytes:
     return Envelope(payload, key.public_key().public_bytes_raw(), signature).encode()
 
 
-def _append(site: SiteConfig, line: bytes) -> None:
+def _append(site: SiteConfig, made: Decision, key: Ed25519PrivateKey) -> Decision:
+    """Sign a decision and add it. Return it, with a time that is later than those of the approver's earlier ones."""
     path = _file(site)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
+        earlier = newest(decisions(site), made.study).get(made.by)
+        if earlier is not None and made.time <= earlier.time:
+            made = made.model_copy(update={"time": earlier.time + 1})
         before = path.read_bytes() if path.exists() else b""
         # The whole file, replaced in one step: a process that is killed here has decided, or it has not.
-        write_durably(path, before + line + b"\n", 0o600)
+        write_durably(path, before + _signed(made, key) + b"\n", 0o600)
+    return made
 
 
 @contextmanager

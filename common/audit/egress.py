@@ -42,7 +42,7 @@ def check_logged(run: LoggedRun, time: int) -> None:
 
 
 def check_origin(history: Replay, adapter: str) -> None:
-    """Check that no gate withholds the adapter that a study is to begin from.
+    """Check that no gate withholds an adapter that a study is to begin from, or that another run released.
 
     Raises:
         RefusedError: One does.

@@ -249,7 +249,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "egress-review": _HEAD
     | {
-        "site": Field("a site that answered a round of the run, whose key signs the statement; once"),
+        "site": Field("a site that answered a round and has not left since, whose key signs the statement; once"),
         "run": Field("a run that the log opened, with a gate, that has ended"),
         "study": Field("that run's study"),
         "adapter": Field("that run's candidate"),
@@ -276,7 +276,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "epsilon": Field("the largest in the last round-close or round-abort, which is computed"),
         "bound": Field("computed from the canaries of the reviews that count"),
         "quality": Field("the gate's metric in the last round-close that has it"),
-        "signed": Field("the members whose signatures count then"),
+        "signed": Field("the sites whose signatures count then and that have not left since"),
         "refused": Field("the sites that refuse"),
         "reason": Field("there is one exactly with a refusal", "the reason"),
         "expires": Field("when the first counted signature ends; the export is before it"),

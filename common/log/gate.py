@@ -8,7 +8,7 @@ it, and has the rules that `privet.common.log.replay` applies to reviews, decisi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -24,6 +24,8 @@ from privet.common.log.statements import (
 )
 
 DAY = 86_400
+CLOCKS = 300
+"""Seconds by which the clocks of a site and the coordinator may differ."""
 UNCLAIMED_DELTA = 1e-5
 """Delta at which canaries bound the epsilon of a run without privacy."""
 State = Literal["running", "candidate", "accepted", "expired", "refused"]
@@ -36,10 +38,10 @@ class Facts:
     """What the log says of a candidate at a time.
 
     Attributes:
-        epsilon: Most that a site has spent in the run; None if it is not private.
+        epsilon: Most that a site has spent in the run; None if it is not private, or not stated of each site.
         bound: Largest lower bound on epsilon that the counted reviews' canaries show; None where none was audited.
         quality: Last value of the gate's metric, of a loss its negative; None without one.
-        signed: The members whose signatures count, ascending.
+        signed: The sites whose signatures count, ascending.
         refused: The sites that refuse, ascending.
         failed: For each condition that a refusal names, the sites that name it.
         expires: When the first counted signature ends; None without one.
@@ -62,7 +64,8 @@ class Gate:
         run: The run-open.
         terms: The conditions.
         candidate: Digest of the adapter of the last round; None while the run goes on.
-        answered: The sites that answered a round.
+        answered: The sites that answered a round and have not left the consortium since.
+        made: The adapters that its rounds led to, also those that were not published.
         spent: Epsilon of each site, by the last end of a round.
         measured: The metrics of the last round that had any.
         reviews: The last review of each site.
@@ -75,6 +78,7 @@ class Gate:
     terms: StatedGate
     candidate: str | None = None
     answered: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
     spent: Mapping[str, float] | None = None
     measured: Mapping[str, float] | None = None
     reviews: dict[str, EgressReview] = field(default_factory=dict)
@@ -90,13 +94,14 @@ class Gate:
             return "refused"
         return "accepted" if time < self.decision.expires else "expired"
 
-    def facts(self, time: int, members: Collection[str]) -> Facts:
-        """Return what the log says of the candidate at a time, with the reviews of these members."""
+    def facts(self, time: int) -> Facts:
+        """Return what the log says of the candidate at a time."""
         # A refusal stands until its site says otherwise: neither time nor the site's removal does away with it.
+        # Signatures that never held at one time do not count together, whatever time a decision names.
         standing = {
             site: each
             for site, each in sorted(self.reviews.items())
-            if each.verdict == "refused" or (site in members and time < each.expires)
+            if each.verdict == "refused" or each.time - CLOCKS <= time < each.expires
         }
         signed = tuple(site for site, each in standing.items() if each.verdict == "signed")
         failed: dict[str, tuple[str, ...]] = {}
@@ -104,8 +109,9 @@ class Gate:
             for condition in each.failed:
                 failed[condition] = (*failed.get(condition, ()), site)
         bounds = [self.bound_of(each.canaries) for each in standing.values() if each.canaries is not None]
+        spent = self.spent or {}
         return Facts(
-            epsilon=None if self.run.privacy is None else max((self.spent or {}).values(), default=0.0),
+            epsilon=max(spent.values(), default=None) if self.answered <= spent.keys() else None,
             bound=max(bounds, default=None),
             quality=quality_of(self.measured, self.terms.metric),
             signed=signed,
@@ -131,7 +137,8 @@ class Gate:
             # A round's end states epsilon with four places, rounded up.
             most = math.ceil(promise.epsilon * 10_000 - 1e-6) / 10_000
             if facts.epsilon is None or facts.epsilon > most:
-                found["privacy"] = f"epsilon {facts.epsilon} is spent, the study promises {promise.epsilon:g}"
+                spent = "not stated of each site" if facts.epsilon is None else f"{facts.epsilon}"
+                found["privacy"] = f"the epsilon that is spent is {spent}, the study promises {promise.epsilon:g}"
         if terms.epsilon is not None:
             if not self._audited(facts):
                 found["canary"] = f"no signer has audited {terms.canaries} canaries or more"
@@ -151,6 +158,15 @@ class Gate:
         return any(each is not None and each.planted >= (self.terms.canaries or 0) for each in counts)
 
     # The rules of the log
+
+    def leave(self, site: str) -> None:
+        """Take note that a site has left the consortium: its signature ends, its refusal stands.
+
+        Whoever joins under its name later has trained nothing of this run, and speaks neither for nor against it.
+        """
+        self.answered.discard(site)
+        if site in self.reviews and self.reviews[site].verdict == "signed":
+            del self.reviews[site]
 
     def review(self, review: EgressReview) -> None:
         """Take a site's review.
@@ -186,7 +202,7 @@ class Gate:
                     )
         self.reviews[review.site] = review
 
-    def decide(self, decision: EgressDecision, members: Collection[str], leaf: int) -> None:
+    def decide(self, decision: EgressDecision, leaf: int) -> None:
         """Take the coordinator's decision, which has this number in the log.
 
         Raises:
@@ -198,7 +214,7 @@ class Gate:
         state = self.state(decision.time)
         if state in ("accepted", "refused") or self.exported:
             raise VerificationError(f"{where}: the candidate was decided about already; it is {state}")
-        facts = self.facts(decision.time, members)
+        facts = self.facts(decision.time)
         for name, found, right in (
             ("epsilon", decision.epsilon, facts.epsilon),
             ("quality", decision.quality, facts.quality),

@@ -39,8 +39,9 @@ export                  its adapter is the one that its round published; an adap
                         withholds it
 adapter-state           its run released this adapter; the state is later in the order released, superseded, retired,
                         revoked; what supersedes it is a release of another run that is neither retired nor revoked
-egress-review           its author answered a round of the run, which has a gate and has ended; study and adapter are
-                        the candidate's; nothing is decided; the site has not spoken, or takes its signature back
+egress-review           its author answered a round of the run and has not left since; the run has a gate and has ended;
+                        study and adapter are the candidate's; nothing is decided; the site has not spoken, or takes its
+                        signature back
 egress-decision         study and adapter are the candidate's; nothing is decided; its figures follow from the log; if
                         it accepts, every condition of the gate is met (`privet.common.log.gate`)
 ======================  ==========================================================================================
@@ -285,7 +286,7 @@ class Replay:
             case EgressReview():
                 self._gate(statement.run).review(statement)
             case EgressDecision():
-                self._gate(statement.run).decide(statement, self.members, leaf.index)
+                self._gate(statement.run).decide(statement, leaf.index)
 
     # Members
 
@@ -343,6 +344,9 @@ class Replay:
         del self.members[revoke.site]
         self.revoked |= set(member.publics())
         del self._owners[bytes.fromhex(member.key)]
+        for run in self.runs.values():
+            if run.gate is not None:
+                run.gate.leave(revoke.site)
 
     def _renew(self, leaf: Leaf, renew: Renew) -> None:
         present = self.members.get(renew.member.site)
@@ -576,6 +580,7 @@ class Replay:
         run.ended = closed.ended
         if run.gate is not None:
             run.gate.spent, run.gate.measured = closed.epsilon, closed.metrics or run.gate.measured
+            run.gate.made |= {closed.adapter_after, closed.adapter_published}
             run.gate.candidate = _candidate(run)
 
     def _round_abort(self, aborted: RoundAbort) -> None:
@@ -597,20 +602,21 @@ class Replay:
             run.gate.spent = aborted.epsilon
             run.gate.candidate = _candidate(run)
 
-    def withholding(self, adapter: str) -> LoggedRun | None:
-        """Return the run whose gate withholds an adapter: one that its rounds published, and that it has not exported.
+    def withholding(self, adapter: str, own: LoggedRun | None = None) -> LoggedRun | None:
+        """Return the run whose gate withholds an adapter: one that its rounds made, and that no gate has let out.
 
-        An adapter that a run began from is not withheld, as where no round has changed it.
+        The run `own` is left out. An adapter that a run began from is not withheld, as where no round has changed it.
+        Those of the rounds before the last one stay withheld for good: no gate ever asks about them.
         """
-        for run in self.runs.values():
-            made = run.published.values() if run.gate is not None and not run.gate.exported else ()
-            if adapter != run.statement.adapter and adapter in made:
-                return run
-        return None
+        gated = [(run, run.gate) for run in self.runs.values() if run.gate is not None]
+        if any(gate.exported and gate.candidate == adapter for _, gate in gated):
+            return None
+        others = ((run, gate) for run, gate in gated if run is not own)
+        return next((run for run, gate in others if adapter != gate.run.adapter and adapter in gate.made), None)
 
     def _check_withheld(self, where: str, adapter: str, own: LoggedRun | None = None) -> None:
-        run = self.withholding(adapter)
-        if run is not None and run is not own:
+        run = self.withholding(adapter, own)
+        if run is not None:
             raise VerificationError(f"{where}: the gate of run {run.statement.run} withholds adapter {adapter}")
 
     def _gate(self, name: str) -> Gate:

@@ -27,7 +27,7 @@ from privet.common.errors import ProtocolError
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.mldsa import SIGNATURE_BYTES
 from privet.common.log.note import COSIGNATURE, ED25519, VKEY_CHARACTERS, NoteKey, is_weak
-from privet.common.study.sections import MOST_BAND, Name, Positive
+from privet.common.study.sections import MOST_BAND, MOST_CANARIES, Name, Positive
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -296,7 +296,7 @@ class StatedGate(StatementPart):
     """Number of sites that must sign."""
     days: Annotated[int, Field(ge=1, le=3650)]
     """Most days that a signature counts."""
-    canaries: Annotated[int, Field(ge=20, lt=2**31)] | None
+    canaries: Annotated[int, Field(ge=20, le=MOST_CANARIES)] | None
     """Least number of canaries of a site's audit."""
     epsilon: Positive | None
     """Largest lower bound on epsilon that canaries may show; null without canaries."""
@@ -317,8 +317,9 @@ class StatedGate(StatementPart):
 class CanaryCounts(StatementPart):
     """The guesses about canaries that a site planted (`privet.common.privacy.one_run`). Records decide none of them."""
 
-    planted: Annotated[int, Field(ge=20, lt=2**31)]
-    """Of which a fair coin included each."""
+    planted: Annotated[int, Field(ge=20, le=MOST_CANARIES)]
+    """Of which a fair coin included each. Whoever replays the log computes a bound of it, in time and memory that rise
+    with it."""
     guesses: Natural
     """Of the best try."""
     right: Natural

@@ -87,6 +87,8 @@ HEAD_START_SHARE = 0.5
 """Share of epsilon of a head start where a study sets none."""
 MOST_BAND = 64
 """Largest number of steps that noise may be correlated over."""
+MOST_CANARIES = 100_000
+"""Largest number of canaries that a site plants: a bound from more would take everybody who replays a log too long."""
 
 BETA = 0.1
 """Beta of preference tuning where a study sets none."""
@@ -553,8 +555,8 @@ class GateSection(Section):
     """Number of sites that must sign the candidate after a test of their own."""
     days: Annotated[int, Field(ge=1, le=3650)] = 30
     """Days that a signature counts, 1 to 3650. The release must be made before the first one ends."""
-    canaries: Annotated[int, Field(ge=20, lt=2**31)] | None = None
-    """Least number of canaries of a site's audit, 20 or more. A site plants them where its file sets `canaries`. At
+    canaries: Annotated[int, Field(ge=20, le=MOST_CANARIES)] | None = None
+    """Least number of canaries of a site's audit, 20 to 100 000. A site plants them where its file sets `canaries`. At
     least one signer must have audited them. Without the key, canaries are no condition."""
     epsilon: Positive | None = None
     """Largest lower bound on epsilon that canaries may show. Without it: the study's epsilon. A study without privacy

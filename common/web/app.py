@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from privet.common.errors import PrivetError
 from privet.common.web.events import MOST, Look, Watcher
@@ -105,7 +105,8 @@ class Console:
 
     def __init__(self, view: View, hosts: Collection[str], clock: Clock = time.monotonic) -> None:
         self.view, self.sessions, self.watcher = view, Sessions(clock), Watcher(view.look)
-        self._entries = Bucket(_LINK_BURST, _LINK_RATE, clock)
+        self._guesses = Bucket(_LINK_BURST, _LINK_RATE, clock)
+        self._known, self._strangers = (Bucket(_PAGE_BURST, _PAGE_RATE, clock) for _ in range(2))
         routes = [
             Route("/enter/{secret}", self._enter),
             Route("/leave", self._leave, methods=["POST"]),
@@ -116,16 +117,21 @@ class Console:
             *(Route(path, self._action(answer), methods=["POST"]) for path, answer in view.actions.items()),
         ]
         inner = Starlette(routes=routes, exception_handlers={HTTPException: self._failed, Exception: self._broken})
-        self.app: ASGIApp = Guard(inner, hosts, Bucket(_PAGE_BURST, _PAGE_RATE, clock))
+        self.app: ASGIApp = Guard(inner, hosts, self._bucket)
+
+    def _bucket(self, scope: Scope) -> Bucket:
+        # Another user of this machine can send requests without a session, and must not use up those of a session.
+        cookie = Request(scope).cookies.get(COOKIE)
+        return self._strangers if self.sessions.of(cookie, touch=False) is None else self._known
 
     # Entering and leaving
 
     async def _enter(self, request: Request) -> Response:
-        if not self._entries.take():
-            return self._message(request, None, 429, "message.busy")
         value = self.sessions.enter(request.path_params["secret"])
         if value is None:
-            return self._message(request, None, 403, "message.link")
+            # Guesses are counted alone, so that they keep nobody out who has a link.
+            status, text = (403, "message.link") if self._guesses.take() else (429, "message.busy")
+            return self._message(request, None, status, text)
         answer = RedirectResponse("/", 303)
         # Lax would be sent along a link on another page; Strict is not.
         answer.set_cookie(COOKIE, value, path="/", secure=True, httponly=True, samesite="strict")

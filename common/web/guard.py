@@ -5,8 +5,7 @@ The guard stands around the whole application, so that no route can forget it, a
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from urllib.parse import urlsplit
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -42,11 +41,12 @@ class Guard:
     Args:
         app: The application.
         hosts: The names, with port, by which browsers know this console.
-        bucket: How many requests it answers.
+        bucket: Says for a request how many of its kind are answered.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], bucket: Bucket) -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str], bucket: Callable[[Scope], Bucket]) -> None:
         self._app, self._hosts, self._bucket = app, frozenset(hosts), bucket
+        self._origins = frozenset(f"http://{host}" for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -71,26 +71,29 @@ class Guard:
         # A name that an attacker's DNS points at this machine is none of ours: that is what rebinding needs.
         if headers.getlist("host") not in [[host] for host in self._hosts]:
             return 421, "This console has another address. Open the link that its terminal printed."
-        if not self._bucket.take():
-            return 429, "Too many requests. Try again in a few seconds."
         if len(scope["raw_path"]) + len(scope["query_string"]) > MOST_PATH:
             return 414, "The address is too long."
-        if scope["method"] not in ("GET", "HEAD", "POST"):
+        # No HEAD: whatever previews links would use up the one that lets in.
+        if scope["method"] not in ("GET", "POST"):
             return 405, "This console knows GET and POST."
-        site = headers.get("sec-fetch-site")
-        if site not in (None, "same-origin", "none"):
+        # A header that comes twice could be read in two ways.
+        sites = headers.getlist("sec-fetch-site")
+        if sites not in ([], ["same-origin"], ["none"]):
             return 403, "Another page asked for this. Open the console by its own link."
         if scope["method"] == "POST":
-            return self._posted(headers, site)
-        return None
+            refused = self._posted(headers, sites)
+            if refused is not None:
+                return refused
+        # Last: what is refused anyway uses up nothing of what is answered.
+        return None if self._bucket(scope).take() else (429, "Too many requests. Try again in a few seconds.")
 
-    def _posted(self, headers: Headers, site: str | None) -> tuple[int, str] | None:
+    def _posted(self, headers: Headers, sites: list[str]) -> tuple[int, str] | None:
         """Return what is wrong with a form, as far as its headers tell."""
-        origin = headers.get("origin")
+        origins = headers.getlist("origin")
         # Current browsers send both. One that sends neither could not be told from a foreign page's form.
-        if (site, origin) == (None, None) or site == "none":
+        if (sites, origins) == ([], []) or sites == ["none"]:
             return 403, "The browser does not say which page sent this form."
-        if origin is not None and (origin == "null" or urlsplit(origin).netloc not in self._hosts):
+        if origins and (len(origins) > 1 or origins[0] not in self._origins):
             return 403, "Another page sent this form."
         if headers.get("content-type", "").split(";")[0].strip() != "application/x-www-form-urlencoded":
             return 415, "This console reads forms alone."

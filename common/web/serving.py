@@ -93,6 +93,7 @@ def run(app: Any, opened: socket.socket, ready: Callable[[], None], **settings: 
         lifespan="off",
         limit_concurrency=64,
         server_header=False,
+        proxy_headers=False,  # no proxy stands before it, so nobody says where a request comes from
         ws="none",
         **settings,
     )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class CoordinatorView:
         self._made = open_coordinator(directory)
         self._runs, self._people = Runs(self._made), People(self._made)
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
+        self._starting = threading.Lock()
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._people.connected()  # a second for a thousand sites, before anybody waits for a page
 
     def view(self) -> View:
@@ -164,12 +167,16 @@ class CoordinatorView:
         run = self._found(asked)
         if run.state != "stopped":
             raise StateError(f"run {run.name} cannot be continued: it is {run.state}", "look at its page")
-        resume(self._directory, run.name)
+        with self._starting:  # it is stopped until the process has begun: who asks again starts no second one
+            before = self._started.get(run.name)
+            if before is not None and before.poll() is None:
+                raise StateError(f"run {run.name} is being continued already", "look at its page")
+            self._started[run.name] = resume(self._directory, run.name)
         return Shown(to=f"/run/{run.name}")
 
 
-def resume(directory: Path, run: str) -> None:
-    """Start `privet coordinator resume` for a run, as a process of its own that a console's end does not end.
+def resume(directory: Path, run: str) -> subprocess.Popen[bytes]:
+    """Start `privet coordinator resume` for a run, and return its process, which a console's end does not end.
 
     What it prints is added to `console/RUN.log` in the coordinator's directory.
     """
@@ -179,4 +186,4 @@ def resume(directory: Path, run: str) -> None:
     command = [sys.executable, "-P", "-m", "privet", "coordinator", "resume", run, "-C", str(directory.resolve())]
     descriptor = os.open(folder / f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as log:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

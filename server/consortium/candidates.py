@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from privet.common.audit.release import ADAPTER, CONFIG, STUDY
+from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.encoding import parse_statement
@@ -33,7 +33,7 @@ from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
 
-_FILES: Mapping[str, str] = {STUDY: STUDY, ADAPTER: f"adapter/{ADAPTER}", CONFIG: f"adapter/{CONFIG}"}
+_FILES: Mapping[str, str] = {STUDY: STUDY, ADAPTER: f"adapter/{ADAPTER}"}
 """The files of a candidate, and where a run directory has them."""
 
 
@@ -91,15 +91,15 @@ class Candidate:
 def candidates(made: Coordinator, now: datetime) -> tuple[Candidate, ...]:
     """Return the runs with a gate, newest first. Raises as `logged_history`; StateError: A review cannot be read."""
     history = _with_waiting(made)
-    return tuple(_candidate(run, history, now) for run in reversed(history.runs.values()) if run.gate is not None)
+    return tuple(_candidate(run, now) for run in reversed(history.runs.values()) if run.gate is not None)
 
 
 def candidate_of(made: Coordinator, name: str, now: datetime) -> Candidate:
     """Return a run with a gate. Raises as `candidates`; StateError: There is no such run, or it has no gate."""
-    return _candidate(*_gated(_with_waiting(made), name), now)
+    return _candidate(_gated(_with_waiting(made), name), now)
 
 
-def _gated(history: Replay, name: str) -> tuple[LoggedRun, Replay]:
+def _gated(history: Replay, name: str) -> LoggedRun:
     run = history.runs.get(name)
     if run is None or run.gate is None:
         have = ", ".join(each for each, found in history.runs.items() if found.gate is not None)
@@ -107,14 +107,14 @@ def _gated(history: Replay, name: str) -> tuple[LoggedRun, Replay]:
             f"the round log has no run {name} whose study has a gate; such runs: {have or 'none'}",
             "list them: `privet gate status`",
         )
-    return run, history
+    return run
 
 
-def _candidate(run: LoggedRun, history: Replay, now: datetime) -> Candidate:
+def _candidate(run: LoggedRun, now: datetime) -> Candidate:
     time, gate = int(now.timestamp()), run.gate
     if gate is None:
         raise StateError(f"run {run.statement.run} has no gate", "list those that have one: `privet gate status`")
-    return Candidate(run.statement.run, gate, gate.facts(time, history.members), time)
+    return Candidate(run.statement.run, gate, gate.facts(time), time)
 
 
 def candidate_part(made: Coordinator, site: str, asked: ReleasedRequest) -> ReleasedReply:
@@ -146,6 +146,7 @@ def _testers(log: Path, size: int) -> Mapping[str, frozenset[str]]:
         for name, run in history_in(log).runs.items()
         if run.gate is not None
         and run.gate.candidate is not None
+        and not run.gate.exported
         and (run.gate.decision is None or run.gate.decision.verdict == "accepted")
     }
 
@@ -172,6 +173,12 @@ def keep_review(made: Coordinator, site: str, data: bytes, now: datetime) -> Egr
     path = _folder(made) / f"{review.time:012d}.{site}.{review.run}.json"
     if path.exists() and path.read_bytes() == data:
         return review
+    # The log is replayed for a review, so not for those who have nothing to review.
+    if site not in _testers(made.log_directory, LogFile(made.log_directory).size()).get(review.run, ()):
+        raise RefusedError(
+            f"run {review.run} has no candidate that site {site} may review: it took no part, or it was decided about",
+            "see where the candidate is: `privet site adapters SITE`",
+        )
     history = _with_waiting(made)
     try:
         _admit(history, made, data)
@@ -227,7 +234,7 @@ def decide_egress(
         StudyError: The reason has other characters than printable ASCII, or is too long.
     """
     log_reviews(made, journal)
-    found = _candidate(*_gated(journal.history, name), now)
+    found = _candidate(_gated(journal.history, name), now)
     gate, facts, state = found.gate, found.facts, found.gate.state(found.time)
     if gate.candidate is None:
         raise StateError(

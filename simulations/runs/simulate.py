@@ -166,6 +166,8 @@ def released(run: Path, evaluator: Evaluator) -> Adapter:
         StateError: `run` is not a run directory, or its adapter has another layout.
         RefusedError: It is a coordinator's run whose gate withholds the adapter.
     """
+    if _is_peft(run) and run.resolve().name == "adapter" and (run.resolve().parent / STUDY).is_file():
+        return released(run.resolve().parent, evaluator)  # the folder in a run, which has the study and the gate
     if _is_peft(run):
         data = (run / ADAPTER).read_bytes()
         adapter = Adapter.read(read_layout(data), data)

@@ -105,7 +105,7 @@ def test_the_measured_arm_without_privacy_fails_the_canary_condition_and_the_pri
         world = town()
         world.say(review(world, "berlin"), "berlin")
         world.gate.reviews["berlin"] = world.gate.reviews["berlin"].model_copy(update={"canaries": counts})
-        facts = world.gate.facts(world.now, world.history.members)
+        facts = world.gate.facts(world.now)
         held[arm["arm"]] = "canary" not in world.gate.unmet(facts), facts.bound
     assert held["no privacy"][0] is False
     assert (held["no privacy"][1] or 0) > 3

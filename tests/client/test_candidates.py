@@ -31,6 +31,7 @@ from privet.common.pki.enrolment import ReleasedRequest
 from privet.server.commands import gate as deciding
 from privet.server.commands import registry
 from privet.server.commands import service as running
+from privet.server.consortium import candidates
 from privet.server.consortium.candidates import candidate_of, keep_review, log_reviews
 from privet.server.consortium.registry import check_in_use, logged_history
 from privet.server.consortium.releases import released_part
@@ -274,7 +275,10 @@ def test_a_review_that_the_coordinator_leaves_out_is_noticed(
     assert f"WARNING: the candidate of run {name} was decided about" in run(commands.adapters, file).output
 
 
-def test_the_service_takes_only_what_the_log_would(world: World, name: str) -> None:
+def test_the_service_takes_only_what_the_log_would(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(made: object) -> None:
+        raise AssertionError
+
     lyon = world.service("lyon")
     other = f"{name}-b"
     play(world, other, start_adapter(50 + Runs.number), study_of(other, gate=GATE))
@@ -289,6 +293,10 @@ def test_the_service_takes_only_what_the_log_would(world: World, name: str) -> N
             lyon.review(said_by(world, "lyon", name, **wrong))
     with pytest.raises(PrivetError, match=r"egress-review|signed envelope"):
         lyon.review(b"nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_with_waiting", nobody)  # replays the log
+        with pytest.raises(RefusedError, match="no candidate that site lyon may review"):
+            lyon.review(said_by(world, "lyon", name, run="free"))
     with pytest.raises(RefusedError, match="sent a review of site berlin"):
         lyon.review(said_by(world, "berlin", name))
     true = said_by(world, "lyon", name)
@@ -334,7 +342,14 @@ def test_a_candidate_whose_file_is_another_is_refused(world: World, name: str, m
     assert not (world.folder / "berlin" / FOLDER / name).exists()
     held.write_bytes(right)
     after_test(world, name, monkeypatch)
-    (world.folder / "berlin" / FOLDER / name / ADAPTER).write_bytes(start_adapter(99).data)
+    kept = world.folder / "berlin" / FOLDER / name
+    assert not (kept / "adapter_config.json").exists()  # of which the log has no digest
+    study = (kept / STUDY).read_bytes()
+    (kept / STUDY).write_bytes(study.replace(b'"days":', b'"days":1'))
+    with pytest.raises(VerificationError, match="has study"):
+        after_test(world, name, monkeypatch)
+    (kept / STUDY).write_bytes(study)
+    (kept / ADAPTER).write_bytes(start_adapter(99).data)
     with pytest.raises(VerificationError, match="sign nothing"):
         after_test(world, name, monkeypatch)
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from privet.client.checks import Check
 from privet.client.commands import policy as commands
@@ -21,7 +22,7 @@ from privet.client.commands.doctor import LOCAL, examine
 from privet.client.console.reading import Consulting, Said
 from privet.client.console.view import SiteView
 from privet.client.policy.consent import approved, check_policy, record_approval
-from privet.client.policy.decisions import Decision, admitted, decide, decisions
+from privet.client.policy.decisions import Decision, admitted, decide, decisions, make_approver
 from privet.client.rounds.history import _keep, kept_leaves
 from privet.client.rounds.logbook import COPY
 from privet.client.site import load_site
@@ -111,6 +112,8 @@ def test_the_command_line_signs_as_the_console_does(file: Path, world: World) ->
     assert (first.by, first.until) == ("anna", int(datetime(2099, 2, 1, tzinfo=UTC).timestamp()))
     assert (second.by, second.decision, second.reason) == ("bela", "refuse", "not now")
     assert approved(load_site(file)) == frozenset()
+    with pytest.raises(StateError, match="9999-12-31 is too late"):
+        run(commands.approve, file, EXAMPLE.digest, "--yes", "--as=anna", "--until=9999-12-31", *secret)
     with pytest.raises(StateError, match="expected --as NAME"):
         run(commands.refuse, file, EXAMPLE.digest, "--reason=no")
 
@@ -162,9 +165,39 @@ def test_a_decision_that_was_changed_or_is_anothers_stops_the_site(file: Path) -
     assert approved(site) == {EXAMPLE.digest}
 
 
+def test_the_last_word_of_an_approver_counts_whatever_clocks_said(file: Path) -> None:
+    site, secret, at = load_site(file), PASSPHRASE.encode(), now()
+    decide(site, EXAMPLE, "anna", secret, "approve", now=at + timedelta(days=3650))
+    decide(site, EXAMPLE, "anna", secret, "refuse", reason="not now", now=at)
+    assert approved(site) == frozenset()
+    # Nor does the order of the lines count, which whoever can write the file may change.
+    path = file.parent / "state/approvals.signed"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second + first)
+    assert approved(site) == frozenset()
+    path.unlink()
+    for decision in ("approve", "refuse"):
+        decide(site, EXAMPLE, "bela", secret, decision, reason="in one second", now=at)
+    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+    assert approved(site) == frozenset()
+
+
+def test_a_key_without_an_approver_is_not_overwritten_and_the_hint_says_how_to_go_on(file: Path, world: World) -> None:
+    make_approver(load_site(file), "carl", PASSPHRASE.encode())  # and the command is killed
+    with pytest.raises(StateError, match="names no approver carl") as caught:
+        run(commands.approver, file, "carl", "--passphrase-file", world.folder / "passphrase")
+    left = file.parent / "state/approvers/carl.pem"
+    assert f"remove {left}" in caught.value.hint
+    left.unlink()
+
+
 def test_a_key_is_encrypted_and_opens_with_its_passphrase_alone(file: Path) -> None:
     key = file.parent / "state/approvers/anna.pem"
-    assert b"ENCRYPTED" in key.read_bytes()
+    line, pem = key.read_bytes().split(b"\n", 1)
+    assert line.startswith(b"scrypt-65536-8-1 ")  # no guess is cheap for a process that reads the file
+    assert b"ENCRYPTED" in pem
+    with pytest.raises(ValueError, match="password"):
+        load_pem_private_key(pem, PASSPHRASE.encode())
     assert key.stat().st_mode & 0o777 == 0o600
     for passphrase in (b"", b"correct horse", b"x" * 500):
         with pytest.raises(StateError, match="does not open the key of approver anna"):

@@ -79,6 +79,9 @@ def test_a_link_works_once_and_the_cookie_belongs_to_this_host_alone(console: Co
     assert "domain" not in cookie
     assert visitor.get(f"/enter/{link}", Cookie="").status_code == 403
     assert visitor.get("/enter/guessed", Cookie="").status_code == 403
+    looked_at = f"/enter/{console.sessions.link(Role.VIEWER)}"
+    assert visitor.client.head(looked_at).status_code == 405  # a preview of the link does not use it up
+    assert visitor.get(looked_at, Cookie="").status_code == 303
 
 
 def test_links_and_sessions_end() -> None:
@@ -151,6 +154,8 @@ def test_a_viewer_looks_and_an_approver_acts(console: Console, done: list[dict[s
         {"Sec_Fetch_Site": "", "Origin": "https://evil.example"},
         {"Sec_Fetch_Site": "", "Origin": "null"},
         {"Origin": "http://privet-test.localhost:4001"},
+        {"Origin": f"https://{HOST}"},
+        {"Origin": "http://["},  # which nobody can take apart
         {"Content_Type": "text/plain"},
         {"Content_Type": "application/json"},
     ],
@@ -230,8 +235,12 @@ def test_an_error_says_where_and_never_what(console: Console, caplog: pytest.Log
 
 
 def test_requests_and_links_are_limited(console: Console) -> None:
-    visitor = Visitor(console)
+    visitor, stranger = Visitor(console), Visitor(console, cookie="none")
+    link = console.sessions.link(Role.VIEWER)
     assert {visitor.get(f"/enter/{n}").status_code for n in range(12)} == {403, 429}
+    assert visitor.get(f"/enter/{link}").status_code == 303  # guesses keep nobody out who has a link
+    assert {stranger.get("/").status_code for _ in range(300)} == {401, 429}
+    assert {stranger.get("/", Sec_Fetch_Site="cross-site").status_code for _ in range(300)} == {403}
     found = [visitor.get("/static/console.css").status_code for _ in range(300)]
     assert (found[0], found[-1]) == (200, 429)
     bucket, clock = None, Time()

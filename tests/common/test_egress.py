@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privet.client.network.adapters import receive
 from privet.common.audit.egress import check_carried, check_logged, check_origin
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError
 from privet.common.log.agreement import gate_of, run_opened
@@ -22,12 +26,14 @@ from privet.common.log.statements import (
     EgressDecision,
     EgressReview,
     Export,
+    Join,
+    Member,
     Revoke,
     StatedGate,
     Statement,
 )
 from privet.common.study.study import Study
-from tests.support.log_world import World, digest, private, public
+from tests.support.log_world import World, digest, member, private, public
 from tests.support.synthetic import study_of
 
 SITES = ("berlin", "lyon", "oslo")
@@ -104,7 +110,7 @@ def refusal(world: Town, site: str, **changes: Any) -> EgressReview:
 def decision(world: Town, verdict: str = "accepted", **changes: Any) -> EgressDecision:
     """Return what a coordinator says that computes every figure rightly."""
     time = changes.get("time", world.now)
-    facts = world.gate.facts(time, world.history.members)
+    facts = world.gate.facts(time)
     given: dict[str, Any] = {
         "time": time,
         "run": "flu",
@@ -189,7 +195,7 @@ def test_what_fails_any_condition_is_never_released(case: tuple[dict[str, Any], 
         site = next((each for each in SITES if each not in given["signers"]), SITES[0])
         world.say(refusal(world, site, failed=given["fails"]), site)
         broken = broken | ({"signatures"} if len(set(given["signers"]) - {site}) < 2 else set())
-    facts = world.gate.facts(world.now, world.history.members)
+    facts = world.gate.facts(world.now)
     # Without a signature there is nobody whose canaries count.
     expected = broken | ({"canary"} if not facts.signed else set())
     assert set(world.gate.unmet(facts)) == expected
@@ -209,7 +215,7 @@ def test_canaries_above_the_claim_stop_it(verdict: str) -> None:
         return
     # A person who refuses for another reason, and sends the counts with it, cannot hide what they show.
     world.say(refusal(world, "lyon", canaries=STRONG), "lyon")
-    assert set(world.gate.unmet(world.gate.facts(world.now, world.history.members))) == {"canary"}
+    assert set(world.gate.unmet(world.gate.facts(world.now))) == {"canary"}
     assert never_released(world)
 
 
@@ -217,7 +223,7 @@ def test_a_run_without_privacy_is_held_to_the_epsilon_of_its_gate() -> None:
     world = town(private=False, accuracy=0.9)
     for site in ("berlin", "oslo"):
         world.say(review(world, site), site)
-    assert world.gate.facts(world.now, SITES).epsilon is None
+    assert world.gate.facts(world.now).epsilon is None
     world.say(decision(world))
     with pytest.raises(VerificationError, match="canaries show an epsilon"):
         town(private=False).say(review(world, "lyon", canaries=STRONG), "lyon")
@@ -228,7 +234,7 @@ def test_a_run_without_privacy_is_held_to_the_epsilon_of_its_gate() -> None:
     [
         (Gate, "unmet", lambda self, facts: {}),
         (Gate, "withheld", lambda self, time: ""),
-        (Replay, "withholding", lambda self, adapter: None),
+        (Replay, "withholding", lambda self, adapter, own=None: None),
     ],
 )
 def test_a_rule_that_is_left_out_is_missed(
@@ -288,9 +294,9 @@ def test_a_site_speaks_once_and_may_take_its_signature_back() -> None:
             world.say(statement, "berlin")
     assert never_released(world)
     late = world.now + 11 * DAY  # after its refusal has ended, it may look again; until then the refusal stands
-    assert world.gate.facts(late, SITES).refused == ("berlin",)
+    assert world.gate.facts(late).refused == ("berlin",)
     world.say(review(world, "berlin", time=late, expires=late + DAY), "berlin")
-    assert world.gate.facts(late, SITES).signed == ("berlin",)
+    assert world.gate.facts(late).signed == ("berlin",)
 
 
 def test_a_signature_that_has_expired_does_not_count() -> None:
@@ -316,14 +322,90 @@ def test_a_member_that_left_does_not_count_but_its_refusal_stands() -> None:
     world = signed_by(town(), "berlin", "oslo")
     world.say(refusal(world, "lyon", failed=("membership",)), "lyon")
     world.say(Revoke(time=world.now, site="lyon", key=public("lyon").hex(), reason="expelled", quorum=2))
-    assert set(world.gate.unmet(world.gate.facts(world.now, world.history.members))) == {"membership"}
+    assert set(world.gate.unmet(world.gate.facts(world.now))) == {"membership"}
     assert never_released(world)
     with pytest.raises(VerificationError, match="not the current identity key"):
         world.say(review(world, "lyon"), "lyon")
     world = signed_by(town(), "berlin", "oslo")
     world.say(Revoke(time=world.now, site="oslo", key=public("oslo").hex(), reason="left", quorum=2))
-    assert world.gate.facts(world.now, world.history.members).signed == ("berlin",)
+    assert world.gate.facts(world.now).signed == ("berlin",)
     assert never_released(world)
+
+
+def replaced(world: Town, site: str) -> None:
+    """Let a site leave, and a stranger join under its name."""
+    world.say(Revoke(time=world.now, site=site, key=public(site).hex(), reason="expelled", quorum=2))
+    stranger = Member(site=site, key=public(f"new {site}").hex(), witness=member(f"new-{site}").witness)
+    world.say(Join(time=world.now, member=stranger, quorum=2))
+
+
+def test_a_stranger_under_the_name_of_a_site_that_left_has_no_say() -> None:
+    """Else a coordinator would expel who refuses, and let somebody of its own take the name."""
+    world = signed_by(town(), "berlin", "oslo")
+    world.say(refusal(world, "lyon", failed=("membership",)), "lyon")
+    replaced(world, "lyon")
+    late = world.now + 11 * DAY
+    with pytest.raises(VerificationError, match="answered no round"):
+        world.say(review(world, "lyon", time=late, expires=late + DAY), "new lyon")
+    assert set(world.gate.unmet(world.gate.facts(world.now))) == {"membership"}
+    assert never_released(world)
+    world = signed_by(town(), "berlin", "oslo")
+    replaced(world, "oslo")  # nor does it inherit a signature
+    assert world.gate.facts(world.now).signed == ("berlin",)
+    with pytest.raises(VerificationError, match="answered no round"):
+        world.say(review(world, "oslo"), "new oslo")
+    assert never_released(world)
+
+
+def test_signatures_that_never_held_at_one_time_do_not_count_together() -> None:
+    """Whatever time the coordinator writes into its decision."""
+    world = signed_by(town(), "berlin")
+    late = world.now + 20 * DAY
+    world.say(review(world, "oslo", time=late, expires=late + DAY), "oslo")
+    for time in (world.now, late, late + DAY):
+        with pytest.raises(VerificationError, match="fails the condition"):
+            world.say(decision(world, time=time))
+
+
+def test_the_epsilon_of_a_site_cannot_be_left_out() -> None:
+    world = signed_by(town(), "berlin", "oslo")
+    world.gate.spent = {"berlin": 0.1, "lyon": 0.1}
+    assert set(world.gate.unmet(world.gate.facts(world.now))) == {"privacy"}
+    assert never_released(world)
+
+
+def test_a_form_of_counts_bounds_what_a_bound_costs_everybody() -> None:
+    with pytest.raises(ValueError, match="planted"):
+        CanaryCounts(planted=2**31 - 1, guesses=2**31 - 1, right=2**31 - 1)
+
+
+def test_what_no_gate_asked_about_never_leaves() -> None:
+    """Adapters of earlier rounds, and the last one where an earlier one was published, also after the release."""
+    world = Town()
+    world.say(world.genesis())
+    world.say(world.run_open("flu", gate=TERMS, rounds=2))
+    world.play("flu", 1)
+    first = world.adapters["flu"]
+    opened = world.say(world.round_open("flu", 2))
+    for site in SITES:
+        world.say(world.site_round(site, "flu", 2, opened), site)
+    spent, metrics = dict.fromkeys(SITES, 2.5), {"validation_accuracy": 0.8}
+    last = world.round_close("flu", 2, opened, epsilon=spent, metrics=metrics, ended=True)
+    world.say(last.model_copy(update={"adapter_published": first}))
+    world.adapters["flu"] = first
+    before, after = world.history.runs["flu"].statement.adapter, last.adapter_after
+    signed_by(world, "berlin", "oslo")
+    world.say(decision(world))
+    world.say(world.export("flu", 1))
+    assert world.history.withholding(first) is None
+    assert world.history.withholding(before) is None
+    with pytest.raises(VerificationError, match="withholds adapter"):
+        world.say(world.run_open("copd", adapter=after))
+    # The same adapter, made again by a run whose gate refuses it, is still the one that a gate has let out.
+    world.history.runs["again"] = replace(
+        world.history.runs["flu"], gate=Gate(world.gate.run, TERMS, candidate=first, made={first})
+    )
+    assert world.history.withholding(first) is None
 
 
 def test_a_site_that_took_no_part_has_no_say() -> None:
@@ -416,6 +498,28 @@ def test_no_other_run_exports_it() -> None:
     world.say(world.round_close("copd", 1, opened, adapter_after=same, adapter_published=same))
     with pytest.raises(VerificationError, match="the gate of run flu withholds"):
         world.say(world.export("copd", 1, adapter=same))
+
+
+def test_no_site_receives_what_another_run_was_said_to_have_made_before() -> None:
+    """A coordinator that holds the sum states it in a run without a gate, and only then closes the round."""
+    world = Town()
+    world.say(world.genesis())
+    opened = {}
+    for run, terms in (("flu", TERMS), ("copd", None)):
+        world.say(world.run_open(run, gate=terms, rounds=1))
+        opened[run] = world.say(world.round_open(run, 1))
+        for site in SITES:
+            world.say(world.site_round(site, run, 1, opened[run]), site)
+    made = world.round_close("flu", 1, opened["flu"], epsilon=dict.fromkeys(SITES, 2.5), ended=True)
+    same = made.adapter_after
+    world.say(world.round_close("copd", 1, opened["copd"], adapter_after=same, adapter_published=same, ended=True))
+    world.say(world.export("copd", 1, adapter=same))
+    world.say(made)
+    check_logged(world.history.runs["copd"], world.now)
+    log: Any = SimpleNamespace(history=world.history)
+    nothing: Any = None
+    with pytest.raises(RefusedError, match="the gate of run flu withholds this adapter"):
+        receive(nothing, Path("adapters"), "copd", log, nothing, datetime.now(UTC), nothing)
 
 
 # Files

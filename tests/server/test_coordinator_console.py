@@ -156,8 +156,14 @@ def test_a_root_without_passphrase_approves_nobody_in_the_console(tmp_path: Path
 
 def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[list[str], dict[str, object]]] = []
-    begin = lambda command, **settings: started.append((command, settings))  # noqa: E731
-    monkeypatch.setattr("privet.server.console.view.subprocess.Popen", begin)
+
+    class Begun:
+        def __init__(self, command: list[str], **settings: object) -> None:
+            started.append((command, settings))
+
+        def poll(self) -> None: ...
+
+    monkeypatch.setattr("privet.server.console.view.subprocess.Popen", Begun)
     waiting(home, os.getpid())
     visitor = visit(home)
     assert "cannot be continued" in visitor.post("/run/second/resume", {}).text
@@ -168,6 +174,7 @@ def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monk
     (home / "runs/second/waiting.json").unlink()
     assert started == []
     assert visitor.post("/run/second/resume", {}).status_code == 303
+    assert "is being continued already" in visitor.post("/run/second/resume", {}).text
     ((command, settings),) = started
     assert command[2:] == ["-m", "privet", "coordinator", "resume", "second", "-C", str(home)]
     assert settings["start_new_session"]  # a console that ends does not end it

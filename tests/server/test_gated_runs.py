@@ -22,6 +22,7 @@ from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.tracking.figures import tracked
+from privet.simulations.runs.simulate import released
 from tests.conftest import Run
 from tests.simulations.test_simulate import study_file
 from tests.support.logged_world import QUICK, LoggedWorld, pass_gate, review_of, world_of
@@ -60,6 +61,10 @@ def test_a_gated_run_ends_with_a_candidate_and_resuming_it_changes_nothing(ended
             assert "no egress decision has accepted it" in log.withheld
         with pytest.raises(RefusedError, match="for tests alone"):
             bundle_files(ended.run, ended.folder / "run" / "public", with_weights=True)
+        nothing: Any = None
+        for where in (ended.run.path, ended.run.path / "adapter"):
+            with pytest.raises(RefusedError, match="for tests alone"):
+                released(where, nothing)
         with pytest.raises(RefusedError, match="for tests alone"):
             tracked(ended.run.path)
         ended.play()
@@ -135,7 +140,7 @@ def test_a_refusal_is_in_the_bundle_and_nothing_is_released_after_it(ended: Logg
     with ended.journal() as journal:
         gate = journal.history.runs["run"].gate
         assert gate is not None
-        facts = gate.facts(journal.clock(), journal.history.members)
+        facts = gate.facts(journal.clock())
         journal.say(
             EgressDecision(
                 time=journal.clock(),

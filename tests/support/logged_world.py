@@ -243,7 +243,7 @@ def pass_gate(world: LoggedWorld, numbers: Sequence[int], name: str = "run") -> 
         run = journal.history.runs[name]
         assert run.gate is not None
         time = journal.clock()
-        facts = run.gate.facts(time, journal.history.members)
+        facts = run.gate.facts(time)
         accepted = EgressDecision(
             time=time,
             run=name,

@@ -54,10 +54,13 @@ class Isolation {
   }
 }
 
+const CLOCKS = 300; // seconds by which two clocks may differ
+
 /** What the log says of a candidate, and its rules. `common/log/gate.py` has the same, and the bound of canaries. */
 class Gate {
   candidate = null;
-  answered = new Set(); // sites that answered a round
+  answered = new Set(); // sites that answered a round and have not left since
+  made = new Set(); // adapters that its rounds led to
   spent = null;
   measured = null;
   reviews = new Map(); // the last of each site
@@ -74,6 +77,11 @@ class Gate {
     if (said.metrics && Object.keys(said.metrics).length) this.measured = said.metrics;
     const left = run.said.rounds - run.next + 1 - (run.skips ? 1 : 0);
     this.candidate = run.published.size && (run.ended || left <= 0) ? run.adapter : null;
+  }
+
+  leave(site) {
+    this.answered.delete(site);
+    if (this.reviews.get(site)?.verdict === "signed") this.reviews.delete(site);
   }
 
   state(time) {
@@ -102,25 +110,26 @@ class Gate {
     this.reviews.set(said.site, said);
   }
 
-  facts(time, members) {
-    const standing = [...this.reviews.values()].filter((each) => each.verdict === "refused" || (members.has(each.site) && time < each.expires));
+  facts(time) {
+    const standing = [...this.reviews.values()].filter((each) => each.verdict === "refused" || (each.time - CLOCKS <= time && time < each.expires));
     const signers = standing.filter((each) => each.verdict === "signed");
     const value = this.terms.metric === null ? undefined : this.measured?.[this.terms.metric];
     const quality = value === undefined ? null : this.terms.metric.endsWith("_loss") ? -value : value;
+    const spent = this.spent ?? {}, stated = [...this.answered].every((site) => Object.hasOwn(spent, site));
     return {
       signers, quality, standing,
-      epsilon: this.run.privacy === null ? null : Math.max(0, ...Object.values(this.spent ?? {})),
+      epsilon: stated && Object.keys(spent).length ? Math.max(...Object.values(spent)) : null,
       signed: signers.map((each) => each.site).sort(),
       refused: standing.filter((each) => each.verdict === "refused").map((each) => each.site).sort(),
       expires: signers.length ? Math.min(...signers.map((each) => each.expires)) : null,
     };
   }
 
-  decide(leaf, said, members) {
+  decide(leaf, said) {
     const where = `run ${said.run}, egress decision`, { terms } = this;
     this.checkCandidate(where, said);
     if (["accepted", "refused"].includes(this.state(said.time)) || this.exported) throw new Fault(`${where}: the candidate was decided about already`);
-    const facts = this.facts(said.time, members);
+    const facts = this.facts(said.time);
     for (const name of ["epsilon", "quality", "signed", "refused"]) expectEqual(`${where}: ${name}`, facts[name], said[name]);
     if ((said.bound === null) !== facts.standing.every((each) => each.canaries === null)) throw new Fault(`${where}: bound: there is one exactly where canaries were audited`);
     if (said.verdict === "accepted") {
@@ -128,7 +137,7 @@ class Gate {
         if (!holds) throw new Fault(`${where}: it accepts a candidate that fails the condition ${name}`);
       };
       const promise = this.run.privacy;
-      fails("privacy", promise === null || facts.epsilon <= Math.ceil(promise.epsilon * 10_000 - 1e-6) / 10_000);
+      fails("privacy", promise === null || facts.epsilon !== null && facts.epsilon <= Math.ceil(promise.epsilon * 10_000 - 1e-6) / 10_000);
       fails("canary", terms.canaries === null || facts.signers.some((each) => each.canaries && each.canaries.planted >= terms.canaries));
       fails("quality", terms.least === null || (facts.quality !== null && facts.quality >= terms.least));
       for (const each of facts.standing) fails(each.failed[0] ?? "", !each.failed.length);
@@ -206,7 +215,7 @@ class History {
       case "export": return this.export(leaf, said);
       case "egress-review": return this.gateOf(said.run).review(said);
       case "egress-decision":
-        this.gateOf(said.run).decide(leaf, said, this.members);
+        this.gateOf(said.run).decide(leaf, said);
         return this.runOf(said.run).proved.push([leaf.index, said.type]);
       default: return this.adapterState(leaf, said);
     }
@@ -259,6 +268,7 @@ class History {
     this.left.push([member, leaf.index, this.joined.get(said.site)]);
     for (const key of await publicsOf(member)) this.revoked.add(key);
     this.owners.delete(member.key);
+    for (const run of this.runs.values()) run.gate?.leave(said.site);
   }
 
   async renew(said) {
@@ -428,6 +438,7 @@ class History {
     run.published.set(said.round, said.adapter_published);
     [run.next, run.open, run.ended] = [said.round + 1, null, said.ended];
     run.gate?.ended(run, said);
+    run.gate?.made.add(said.adapter_after).add(said.adapter_published);
     run.proved.push([leaf.index, said.type]);
   }
 
@@ -476,9 +487,10 @@ class History {
   }
 
   checkWithheld(where, adapter, own) {
-    for (const [name, run] of this.runs) {
-      if (!run.gate || run.gate.exported || adapter === run.said.adapter || run === own) continue;
-      if ([...run.published.values()].includes(adapter)) throw new Fault(`${where}: the gate of run ${name} withholds adapter ${adapter}`);
+    const gated = [...this.runs].filter(([, run]) => run.gate);
+    if (gated.some(([, run]) => run.gate.exported && run.gate.candidate === adapter)) return;
+    for (const [name, run] of gated) {
+      if (adapter !== run.said.adapter && run !== own && run.gate.made.has(adapter)) throw new Fault(`${where}: the gate of run ${name} withholds adapter ${adapter}`);
     }
   }
 
