@@ -114,6 +114,17 @@ WHERE r.dataset = :dataset AND r.kind = 'reserve' AND NOT EXISTS (SELECT 1 FROM 
     WHERE x.dataset = r.dataset AND x.study = r.study AND x.round = r.round AND x.kind = 'cancel')
 GROUP BY 1, 2, 3 ORDER BY min(r.sequence)
 """
+# What of them is charged, with the year in which it began.
+_PAID = """
+SELECT substr(json_extract(first.content, '$.time'), 1, 4), r.study, r.cost, count(*)
+FROM entries r JOIN entries first ON first.sequence = coalesce(
+    (SELECT min(c.sequence) FROM entries c WHERE c.kind IN ('begin', 'charge')
+        AND c.dataset = r.dataset AND c.study = r.study AND c.round = r.round),
+    CASE WHEN r.cost IS NOT NULL AND json_extract(r.content, '$.begins') IS NULL THEN r.sequence END)
+WHERE r.dataset = :dataset AND r.kind = 'reserve' AND NOT EXISTS (SELECT 1 FROM entries x
+    WHERE x.dataset = r.dataset AND x.study = r.study AND x.round = r.round AND x.kind = 'cancel')
+GROUP BY 1, 2, 3 ORDER BY 1, min(r.sequence)
+"""
 
 
 @dataclass(frozen=True)
@@ -427,6 +438,21 @@ class Ledger:
         with self._chain.reading():
             items, head = self._items(dataset), self._chain.last()
         return spending(dataset, limit, items, head)
+
+    def datasets(self) -> tuple[str, ...]:
+        """Return the names of all datasets that anything was ever reserved on, ascending."""
+        with self._chain.reading():
+            rows = self._chain.query("SELECT DISTINCT dataset FROM entries WHERE dataset IS NOT NULL ORDER BY 1", {})
+        return tuple(name for (name,) in rows)
+
+    def paid(self, dataset: str) -> tuple[tuple[int, Item], ...]:
+        """Return what is charged on a dataset, each with the year in UTC in which it began, by this machine's clock."""
+        with self._chain.reading():
+            rows = self._chain.query(_PAID, {"dataset": dataset})
+        return tuple(
+            (int(year), Item(study, None if cost is None else Cost.parse(json.loads(cost)), True, rounds))
+            for year, study, cost, rounds in rows
+        )
 
     def began(self, dataset: str) -> dict[str, datetime]:
         """Return the time of each study's first reservation by the study's digest, from this machine's clock."""

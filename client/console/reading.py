@@ -41,8 +41,8 @@ FRESH_SECONDS, IDLE_SECONDS, PATIENCE_SECONDS = 20.0, 60.0, 2.0
 for the first one."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _MOST_LEFT = 200
-_LEDGER_SECONDS = 15.0
 """Most rounds that the page of what left lists."""
+_LEDGER_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -294,13 +294,9 @@ class OwnLog:
         Args:
             said: Has the leaves that follow the copy, as the coordinator sends them.
         """
-        if self.site.log is None:
-            return {}
-        file = self.site.log.state / COPY
-        known = stamps([file]), said.first, len(said.leaves)
+        known = log_stamp(self.site, said)
         if known != self._known:
-            kept = list(kept_leaves(file))
-            self._read([*kept, *said.leaves[len(kept) - said.first :]] if said.first <= len(kept) else kept)
+            self._read(known_leaves(self.site, said))
             self._known = known
         return self._found
 
@@ -308,7 +304,7 @@ class OwnLog:
         tree, found, studies = Tree(), dict[tuple[str, int], Stated](), dict[str, str]()
         for leaf in leaves:
             tree.append(leaf_hash(leaf))
-        self.leaves, self.cosigned = tree.frontier.size, self._cosigned(tree)
+        self.leaves, self.cosigned = tree.frontier.size, cosigned(self.site, tree)
         own = self.site.identity_key()
         key = b"" if own is None else own.public_key().public_bytes_raw()
         for index, leaf in enumerate(leaves):
@@ -327,13 +323,25 @@ class OwnLog:
                 continue  # nothing that can be read as a statement of the log; it proves nothing
         self._found = found
 
-    def _cosigned(self, tree: Tree) -> int:
-        """Return how many leaves of the copy lie under the last checkpoint that this site cosigned; 0: of none."""
-        if self.site.log is None:
-            return 0
-        seen = open_witness(self.site, self.site.log).last
-        fits = 0 < seen.size <= tree.frontier.size and tree.root_at(seen.size) == seen.root
-        return seen.size if fits else 0
+
+def log_stamp(site: SiteConfig, said: Said) -> object:
+    """Return what changes with `known_leaves`."""
+    return () if site.log is None else (stamps([site.log.state / COPY]), said.first, len(said.leaves))
+
+
+def known_leaves(site: SiteConfig, said: Said) -> Sequence[bytes]:
+    """Return the leaves of the site's copy of the round log, and those that follow it in the coordinator's answer."""
+    kept = [] if site.log is None else list(kept_leaves(site.log.state / COPY))
+    return [*kept, *said.leaves[len(kept) - said.first :]] if said.first <= len(kept) else kept
+
+
+def cosigned(site: SiteConfig, tree: Tree) -> int:
+    """Return how many leaves of a tree lie under the last checkpoint that this site cosigned; 0: of none."""
+    if site.log is None:
+        return 0
+    seen = open_witness(site, site.log).last
+    fits = 0 < seen.size <= tree.frontier.size and tree.root_at(seen.size) == seen.root
+    return seen.size if fits else 0
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from privet.client.budget.accounts import Spending
 from privet.client.checks import Check
 from privet.client.console import reading
+from privet.client.console.officer import Budgets, Story, page_values
 from privet.client.console.reading import Accounts, Ask, Coordinator, OwnLog
 from privet.client.network.lock import is_served
 from privet.client.network.proposals import Proposed
@@ -45,6 +47,7 @@ class SiteView:
     def __init__(self, file: Path, ask: Ask, examine: Callable[[], Sequence[Check]]) -> None:
         self._file, self._coordinator, self._examine = file, Coordinator(ask), examine
         self._accounts: Accounts | None = None
+        self._officer: tuple[Budgets, Story] | None = None
         # A passphrase can be guessed through an open session: this bounds how often, whatever the session.
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
         self._deciding = threading.Lock()
@@ -58,6 +61,7 @@ class SiteView:
                 "/study/{digest}": self._study,
                 "/left": self._left,
                 "/budget": self._budget,
+                "/privacy": self._privacy,
                 "/checks": self._checks,
             },
             {"/study/{digest}/decide": self._decide},
@@ -76,7 +80,7 @@ class SiteView:
     def _own(self) -> tuple[SiteConfig, Accounts]:
         site = load_site(self._file)
         if self._accounts is None or self._accounts.site != site:
-            self._accounts = Accounts(site, OwnLog(site))
+            self._accounts, self._officer = Accounts(site, OwnLog(site)), (Budgets(site), Story(site))
         return site, self._accounts
 
     def _common(self, site: SiteConfig, active: str) -> dict[str, Any]:
@@ -139,6 +143,15 @@ class SiteView:
         books, names = accounts.books(self._coordinator.heard().said), self._names()
         values = {"books": books, "bar_segments": _bar(books), "names": names, "curve": _curve(books)}
         return Shown("budget.html", {**self._common(site, "budget"), **values})
+
+    def _privacy(self, asked: Asked) -> Shown:
+        site, _ = self._own()
+        budgets, story = self._officer or (Budgets(site), Story(site))
+        values = page_values(site, self._file, budgets, story, self._coordinator.heard().said, now())
+        bars_of = {each.name: _spent_bar(each.spending) for each in values["datasets"].value or ()}
+        return Shown(
+            "privacy.html", {**self._common(site, "privacy"), **values, "bars": bars_of, "names": self._names()}
+        )
 
     def _checks(self, asked: Asked) -> Shown:
         site, _ = self._own()
@@ -208,9 +221,10 @@ def _day(text: str) -> datetime | None:
 
 
 def _bar(books: reading.Books) -> list[dict[str, Any]]:
-    spending = books.spending
-    if spending is None:
-        return []
+    return [] if books.spending is None else _spent_bar(books.spending)
+
+
+def _spent_bar(spending: Spending) -> list[dict[str, Any]]:
     reserved = max(spending.counted - spending.epsilon, 0.0)
     return bars([("spent", spending.epsilon), ("reserved", reserved)], spending.limit.epsilon)
 

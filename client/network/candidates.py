@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from privet.client.bases.names import keep_bases
 from privet.client.network.adapters import Ask, Tell, arriving, fetch, study_of
 from privet.client.network.proposals import NewestLog
-from privet.client.release.candidate import Outcome
 from privet.client.site import SiteConfig
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import canonical_json, digest
@@ -31,6 +30,9 @@ from privet.common.log.replay import LoggedRun, Replay
 from privet.common.log.statements import EgressReview
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.terms import check_until
+
+if TYPE_CHECKING:
+    from privet.client.release.candidate import Outcome  # it loads models
 
 FOLDER = "candidates"
 """Directory of candidates, beside the site file: one directory for each run."""

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import Certificate
@@ -56,6 +55,9 @@ from privet.common.pki.enrolment import (
 from privet.common.pki.keyfile import KEPT, read_key
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.pki.token import Token
+
+if TYPE_CHECKING:
+    import grpc
 
 _CONNECTING, _SECONDS = 10.0, 30.0
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
@@ -209,6 +211,8 @@ class ConsortiumClient:
 
 
 def _call(address: str, context: ssl.SSLContext, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
+    import grpc  # 10 MB, which a process that asks nobody does without
+
     host = address.rpartition(":")[0]
     options = [*_OPTIONS, ("grpc.default_authority", host)]
     try:
@@ -223,6 +227,8 @@ def _call(address: str, context: ssl.SSLContext, method: str, asked: Spoken, kin
 
 def _failure(error: grpc.RpcError, address: str) -> PrivetError:
     """Return the error for a failed call."""
+    import grpc
+
     # The details are text of the other side: on one line, so that it cannot forge lines of a terminal or a log.
     code, details = error.code(), one_line(str(error.details()))
     if code is grpc.StatusCode.PERMISSION_DENIED:

@@ -18,8 +18,9 @@ from privet.common.web.app import Asked, Shown, View
 from privet.common.web.events import stamps
 from privet.common.web.sessions import Bucket
 from privet.server.console import reading
-from privet.server.console.reading import People, Run, Runs
+from privet.server.console.reading import Gates, People, Run, Runs, alerts
 from privet.server.consortium.coordinator import Coordinator, log_due, open_coordinator
+from privet.server.network.link import CLOCK_SECONDS
 from privet.server.overview import run_paths
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
@@ -40,7 +41,7 @@ class CoordinatorView:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._made = open_coordinator(directory)
-        self._runs, self._people = Runs(self._made), People(self._made)
+        self._runs, self._people, self._gates = Runs(self._made), People(self._made), Gates(self._made)
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
         self._starting = threading.Lock()
         self._started: dict[str, subprocess.Popen[bytes]] = {}
@@ -78,15 +79,17 @@ class CoordinatorView:
 
     def _overview(self, asked: Asked, wrong: str = "", token: tuple[str, str] | None = None) -> Shown:
         made = self._made
-        found = self._people.sites(now())
+        time, head = now(), self._people.head()
+        found = self._people.sites(time)
         values = {
+            "alerts": alerts(found, head, made.directory, time),
             "runs": self._runs.all(),
             "sites": [each for each in found if each.attention][:_FEW],
             "members": sum(each.state == "member" for each in found),
             "online": sum(each.online for each in found),
             "asking": sum(each.state == "pending" for each in found),
             "founded": made.members.founded(),
-            "head": self._people.head(),
+            "head": head,
             "waiting": len(made.members.statements()),
             "guarded": made.guarded,
             "wrong": wrong,
@@ -98,7 +101,14 @@ class CoordinatorView:
     def _sites(self, asked: Asked) -> Shown:
         found = self._people.sites(now())
         return Shown(
-            "sites.html", {**self._common("sites"), "sites": found, "guarded": self._made.guarded, "wrong": ""}
+            "sites.html",
+            {
+                **self._common("sites"),
+                "sites": found,
+                "guarded": self._made.guarded,
+                "wrong": "",
+                "clock": CLOCK_SECONDS,
+            },
         )
 
     def _run(self, asked: Asked) -> Shown:
@@ -112,6 +122,7 @@ class CoordinatorView:
             "quality": {each["round"]: quality(each.get("metrics")) for each in rounds},
             "spent": {each["round"]: reading.spent(each) for each in rounds},
             "widths": {each["round"]: f"{100 * each['seconds'] / longest:.1f}" for each in rounds if longest},
+            "gate": self._gates.all(now()).get(run.name) if run.status.get("gated") else None,
             "stopping": (self._made.directory / "runs" / run.name / "stop").exists(),
         }
         return Shown("run.html", {**self._common("overview"), **values})

@@ -105,6 +105,8 @@ USED = frozenset({*_CALLS, TAKE, GIVE})
 STORING = frozenset({PUSH_OBJECT, GIVE})
 """The paths of calls that store objects."""
 
+CLOCK_SECONDS: int = TIMESTAMP_TOLERANCE
+"""How far the clock of a node that is let in may be from this machine's."""
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
@@ -172,11 +174,20 @@ class Objection(StrEnum):
 
 @dataclass(frozen=True)
 class RegisteredNode:
-    """A registered node."""
+    """A registered node.
+
+    Attributes:
+        id: Its id.
+        public_key: As Flower keeps it.
+        online: Whether it is connected.
+        until: Until when it counts as connected, in Unix seconds; None if it never was. Of one that is not, the time
+            when it went, or when it would have had to call again.
+    """
 
     id: int
     public_key: bytes
     online: bool
+    until: float | None = None
 
 
 class Link:
@@ -231,7 +242,10 @@ class Link:
         """Return the registered nodes, by id."""
         found = self._state.get_node_info(owner_aids=[NOOP_FLWR_AID])
         registered = [info for info in found if info.status != NodeStatus.UNREGISTERED]
-        nodes = [RegisteredNode(info.node_id, info.public_key, info.status == NodeStatus.ONLINE) for info in registered]
+        nodes = [
+            RegisteredNode(info.node_id, info.public_key, info.status == NodeStatus.ONLINE, info.online_until or None)
+            for info in registered
+        ]
         return sorted(nodes, key=lambda node: node.id)
 
     def waiting(self) -> frozenset[int]:

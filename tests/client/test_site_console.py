@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -30,15 +32,14 @@ from privet.common.clock import now
 from privet.common.errors import PolicyError, ProtocolError, StateError
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
-from privet.server.log.logfile import LogFile
 from tests.support.browser import browsing, look_at
-from tests.support.console import HOST, Visitor, served
+from tests.support.console import HOST, Remote, Visitor, opened_here, served
 from tests.support.consortium_world import World, run, running
+from tests.support.finished import finished_site
 from tests.support.pages import ROOT
 from tests.support.proposed_world import EXAMPLE, begin, changed, settle
 
 PASSPHRASE = "correct horse battery"
-WORLD = ROOT / "tests/compat/data/world.tar.xz"
 HOSTILE = "<img src=x onerror=alert(1)>'\"`</script><script>alert(2)</script>"
 
 
@@ -311,14 +312,7 @@ def test_a_site_without_approvers_signs_nothing_in_the_console(file: Path) -> No
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site that took part in rounds of a deployed study, with its copy of the round log."""
-    folder = tmp_path_factory.mktemp("finished")
-    with tarfile.open(WORLD) as archive:
-        inside = ("world/consortium/alpha", "world/consortium/coordinator/log")
-        archive.extractall(folder, [each for each in archive if each.name.startswith(inside)], filter="tar")
-    home = folder / "world/consortium/alpha"
-    log = LogFile(folder / "world/consortium/coordinator/log")
-    _keep(home / "state/log" / COPY, log.leaves(0, log.size(), 2**30), 0)
-    return home / "site.toml"
+    return finished_site(tmp_path_factory.mktemp("finished"))
 
 
 def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
@@ -353,7 +347,7 @@ def test_nothing_of_a_record_is_shown(finished: Path) -> None:
     visitor = visit(finished, said=Said((), 0, ()))
     text = (finished.parent / "data/train.csv").read_text().splitlines()[1]
     words = set(re.findall("[A-Za-z]{6,}", text))
-    for path in ("/", "/left", "/budget", "/checks"):
+    for path in ("/", "/left", "/budget", "/privacy", "/checks"):
         page = visitor.get(path).text
         assert page
         assert not {word for word in words if word in page} - {"specialty"}
@@ -369,7 +363,7 @@ def test_an_approver_reads_signs_by_keyboard_and_sees_what_changes(file: Path, t
         browser.open(link)
         browser.until("document.querySelector('a.card')")
         assert "waits for your decision" in browser.text()
-        for page in ("/", "/left", "/budget", "/checks", path_of()):
+        for page in ("/", "/left", "/budget", "/privacy", "/checks", path_of()):
             look_at(browser, home + page)
         # A text of the study's people cannot be chosen freely; that of another approver can.
         decide(load_site(file), EXAMPLE, "bela", PASSPHRASE.encode(), "refuse", reason=HOSTILE, now=now())
@@ -416,3 +410,63 @@ def test_a_console_that_is_killed_while_it_signs_leaves_whole_decisions(file: Pa
         os.kill(process.pid, signal.SIGKILL)
         told = process.communicate()[0].count("signed")
         assert len(decisions(load_site(file))) - before in (told, told + 1)  # each is whole; what was told is kept
+
+
+@pytest.mark.slow
+def test_a_site_refuses_and_two_people_approve_in_a_browser(file: Path) -> None:
+    policy = file.parent / "policy.toml"
+    policy.write_text(policy.read_text().replace('approval = "person"', 'persons = 2\napproval = "person"'))
+    with opened_here(SiteView(file, Consulting(file), lambda: ()).view()) as link, browsing() as browser:
+        home = link.split("/enter/")[0]
+        browser.open(link)
+        browser.until("document.querySelector('a.card')")
+
+        def sign(decision: str, by: str, says: str) -> None:
+            browser.open(home + path_of())
+            browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+            browser.run(f"document.querySelector('#by-{decision}').value = '{by}'")
+            browser.fill(f"#passphrase-{decision}", PASSPHRASE)
+            if decision == "refuse":
+                browser.fill("#reason", HOSTILE)
+            browser.follow(f"form:has([value={decision}]) .actions button")
+            assert says in browser.text()
+
+        sign("approve", "anna", "Signatures needed: 2")
+        with pytest.raises(PolicyError):
+            check_policy(load_site(file), EXAMPLE, dict)
+        sign("approve", "bela", "this site takes part")
+        check_policy(load_site(file), EXAMPLE, dict)
+        time.sleep(1)  # decisions are ordered by their second
+        sign("refuse", "bela", "onerror=alert")
+        assert approved(load_site(file), 2) == frozenset()
+        look_at(browser, home + "/privacy")
+        assert re.search(r"refused\s+bela\s+<img src=x onerror=alert", browser.text())
+        assert browser.objections == []
+
+
+@pytest.mark.slow
+def test_a_console_that_is_killed_in_the_middle_of_an_approval_loses_and_half_signs_nothing(file: Path) -> None:
+    lock = file.parent / "state/approvals.lock"
+    lock.unlink(missing_ok=True)
+    with served("client.commands.console:site", file) as (process, link):
+        remote = Remote(link)
+        sent = {"token": remote.token(), **form()}
+        thread = threading.Thread(target=_ask_in_vain, args=(remote, f"{path_of()}/decide", sent))
+        thread.start()
+        ends = time.monotonic() + 30
+        while not lock.exists() and time.monotonic() < ends:  # the key has signed, and the file is about to change
+            time.sleep(0.0005)
+        process.kill()
+        thread.join(30)
+    made = len(decisions(load_site(file)))  # every line is whole
+    assert made in (0, 1)
+    visitor = visit(file)
+    assert ("this site takes part" in visitor.get(path_of()).text) == bool(made)
+    assert visitor.post(f"{path_of()}/decide", form()).status_code == 303
+    assert len(decisions(load_site(file))) == made + 1
+    assert approved(load_site(file)) == {EXAMPLE.digest}
+
+
+def _ask_in_vain(remote: Remote, path: str, sent: dict[str, str]) -> None:
+    with suppress(OSError, HTTPException):
+        remote.ask("POST", path, sent)

@@ -38,6 +38,7 @@ from privet.common.pki.words import words_of
 from privet.common.study.average import AVERAGED, averaged_name
 from tests.conftest import Run
 from tests.support import chromium
+from tests.support.browser import axe
 from tests.support.chromium import Tab, browser
 from tests.support.lies import Archive, archive_of, rotated_of
 from tests.support.log_world import World, flips, member, private, public
@@ -487,6 +488,7 @@ def test_the_page_is_readable_on_a_phone_and_by_keyboard(archive: Archive, tab: 
     tab.size(390, 844)
     opened(tab, tmp_path, page.page(archive.files, "run.tar"))
     assert tab.run("document.documentElement.scrollWidth") <= 390
+    assert axe(tab) == []
     tab.size(1200, 900)
     assert tab.run("[...document.querySelectorAll('input')].every((each) => each.labels.length > 0)")
     assert tab.run("[...document.querySelectorAll('svg[role=img]')].every((each) => each.getAttribute('aria-label'))")

@@ -8,21 +8,33 @@ import re
 import shutil
 import tarfile
 import time
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from privet.client.network.enrolment import prepare_request
+from privet.common.clock import now
 from privet.common.pki.token import Token
 from privet.common.web.app import Console
 from privet.common.web.sessions import Role
+from privet.server.console import reading
+from privet.server.console.reading import Head, People, Run, Site, alerts
 from privet.server.console.view import CoordinatorView
 from privet.server.consortium.coordinator import encrypt_root, open_coordinator
+from privet.server.network.link import CLOCK_SECONDS
+from privet.server.network.service import link_of
+from tests.client.test_adapters import play, study_of
+from tests.client.test_candidates import GATE, said_by
 from tests.support.browser import browsing, look_at
-from tests.support.console import HOST, Visitor, served
-from tests.support.consortium_world import make_coordinator
+from tests.support.console import HOST, Visitor, opened_here, served
+from tests.support.consortium_world import make_coordinator, running
 from tests.support.pages import ROOT
+from tests.support.site_world import ready
+from tests.support.synthetic import start_adapter
 
 WORLD = ROOT / "tests/compat/data/world.tar.xz"
 PASSPHRASE = "correct horse battery"
@@ -183,6 +195,77 @@ def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monk
         assert visit(home, Role.VIEWER).post(path, {"site": "oslo"}).status_code == 403
 
 
+def member(name: str, **changes: Any) -> Site:
+    return replace(Site(name, "member", 0, "", online=True, days=5, seen=1e9), **changes)
+
+
+def test_alerts_name_what_an_operator_has_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, at = [10**12, 10**12], datetime.fromtimestamp(1e9, UTC)
+    monkeypatch.setattr(reading, "disk_usage", lambda _: SimpleNamespace(total=space[0], free=space[1]))
+
+    def found(*sites: Site, head: Head | None = None) -> list[str]:
+        return [each.kind for each in alerts(sites, head, tmp_path, at)]
+
+    well, head = [member("a"), member("b")], Head(9, "", 9, ("a", "b"), 2)
+    assert found(*well, head=head) == []
+    assert found() == []
+    away = member("c", online=False, seen=1e9 - 3600)
+    assert found(*well, away, head=head) == []  # for an hour: it is in the list of sites, and no alert
+    assert found(*well, replace(away, seen=1e9 - 90_000)) == ["away"]
+    assert found(*well, replace(away, seen=None)) == ["never"]
+    assert found(*well, replace(away, seen=None, since=int(1e9) - 3600)) == []  # it has joined just now
+    assert found(*well, replace(away, state="revoked", seen=None, late=True)) == []
+    assert found(well[0], away, head=head) == ["quorum"]
+    assert found(*well, head=replace(head, witnesses=("a",))) == ["cosigned"]
+    assert found(member("a", late=True), member("b", late=True, days=-1)) == ["certificate", "ended"]
+    space[1] = 10**9
+    assert found() == ["disk"]
+    page = visit(make_coordinator(tmp_path / "c").directory).get("/").text
+    assert "The disk has 1 GB of 1e+03 GB left" in page
+
+
+def test_a_site_that_is_away_was_seen_until_it_went(tmp_path: Path) -> None:
+    with running(tmp_path) as world:
+        world.found("berlin", "lyon")
+        made = world.coordinator
+        link = link_of(made.directory)
+        nodes = [link.register(row.keys.node.encode("ascii")) for row in made.members.rows()]
+        page = visit(made.directory).get("/sites").text
+        assert page.count("never connected") == 2
+        assert f"within {CLOCK_SECONDS} s of this machine" in page
+        state = link._state
+        assert state.activate_node(nodes[0], 30.0)
+        sites = People(made).sites(now())
+        assert [each.online for each in sites] == [False, True]
+        assert state.deactivate_node(nodes[0])
+        seen = [each.seen for each in People(made).sites(now()) if each.seen is not None]
+        assert seen == [pytest.approx(time.time(), abs=60)]
+        assert "last seen" in visit(made.directory).get("/sites").text
+        # A new certificate of seven days is no fault; one that should have been renewed is.
+        assert not any(each.late for each in sites)
+        assert all(each.late for each in People(made).sites(now() + timedelta(days=6.5)))
+
+
+def test_a_candidate_shows_what_its_gate_lacks(tmp_path: Path) -> None:
+    with ready(tmp_path) as world:
+        made = world.coordinator
+        play(world, "flu", start_adapter(0), study_of("flu", gate=GATE))
+        visitor = visit(made.directory)
+        status = {"withdrawn": None, "ended": True, "gated": True, "released": False}
+        assert Run("flu", status).state == "waiting"
+        assert (
+            Run("flu", status | {"released": True}).state == Run("flu", status | {"gated": False}).state == "finished"
+        )
+        page = visitor.get("/run/flu").text
+        assert "Signed by 0 of 2 needed" in page
+        assert "signatures: 0 sites have signed, 2 are needed" in page
+        for site in ("berlin", "lyon"):
+            world.service(site).review(said_by(world, site, "flu"))
+        page = visitor.get("/run/flu").text  # told by the reviews that wait for the log
+        assert "Signed by 2 of 2 needed: berlin, lyon" in page
+        assert "privet gate decide flu" in page
+
+
 @pytest.mark.slow
 def test_an_operator_invites_approves_and_stops_in_a_browser(home: Path, tmp_path: Path) -> None:
     waiting(home, os.getpid())
@@ -214,3 +297,35 @@ def test_an_operator_invites_approves_and_stops_in_a_browser(home: Path, tmp_pat
         browser.until("true")
         assert browser.run("window.ran") is None
         assert any("Content Security Policy" in each for each in browser.objections)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_site_is_stopped_and_continued_in_a_browser(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On recorded files: what the process of the run would write is written here."""
+    continued: list[str] = []
+
+    def resume(_: Path, run: str) -> None:
+        continued.append(run)
+        waiting(home, os.getpid(), round=3, answered=["alpha", "beta"], missing={})
+
+    monkeypatch.setattr("privet.server.console.view.resume", resume)
+    waiting(home, os.getpid(), missing={"beta": "", "gamma": ""}, answered=["alpha"])
+    with opened_here(CoordinatorView(home).view()) as link, browsing() as browser:
+        browser.open(link)
+        browser.until("document.querySelector('a.card')")
+        browser.open(link.split("/enter/")[0] + "/run/second")
+        assert "Waiting for 2: beta, gamma" in browser.text()
+        waiting(home, os.getpid(), missing={"gamma": "the connection was lost"}, answered=["alpha", "beta"])
+        browser.until("document.body.innerText.includes('gamma: the connection was lost')")  # told by an event
+        browser.follow("form[action$='/stop'] button")
+        assert "It stops after its current round" in browser.text()
+        for name in ("waiting.json", "stop"):  # the process has aborted the round, and ended
+            (home / "runs/second" / name).unlink()
+        browser.until("document.querySelector('form[action$=\"/resume\"]')")
+        assert "not running" in browser.text()
+        browser.follow("form[action$='/resume'] button")
+        assert continued == ["second"]
+        assert "Every site has answered; computing" in browser.text()
+        assert browser.objections == []

@@ -10,6 +10,13 @@ from pathlib import Path
 from tests.support.chromium import Tab, browser
 
 _FAULTS = Path(__file__).with_name("faults.js").read_text(encoding="utf-8")
+AXE = Path(__file__).parent / "vendor/axe-core"
+AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
+"""axe-core 4.14.1 as npm has it, under the Mozilla Public License 2.0, which lies beside it."""
+_RUN_AXE = """axe.run(document, {preload: false, resultTypes: ["violations"], ...OPTIONS})
+  .then((found) => found.violations
+  .filter((each) => each.impact === "serious" || each.impact === "critical")
+  .map((each) => `${each.id}, ${each.impact}: ${each.nodes.map((node) => node.html.slice(0, 120)).join(" | ")}`))"""
 _LOADED = "!window.leaving && document.readyState === 'complete'"
 
 
@@ -86,9 +93,18 @@ def browsing() -> Iterator[Browser]:
         yield tab
 
 
+def axe(tab: Tab) -> list[str]:
+    """Return the serious and critical findings of axe-core on the present page, in light and in dark colours."""
+    tab.run((AXE / "axe.min.js").read_text(encoding="utf-8") + ";0")
+    tab.dark(True)  # only colours differ
+    dark = tab.run(_RUN_AXE.replace("OPTIONS", "{runOnly: ['color-contrast']}"))
+    tab.dark(False)
+    return [*(f"dark: {each}" for each in dark), *tab.run(_RUN_AXE.replace("OPTIONS", "{}"))]
+
+
 def look_at(tab: Browser, address: str) -> None:
     """Open a page: nobody is kept from using it, and it fits a phone."""
     tab.open(address)
-    found, wide = tab.faults(), tab.width(390)
+    found, wide = [*tab.faults(), *axe(tab)], tab.width(390)
     assert not found, f"{address}: {found}"
     assert wide <= 390, f"{address}: {wide} pixels wide"

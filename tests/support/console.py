@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPResponse
 from urllib.parse import urlencode
 
+import uvicorn
 from httpx2 import Response
 from starlette.testclient import TestClient
 
-from privet.common.web.app import Console
+from privet.common.web import serving
+from privet.common.web.app import Console, View
 from privet.common.web.sessions import COOKIE, Role
 
 HOST = "privet-test.localhost:4000"
@@ -80,3 +85,52 @@ def served(command: str, *arguments: object) -> Iterator[tuple[subprocess.Popen[
     finally:
         process.terminate()
         process.wait(20)
+
+
+@contextmanager
+def opened_here(view: View) -> Iterator[str]:
+    """Serve a view from a thread of this process, so that a test can replace what it calls; yield a link to it."""
+    listening = serving.listen(0)
+    host = f"privet-test.localhost:{listening.getsockname()[1]}"
+    console = Console(view, {host})
+    server = uvicorn.Server(uvicorn.Config(console.app, log_config=None, lifespan="off", ws="none"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://{host}/enter/{console.sessions.link(Role.APPROVER)}"
+    finally:
+        server.force_exit = server.should_exit = True
+        thread.join(10)
+
+
+class Remote:
+    """A browser of its user, as far as forms go, for the console of another process.
+
+    Args:
+        link: The link that the console printed.
+    """
+
+    def __init__(self, link: str) -> None:
+        self._host = link.split("/")[2]
+        self._cookie = ""
+        answer = self.ask("GET", f"/enter/{link.rsplit('/', 1)[1]}")
+        self._cookie = answer.headers["set-cookie"].split(";")[0]
+
+    def ask(self, method: str, path: str, form: dict[str, str] | None = None) -> HTTPResponse:
+        """Send a request, and return the answer.
+
+        Raises:
+            OSError, HTTPException: The console has ended meanwhile.
+        """
+        line = HTTPConnection("127.0.0.1", int(self._host.split(":")[1]), timeout=30)
+        sent = {"Host": self._host, "Sec-Fetch-Site": "same-origin", "Cookie": self._cookie}
+        sent |= {} if form is None else {"Content-Type": "application/x-www-form-urlencoded"}
+        sent |= {} if form is None else {"Origin": f"http://{self._host}"}
+        line.request(method, path, None if form is None else urlencode(form), sent)
+        return line.getresponse()
+
+    def token(self) -> str:
+        """Return the token of this session's forms."""
+        found = re.search(b'name="token" value="([^"]+)"', self.ask("GET", "/").read())
+        assert found is not None
+        return found.group(1).decode()
