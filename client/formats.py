@@ -143,6 +143,12 @@ def load_format(path: Path) -> FormatSection:
     return validate(FormatSection, found, what=f"table [format] of {path}").within(path.parent)
 
 
+def training_files(path: Path) -> tuple[Path, ...]:
+    """Return the training files that a site file names; none for a file with the table [format] alone."""
+    named = read_toml(path, what="site").get("train", ())
+    return tuple((path.parent / name).resolve() for name in named if isinstance(name, str))
+
+
 def toml_lines(table: str, settings: Mapping[str, Any]) -> list[str]:
     """Return a table of a site file: its name, and one line for each of its settings."""
     return [f"[{table}]", *(f"{name} = {toml_value(value)}" for name, value in settings.items() if value is not None)]

@@ -23,6 +23,10 @@ from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import MOST_CANARIES, Column, Name, Section
 
+JOINED = "consortium/roster.json"
+"""Path in a site's directory. The file exists as soon as the site is a member."""
+ASKED = "consortium/request.json"
+"""Path in a site's directory: its request to join. It holds the token, so only its owner may read it."""
 BaseName = Annotated[str, Field(min_length=1, max_length=200)]
 ApproverKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 IdRule = Literal["number", "text", "case"]
@@ -294,7 +298,10 @@ def load_site(path: Path) -> SiteConfig:
 
     Raises:
         StudyError: The file is missing or not valid.
+        StateError: It is missing, because the site waits for the coordinator's approval.
     """
+    if not path.exists():
+        check_member(path.parent)
     return read_site(SiteConfig, path)
 
 
@@ -324,6 +331,16 @@ def read_site(kind: type[S], path: Path) -> S:
             "coordinator": None if site.coordinator is None else _resolved(site.coordinator, root),
         }
     )
+
+
+def check_member(directory: Path) -> None:
+    """Check that a site is not one that has asked to join, and is not approved yet. Raises `StateError`."""
+    if (directory / ASKED).exists() and not (directory / JOINED).exists():
+        raise StateError(
+            f"the site in {directory} has asked to join, and the coordinator has not approved it yet",
+            "call the coordinator's operator, read out the twelve words, and then run the same command again: "
+            f"`privet site join @TOKEN {directory}`",
+        )
 
 
 def _resolved(coordinator: CoordinatorSection, root: Path) -> CoordinatorSection:

@@ -25,7 +25,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import Interrupted, PrivetError, StateError, StudyError
-from privet.common.progress import first_line, folded, in_directory, printable
+from privet.common.progress import at_site, first_line, folded, in_directory, printable
 from privet.common.starting import begin
 
 _GROUPS = {
@@ -97,6 +97,8 @@ class _Command(_Listed, TyperCommand):
         except PrivetError as error:
             named = [each.name for each in self.params if "-C" in each.opts]
             error.hint = in_directory(error.hint, ctx.params[named[0]]) if named and named[0] else error.hint
+            sites = [ctx.params[str(each.name)] for each in self.params if each.metavar == "SITE"]
+            error.hint = at_site(error.hint, sites[0]) if sites and sites[0] else error.hint
             raise
         except KeyboardInterrupt as stopped:  # further up, Typer would turn it into an exit code and print nothing
             said = f"Interrupted. {stopped.standing}" if isinstance(stopped, Interrupted) else _INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +23,17 @@ def require_study(path: Path) -> None:
         raise StudyError(f"there is no study file at {path}", f"check the path{most_like(path)}; {MAKES['study']}")
 
 
+def require_files(files: Iterable[Path], option: str) -> None:
+    """Refuse data files that are missing, before the imports that take seconds. Raises `StudyError`."""
+    for path in files:
+        if not path.is_file():
+            raise StudyError(f"{option}: there is no file {path}", f"check the path{most_like(path)}")
+
+
 def site_file(path: Path) -> Path:
-    """Return the site file that a path means: itself, or that of the site's directory."""
-    return path / "site.toml" if path.is_dir() else path
+    """Return the site file that a path means: itself, or that of the site's directory, which may not exist yet."""
+    named = not path.exists() and not path.suffix and not str(path).startswith("@")  # @FILE is a token
+    return path / "site.toml" if path.is_dir() or named else path
 
 
 def _format_file(path: Path | None) -> Path | None:

@@ -46,6 +46,12 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
+def on_one_line(text: str) -> str:
+    """Return a text of several lines as one printable line: `a:` and its items become `a: b; c`."""
+    first, *others = [line.strip() for line in text.split("\n") if line.strip()] or [""]
+    return printable(first + (" " if first.endswith(":") else "; ") * bool(others) + "; ".join(others))
+
+
 def silent(what: str, done: int = 0, total: int | None = None) -> None:
     """Tell nobody."""
 
@@ -135,6 +141,15 @@ def in_directory(text: str, directory: Path) -> str:
         return command if re.search(r" (-C|--directory)\b", command) else f"{command} -C {shlex.quote(str(directory))}"
 
     return _AT_COORDINATOR.sub(named, text)
+
+
+_AT_SITE = re.compile(r"(\bprivet (?:site|gate|console|data|scan|evaluate|predict)\b[^`\n]*?[ =])SITE\b")
+"""A command up to the word that stands for a site file."""
+
+
+def at_site(text: str, file: Path) -> str:
+    """Return a text in which each command about a site names this site's file, where a placeholder stands."""
+    return _AT_SITE.sub(lambda found: f"{found[1]}{shlex.quote(str(file))}", text)
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from privet.common.clock import now
 from privet.common.errors import StateError
-from privet.common.options import Json, SiteFile
+from privet.common.options import Json, SiteFile, require_files
 from privet.common.progress import Stages, closing, doing, folded, printable
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def get(site: SiteFile, run: RunName) -> None:
     typer.echo(
         closing(
             f"The adapter of run {run} is verified, and lies in {path}.",
-            f"compare it with its base on your own records: `privet site evaluate {site} {run}`",
+            f"compare it with its base on records of yours that were not trained on: `privet site evaluate {site} {run}"
+            f"{'' if config.test else ' --data FILE'}`",
         )
     )
 
@@ -135,8 +136,6 @@ def evaluate(
     from privet.client.budget.withdrawals import withdrawn_of
     from privet.client.commands.evaluate import show_evaluation
     from privet.client.network.adapters import FOLDER, adapter_at
-    from privet.client.release.asking import Asked
-    from privet.client.release.material import PLAINLY, UNNAMED
     from privet.client.release.opened import open_release
     from privet.client.site import load_site
 
@@ -147,6 +146,11 @@ def evaluate(
             f"the site file {site} names no test files",
             f"name a file of records: `privet site evaluate {site} {run} --data FILE`",
         )
+    require_files(files, "--data" if data else "test in the site file")
+    release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
+    from privet.client.release.asking import Asked  # PyTorch, which takes seconds
+    from privet.client.release.material import PLAINLY, UNNAMED
+
     asked = Asked(
         files=tuple((UNNAMED, path) for path in files),
         by=tuple(dict.fromkeys(by or ())),
@@ -156,8 +160,8 @@ def evaluate(
         openings=answers,
         forms=config.format or PLAINLY,
         withdrawn=withdrawn_of(config),
+        own=config.train,
     )
-    release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
     show_evaluation(release, asked, config.resources, out, as_json=as_json)
 
 
@@ -171,11 +175,12 @@ def personalise(site: SiteFile, run: RunName, as_json: Json = False) -> None:
     """
     from privet.client.network.adapters import FOLDER, adapter_at
     from privet.client.release.opened import open_release
-    from privet.client.release.personal import document, keep_personal, personalise_release
     from privet.client.site import load_site
 
     config = load_site(site)
     release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
+    from privet.client.release.personal import document, keep_personal, personalise_release
+
     with Stages(quiet=as_json) as stages:
         found = personalise_release(release, config, stages.tell)
     better = found.chosen.share > 0

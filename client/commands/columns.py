@@ -87,7 +87,7 @@ def columns_said(study: Study, needed: Sequence[str], found: Sequence[str]) -> s
 def column_command(site: Path, needed: Sequence[str]) -> str:
     """Return in words how a person says which columns of the files a study's are."""
     options = " --column ".join(shlex.quote(f"COLUMN={name}") for name in needed)
-    return f"`privet site setup {site} --column {options}`, where each COLUMN is one of your files"
+    return f"`privet site setup {site} --column {options}`, where each COLUMN is the name of a column in your files"
 
 
 def _shown(found: Sequence[str]) -> list[str]:

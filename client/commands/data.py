@@ -263,7 +263,8 @@ def _for_the_site_file(study: Study, report: Report) -> list[str]:
         return lines
     if table != "format" or not report.units or any(each.fault is not None for each in report.files):
         return []
-    return count_lines(report.units, report.source.declared, study.aggregation.largest_count)
+    source = report.source
+    return count_lines(report.units, source.declared, study.aggregation.largest_count, at_site=source.real)
 
 
 def _token_lengths(study: Study, root: Path, bases: Mapping[str, Path], records: Records) -> dict[str, Any] | None:

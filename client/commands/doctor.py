@@ -21,6 +21,7 @@ from privet.client.budget.withdrawals import anybody_withdrawn, withdrawn_of
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
+from privet.client.network.lock import is_served, serves_former
 from privet.client.network.proposals import LogReader
 from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
@@ -53,15 +54,17 @@ _FREE_BYTES = 2 * 2**30
 _FILES = 512
 
 
+_FIRST = "first correct the connection: `privet site doctor SITE --network`"
 _MENDS = {
-    "site file": "correct the file; or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
+    "site file": "or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
+    "process": "stop it, then run `privet site serve SITE`",
     "data": "`privet site setup SITE` proposes how a file is written; `privet site setup SITE --train FILE` names one",
     "certificate": "`privet site renew SITE --force` gets another one",
     "connection": "`privet site doctor SITE --network` says which step fails",
     "clock": "`timedatectl set-ntp true` sets this machine's clock by NTP",
     "trust": "`privet site setup SITE` goes on with what is not confirmed",
     "log": "`privet site setup SITE` adds what is missing; `privet site doctor SITE --network` tests the network",
-    "policy": "correct the file; or start it anew: `mv POLICY POLICY.old`, then `privet site policy SITE --init`",
+    "policy": "or start it anew: `mv POLICY POLICY.old`, then `privet site policy SITE --init`",
     "limit": "`privet site setup SITE` asks for it",
     "patients": "`privet site setup SITE --patient-column COLUMN`",
     "ledger": "if the site has never had one, `privet site setup SITE` creates it; if it had one, `cp BACKUP LEDGER`",
@@ -77,7 +80,7 @@ _MENDS = {
 
 
 LOCAL = frozenset(
-    {"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "withdrawn", "disk"}
+    {"site file", "process", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "withdrawn", "disk"}
 )
 """The checks that need neither the coordinator nor the model, and take no time."""
 
@@ -100,12 +103,13 @@ def examine(
     enrolment, status, stated = Enrolment(file.parent), list[Status](), list[LedgerOf]()
     service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("process", lambda: _process(site)),
         ("data", lambda: _data(site)),
         ("certificate", lambda: _certificate(enrolment, clock())),
         ("connection", lambda: _connection(site, enrolment, service, status)),
         ("clock", lambda: _clock(status, clock())),
         ("trust", lambda: _trust(site, enrolment)),
-        ("log", lambda: _log(site, service, stated)),
+        ("log", lambda: _log(site, service, status, stated)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
         ("patients", lambda: _patients(site)),
@@ -131,7 +135,9 @@ def _with_command(check: Check, file: Path, site: SiteConfig | None) -> Check:
         return check
     hint = check.hint
     if "`" not in hint:
-        hint = f"{hint}: {_MENDS[check.name]}" if hint else _MENDS[check.name]
+        mend = _MENDS[check.name]
+        joint = "; " if mend.startswith("or ") else ": "
+        hint = f"{hint or 'correct the file'}{joint}{mend}" if hint or joint == "; " else mend
     places: dict[str, object] = {
         "SITE": file,
         "DIRECTORY": file.parent,
@@ -158,6 +164,16 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
     except (PrivetError, OSError) as error:
         message = error.message if isinstance(error, PrivetError) else str(error.strerror)
         return Check(name, False, message, error.hint if isinstance(error, PrivetError) else "")
+
+
+def _process(site: SiteConfig) -> Check:
+    if serves_former(site):
+        text = "a process serves this site with the former site file, so what was changed does not count yet"
+        hint = "stop it, then run `privet site serve SITE`; under systemd, `systemctl restart privet-site` does both"
+        return Check("process", False, text, hint)
+    if is_served(site):
+        return Check("process", True, "one serves this site, with this site file")
+    return Check("process", True, "none serves this site now: `privet site serve` does")
 
 
 def _data(site: SiteConfig) -> Check:
@@ -209,8 +225,7 @@ def _connection(site: SiteConfig, enrolment: Enrolment, service: ConsortiumClien
 
 def _clock(status: list[Status], now: datetime) -> Check:
     if not status:
-        hint = "first correct the connection: `privet site doctor SITE --network`"
-        return Check("clock", False, "not compared: the service did not answer", hint)
+        return Check("clock", False, "not compared: the service did not answer", _FIRST)
     apart = now.timestamp() - status[0].time
     text = f"differs by {apart:+.0f} s from the coordinator's clock; at most {_CLOCK_SECONDS} s are allowed"
     return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock: `timedatectl set-ntp true`")
@@ -253,7 +268,7 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     return Check("trust", True, f"confirmed: the charter and {number_of(len(trusted.members), 'member')}")
 
 
-def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) -> Check:
+def _log(site: SiteConfig, service: ConsortiumClient, status: list[Status], stated: list[LedgerOf]) -> Check:
     """Check the round log, and say in `stated` what it holds of this site's ledger."""
     if site.log is None:
         return Check("log", False, "the site file has no [log] table", "`privet site setup SITE` puts it back")
@@ -277,6 +292,8 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
             "join @TOKEN NEW-DIRECTORY`"
         )
         return Check("log", False, "the cosigning keys are not those with which this site joined", hint)
+    if not status:
+        return Check("log", False, "not read: the service did not answer", _FIRST)
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
     log = LogReader(site).read(service)
     if log is None:
@@ -407,7 +424,12 @@ def _bases(site: SiteConfig) -> Check:
 
     found: list[str] = []
     if not site.resources.bases:
-        return Check("bases", True, "none mapped: studies must name an installed package or a hub id")
+        return Check(
+            "bases",
+            True,
+            "no model directory is named here: a study's base must be an installed package, or a "
+            "model in this machine's cache",
+        )
     admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
     for name, path in sorted(site.resources.bases.items()):
         if not path.is_dir():

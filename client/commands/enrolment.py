@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing, folded, printable
+from privet.common.progress import doing, folded, on_one_line
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -66,7 +67,7 @@ def join(
     from privet.common.pki.addresses import port_lines
     from privet.common.pki.token import Token
 
-    invitation = Token.parse(_read_token(token))
+    invitation = Token.parse(_read_token(token, f"privet site join @{token} {directory}"))
     asked = prepare_request(directory, invitation)
     typer.echo(folded(f"site         {invitation.site}\nwords        {asked.keys.words}", 13))
     typer.echo(folded(f"fingerprint  {asked.keys.fingerprint}", 13))
@@ -176,7 +177,7 @@ def _gain_second_key(site: Path, service: ConsortiumClient) -> None:
             )
         )
     typer.echo("next: restart `privet site serve`, and read the words to each other site's operator: each types them")
-    typer.echo(f"into `privet site trust SITE {own.site}`, and takes part in no round before")
+    typer.echo(f"into `privet site trust {site} {own.site}`, and takes part in no round before")
 
 
 def _usable(enrolment: Enrolment) -> Certificate | None:
@@ -258,7 +259,8 @@ def trust(
             )
         if name == Enrolment(site.parent).asked.keys.site:
             hint = (
-                "withdraw another member; a site that leaves is revoked: `privet coordinator revoke SITE --reason left`"
+                "withdraw another member; a site that leaves is revoked: "
+                f"`privet coordinator revoke {name} --reason left`"
             )
             raise ProtocolError(f"--withdraw: {name} is this site itself", hint)
         with changing(file):
@@ -365,10 +367,10 @@ def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:
-        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {printable(check.text)}"
+        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {on_one_line(check.text)}"
         typer.echo(folded(line, width + 7))
         if not check.ok and check.hint:
-            typer.echo(folded(f"{'':<{width + 7}}{printable(check.hint)}", width + 7))
+            typer.echo(folded(f"{'':<{width + 7}}{on_one_line(check.hint)}", width + 7))
 
 
 def _network(site: Path) -> tuple[Check, ...]:
@@ -379,8 +381,8 @@ def _network(site: Path) -> tuple[Check, ...]:
     from privet.client.site import load_site
     from privet.common.pki.token import Token
 
-    if str(site).startswith("@"):
-        token = Token.parse(_read_token(str(site)))
+    if str(site).startswith("@") or (site.is_file() and not site.suffix):
+        token = Token.parse(_read_token(str(site), f"privet site doctor @{site} --network"))
         return tuple(reach({"enrolment": token.address}, token.certificate, None))
     enrolment = Enrolment(site.parent)
     terms, coordinator = enrolment.terms, load_site(site).coordinator
@@ -396,11 +398,19 @@ def _service(site: Path) -> ConsortiumClient:
     return ConsortiumClient(Enrolment(site.parent), now)
 
 
-def _read_token(text: str) -> str:
-    """Return a token. As a plain argument, other users of the machine could read it in the list of processes."""
+def _read_token(text: str, command: str) -> str:
+    """Return a token. As a plain argument, other users of the machine could read it in the list of processes.
+
+    `command` is what reads it from a file of this name.
+    """
     if text == "-":
         return sys.stdin.readline()
     if not text.startswith("@"):
+        if os.path.isfile(text):  # noqa: PTH113 - a token is too long for a path, which `Path.is_file` raises
+            raise ProtocolError(
+                f"expected a token, found the name of the file {text}",
+                f"put an @ before the name of the file that holds the token: `{command}`",
+            )
         return text
     try:
         return Path(text[1:]).read_text(encoding="utf-8")

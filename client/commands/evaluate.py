@@ -10,7 +10,7 @@ import typer
 
 from privet.common.errors import DataError, StudyError
 from privet.common.files import write_durably
-from privet.common.options import FormatFile, Json, RunPath
+from privet.common.options import FormatFile, Json, RunPath, require_files
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ def evaluate(
     right: Annotated[
         str | None, typer.Option(help="Column of the right choice. Default: the study's column of answers.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help='For answers: a part that each answer has, written `PART: value.`, such as "Refer to". How often it '
+            "is right is counted, and the verdict follows from it too."
+        ),
+    ] = None,
     train: Annotated[
         list[Path] | None,
         typer.Option(help="For answers: file that the run was trained on, to find what the model repeats of it."),
@@ -78,17 +85,21 @@ def evaluate(
     documents. The result is not differentially private. It follows from real records and stays at the site, or leaves
     it under the site's rules for releasing figures.
     """
-    from privet.client.formats import load_format
-    from privet.client.release.asking import Asked
-    from privet.client.release.material import PLAINLY, UNNAMED
-    from privet.client.release.opened import open_release
-    from privet.client.site import Resources
-
     if show and as_json:
         raise StudyError(
             "--show: expected no --json beside it, as records are for a screen of the site alone",
             "leave one of them out",
         )
+    from privet.client.formats import load_format, training_files
+    from privet.client.release.opened import open_release
+    from privet.client.site import Resources
+
+    forms, own = (None, ()) if form is None else (load_format(form), training_files(form))
+    require_files(data or (), "--data")
+    release = open_release(run, testing=True)
+    from privet.client.release.asking import Asked  # PyTorch, which takes seconds
+    from privet.client.release.material import PLAINLY, UNNAMED
+
     asked = Asked(
         files=(*((UNNAMED, path) for path in data or ()), *map(_named, site or ())),
         by=tuple(dict.fromkeys(by or ())),
@@ -99,13 +110,14 @@ def evaluate(
         positive=positive,
         choices=choices,
         right=right,
+        part=part,
         train=tuple(train or ()),
         openings=answers,
         samples=samples,
         canaries=canaries,
-        forms=PLAINLY if form is None else load_format(form),
+        forms=forms or PLAINLY,
+        own=own,
     )
-    release = open_release(run, testing=True)
     show_evaluation(release, asked, Resources(physical_batch=batch), out, as_json=as_json, formed=form is not None)
 
 

@@ -30,13 +30,13 @@ def examine(site: SiteFile, run: RunName, as_json: Json = False) -> None:
     The figures stay at the site, in `candidates` beside the site file. Nothing is sent. `privet evaluate` on the
     candidate's directory compares its quality with the base.
     """
+    config, service, _, found = _opened(site, run)
     from privet.client.network.candidates import FOLDER, fetch_candidate, keep_test
     from privet.client.release.candidate import outcome_of
     from privet.client.release.opened import open_release
     from privet.client.rounds.planted import planting_of
     from privet.client.rounds.site import RealSite
 
-    config, service, _, found = _opened(site, run)
     with Stages(quiet=as_json) as stages:
         path = fetch_candidate(config, site.resolve().parent / FOLDER, found, service.candidate, now(), stages.tell)
         release = open_release(path, testing=True)

@@ -321,17 +321,11 @@ def _column(guide: Guide, given: str | None) -> str | None:
 
 def _one_of_columns(guide: Guide, column: str) -> str:
     """Return a name if it is that of a column of every training file. Raises `StudyError` otherwise."""
-    from privet.client.training.glance import columns_of
+    from privet.client.training.glance import check_column
 
     site = guide.site
     for path in site.train:
-        found = columns_of(site, path)
-        if column not in found:
-            raise StudyError(
-                f"{path.name} has no column {column!r}; found {', '.join(found)}",
-                f"run `privet site setup {guide.file} --patient-column COLUMN`; if the columns look wrong, `[format]` "
-                "in the site file says how the file is written",
-            )
+        check_column(site, path, column, f"run `privet site setup {guide.file} --patient-column COLUMN`")
     return column
 
 

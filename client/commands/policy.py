@@ -27,7 +27,7 @@ from privet.common.errors import (
 )
 from privet.common.files import most_like, write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing, folded, number_of, printable
+from privet.common.progress import doing, folded, number_of, on_one_line, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from privet.common.study.study import Study
 
 
+@doing("Reading the policy of {site}")
 def policy(
     site: SiteFile,
     first: Annotated[
@@ -136,7 +137,7 @@ def check(
             typer.echo(f"rounds  {done} of {asked.rounds} are in this site's ledger; the site runs none of them again")
         _show(findings, budget, unfit)
         for line in _ways(config, findings, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {printable(line)}")
+            typer.echo(f"to admit it  {on_one_line(line)}")
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
     if findings or budget or unfit:
@@ -172,39 +173,40 @@ def approve(
     On a terminal it asks before it records; --yes leaves the question out. There it also asks which columns and labels
     of the files are those of the study, where they differ, and writes the answers to the site file.
     """
-    from privet.client.commands.columns import settle_columns
-    from privet.client.commands.guide import Guide
-    from privet.client.network.lock import is_served
-    from privet.client.policy.agreement import LATER, agreement
-    from privet.client.policy.consent import record_approval as record
     from privet.client.policy.decisions import end_of, needs_signature
-    from privet.client.policy.opinion import judged, price_of, said, unfit_of
     from privet.client.site import load_site
-    from privet.client.training.glance import lacking_columns
 
     config = load_site(site)
     if config.approvers and by is None:
         raise needs_signature(config)
     end = None if until is None else end_of(until)
     asked, who = named_study(site, config, study, read=not yes)
+    from privet.client.commands.columns import settle_columns
+    from privet.client.commands.guide import Guide
+    from privet.client.network.lock import is_served, serves_former
+    from privet.client.policy.agreement import LATER, agreement
+    from privet.client.policy.consent import record_approval as record
+    from privet.client.policy.opinion import judged, price_of, said, unfit_of
+    from privet.client.training.glance import lacking_columns
+
     lacking, _ = lacking_columns(config, asked)
     for name, text in agreement(config, asked, who, price_of(config, asked), lacking):
         typer.echo(_paragraph(name, text))
-    terminal, mapped = sys.stdin.isatty(), False
+    terminal = sys.stdin.isatty()
     if lacking and terminal and not yes:
-        mapped = settle_columns(Guide(site, yes=False), asked)
+        settle_columns(Guide(site, yes=False), asked)
         config = load_site(site)
     _, findings, budget = judged(config, asked)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else unfit_of(config, asked)
     if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
-        config, mapped = load_site(site), True
+        config = load_site(site)
         unfit = unfit_of(config, asked)
     if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
         _show(against, budget, unfit)
         for line in _ways(config, against, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {printable(line)}")
+            typer.echo(f"to admit it  {on_one_line(line)}")
         raise typer.Exit(PolicyError.exit_code)
     if not (yes or terminal or study_is_exact(study)):
         raise StudyError(
@@ -223,8 +225,9 @@ def approve(
     for each in findings:
         if each.code in LATER - (set() if by is not None else {"E_NOT_APPROVED"}):
             typer.echo(f"not yet   {printable(said(each))}")
-    if is_served(config) and mapped:
-        typer.echo("A process serves this site with the former site file. Stop it, then run")
+    if serves_former(config):
+        typer.echo("A process serves this site with the former site file, so what was changed does not count yet.")
+        typer.echo("Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
     elif is_served(config):
         typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")
@@ -412,7 +415,7 @@ def _paragraph(name: str, text: str) -> str:
     )
 
 
-@doing("Reading the refusals of {site}")
+@doing("Reading what left {site}")
 def receipts(
     site: SiteFile,
     out: Annotated[
@@ -501,9 +504,9 @@ def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: Privet
         typer.echo(f"{finding.code:<18} {printable(said(finding))}")
     if budget is not None:
         code = budget.code if isinstance(budget, SpentRoundError) else "E_BUDGET"
-        typer.echo(f"{code:<18} {printable(budget.message)}")
+        typer.echo(f"{code:<18} {on_one_line(budget.message)}")
     if unfit is not None:
-        typer.echo(f"{'data files':<18} {printable(unfit.message)}")
+        typer.echo(f"{'data files':<18} {on_one_line(unfit.message)}")
     refused = findings or budget or unfit
     typer.echo("refused" if refused else "admitted by the policy, within the budget, and the data files fit")
 

@@ -13,7 +13,7 @@ import typer
 
 from privet.client.pages.html import visible
 from privet.common.errors import DataError, StudyError
-from privet.common.options import FormatFile, Json, RunPath
+from privet.common.options import FormatFile, Json, RunPath, require_files
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -93,11 +93,13 @@ def predict(
         raise StudyError(
             "--reference: expected --counts beside it", "name a directory: `privet predict RUN --counts DIRECTORY`"
         )
-    from privet.client.release.generation import Sampling
+    require_files([] if data is None else [data], "--data")
     from privet.client.release.opened import caution, mounted, open_release
 
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
+    from privet.client.release.generation import Sampling  # PyTorch, which takes seconds
+
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     if note := caution(release):
         typer.echo(note, err=True)
     if data is not None:
@@ -202,10 +204,11 @@ def export(
     base and the study. It is loaded with plain libraries, and its logits are compared with those of the adapter. An
     export that differs is deleted.
     """
-    from privet.client.release.exports import default_format, export_release
     from privet.client.release.opened import caution, open_release
 
     release = open_release(run)
+    from privet.client.release.exports import default_format, export_release
+
     if note := caution(release):
         typer.echo(note, err=True)
     chosen = form or default_format(release.study)
@@ -242,10 +245,12 @@ def serve(
     alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. GET /metrics
     gives counts for Prometheus. Stop it with Ctrl-C.
     """
-    from privet.client.release.monitoring import Monitor, saving
     from privet.client.release.opened import caution, open_release
     from privet.client.repeating import repeating
     from privet.client.site import Resources
+
+    opened = [open_release(path) for path in runs]
+    from privet.client.release.monitoring import Monitor, saving
 
     try:
         from privet.client.release.served import BASE, Endpoint, Limits, Models
@@ -261,7 +266,7 @@ def serve(
             "rename or link a directory, so that each model has its own name",
         )
     token = new_token() if token_file is None else read_token(token_file)
-    releases = {name: open_release(path) for name, path in zip(names, runs, strict=True)}
+    releases = dict(zip(names, opened, strict=True))
     for note in filter(None, map(caution, releases.values())):
         typer.echo(note, err=True)
     monitor = Monitor.of(releases, counts, base=BASE)

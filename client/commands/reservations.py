@@ -10,11 +10,13 @@ import typer
 
 from privet.common.errors import StateError
 from privet.common.options import SiteFile
+from privet.common.progress import doing
 
 if TYPE_CHECKING:
     from privet.client.site import SiteConfig
 
 
+@doing("Reading what {site} has reserved")
 def cancel(
     site: SiteFile,
     study: Annotated[

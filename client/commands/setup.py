@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from privet.common.clock import now
-from privet.common.options import SiteFile
+from privet.common.errors import PrivetError
+from privet.common.options import SiteFile, require_files
 from privet.common.progress import doing
 
 
@@ -88,15 +89,19 @@ def setup(
     option answers a question in advance, and changes an earlier answer.
     It ends with the checks of `privet site doctor`.
     """
+    require_files(train or (), "--train")
+    require_files(test or (), "--test")
+    if patient_column is not None and not column:
+        _check_column(site, train or [], patient_column)
     from privet.client.commands import guide as steps
     from privet.client.commands.columns import ask_columns, take_columns
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
     from privet.client.commands.labels import ask_labels
-    from privet.client.network.lock import is_served
+    from privet.client.network.lock import is_served, serves_former
     from privet.client.setup import other_owner, restore
 
-    guide, before = steps.Guide(site, yes), site.read_bytes() if site.exists() else b""
+    guide = steps.Guide(site, yes)
     if owner := other_owner(site.parent):
         typer.echo(
             f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. "
@@ -121,20 +126,40 @@ def setup(
     typer.echo()
     checks = examine(site, now)
     show_checks(checks)
-    failing = [check for check in checks if not check.ok]
+    failing = [check for check in checks if not check.ok and check.name != "process"]
     if failing:
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")
         typer.echo(f"next: privet site setup {site}")
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
     if apart:
-        typer.echo(f"Its files lack columns of {', '.join(apart)}: say first which they are, as said above.")
-    served = is_served(guide.site)
-    if served and before != site.read_bytes():
+        named, needs = ("study", "needs") if len(apart) == 1 else ("the studies", "need")
+        typer.echo(f"First map the columns that {named} {', '.join(apart)} {needs}, with the command above.")
+    if serves_former(guide.site):
         typer.echo("A process serves this site with the former site file. Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
         return
     typer.echo(f"next: privet site studies {site}")
     typer.echo(f"then: privet site approve {site} STUDY")
-    if not served:
+    if not is_served(guide.site):
         typer.echo(f"then: privet site serve {site}")
+
+
+def _check_column(site: Path, train: list[Path], column: str) -> None:
+    """Refuse a column of patients that a file lacks, before all other steps. A file that reads otherwise is left alone.
+
+    Raises:
+        StudyError: A training file has no such column.
+    """
+    from privet.client.site import load_site
+    from privet.client.training.glance import check_column
+    from privet.client.training.proposals import proposed
+
+    try:
+        config = load_site(site)
+    except PrivetError:  # the set-up mends it, or says what is wrong
+        return
+    for path in train or config.train:
+        if path.is_file() and not proposed(path, (), config.form_of(path.resolve())):
+            mend = "nothing was changed: run the same command with the right --patient-column"
+            check_column(config, path.resolve(), column, mend)

@@ -195,7 +195,11 @@ def serve(site: SiteFile) -> None:
     """
     log_as_json()  # the first line too, which comes before the imports that take seconds
     logging.getLogger("privet").info("opening %s", site)
-    from privet.client.network.serve import serve_site
+    from privet.client.network.lock import check_unserved
+    from privet.client.site import load_site
+
+    check_unserved(load_site(site))
+    from privet.client.network.serve import serve_site  # PyTorch, which takes seconds
 
     _note_faults(site)
     serve_site(site)
@@ -204,7 +208,7 @@ def serve(site: SiteFile) -> None:
 def _note_faults(site: Path) -> None:
     """Log what keeps a site that has joined from taking part. It serves all the same: each fault may be mended now."""
     from privet.client.commands.doctor import LOCAL, examine
-    from privet.client.network.enrolment import JOINED
+    from privet.client.site import JOINED
     from privet.common.clock import now
 
     if not (site.parent / JOINED).exists():
@@ -262,7 +266,8 @@ def data(
         ),
     ] = None,
     site: Annotated[
-        Path | None, typer.Option(help="The site file: it says how files are written, and who a patient is.")
+        Path | None,
+        typer.Option(help="The site file: it says how files are written, and who a patient is.", metavar="SITE"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -77,7 +77,8 @@ def withdraw(
     new = sum(not each.again for each in entries)
     if everything:
         typer.echo(f"withdrawn  dataset {config.dataset}: this site refuses every round from now on")
-        typer.echo("next: ask the coordinator's operator to revoke this site (`privet coordinator revoke SITE`)")
+        command = f"privet coordinator revoke {config.name}"
+        typer.echo(f"next: ask the coordinator's operator to revoke this site (`{command}`)")
     else:
         typer.echo(f"withdrawn  {new} {'person' if new == 1 else 'people'}")
         if new < len(entries):

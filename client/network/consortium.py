@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -221,7 +222,7 @@ def _call(address: str, context: ssl.SSLContext, method: str, asked: Spoken, kin
     except grpc.RpcError as error:
         raise _failure(error, address) from None
     except (OSError, TimeoutError) as error:
-        raise _unreachable(address, getattr(error, "verify_message", None) or type(error).__name__) from None
+        raise _unreachable(address, _why(error)) from None
     return kind.decode(data)
 
 
@@ -248,18 +249,31 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
             "a file",
         )
     if code is grpc.StatusCode.UNAVAILABLE:
-        return _unreachable(address, "the connection was closed")
+        return _unreachable(address, "it closed the connection, as where it does not accept this site's certificate")
     return ProtocolError(
         f"the consortium service at {address} did not answer as expected (gRPC status {code.name})",
         "run the command again",
     )
 
 
+def _why(error: OSError) -> str:
+    """Return why a connection was not made."""
+    if isinstance(error, ConnectionRefusedError):
+        return "it refuses connections: the service does not run, or a firewall rejects them"
+    if isinstance(error, socket.gaierror):
+        return f"DNS does not know this name ({error.strerror})"
+    if isinstance(error, ssl.SSLError):
+        said = getattr(error, "verify_message", None) or error.reason or type(error).__name__
+        return f"site and service do not accept each other's certificate ({said})"
+    if isinstance(error, TimeoutError):
+        return "no answer in time: a firewall on the way may drop the packets"
+    return f"the connection failed ({type(error).__name__})"
+
+
 def _unreachable(address: str, reason: str) -> ProtocolError:
     proxied = through(address.rpartition(":")[0])
     return ProtocolError(
-        f"the consortium service at {address} cannot be reached{proxied}, or site and service do not accept each "
-        f"other's certificate ({reason})",
+        f"the consortium service at {address} cannot be reached{proxied}: {reason}",
         "`privet site doctor SITE --network` says which step fails; before the site has joined, `privet site doctor "
         "@TOKEN --network`" + (f"; {HINT}" if proxied else ""),
     )

@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509 import Certificate
 
-from privet.client.site import load_site
+from privet.client.site import ASKED, JOINED, check_member, load_site
 from privet.client.trust import TRUSTED, Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably, write_new
@@ -47,8 +47,6 @@ from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
 from privet.common.pki.keyfile import MLDSA_KEY, make_key, public_key, read_key, read_mldsa_key, write_key
 from privet.common.pki.token import Token
 
-JOINED = "consortium/roster.json"
-"""Path in a site's directory. The file exists as soon as the site is a member."""
 TLS = "keys/tls.pem"
 ROOT = "consortium/root.pem"
 """Path in a site's directory: the consortium's root certificate, from the invitation token."""
@@ -106,7 +104,7 @@ class Enrolment:
     @property
     def asked(self) -> JoinRequest:
         """The request with which the site joined: its name and public keys. Raises as `root`."""
-        return JoinRequest.decode(self._read("consortium/request.json"))
+        return JoinRequest.decode(self._read(ASKED))
 
     @property
     def terms(self) -> Terms:
@@ -127,7 +125,9 @@ class Enrolment:
         try:
             return (self.directory / name).read_bytes()
         except OSError as error:
-            hint = "join with `privet site join @TOKEN DIRECTORY`, or restore the file from a backup"
+            if name == JOINED:
+                check_member(self.directory)
+            hint = f"join with `privet site join @TOKEN {self.directory}`, or restore the file from a backup"
             if name == TLS:
                 hint = f"get another one with `privet site renew SITE --force`; or {hint}"
             raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
@@ -141,7 +141,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     Raises:
         StateError: The directory belongs to another site or to a member, or it cannot be written.
     """
-    kept = directory / "consortium/request.json"
+    kept = directory / ASKED
     if kept.exists():
         found = JoinRequest.decode(kept.read_bytes())
         if found.secret == token.secret.hex():
@@ -316,7 +316,7 @@ def keep_request(directory: Path, asked: JoinRequest) -> None:
     Raises:
         StateError: It cannot be written.
     """
-    file = directory / "consortium/request.json"
+    file = directory / ASKED
     try:
         write_durably(file, asked.encode(), 0o600)
     except OSError as error:

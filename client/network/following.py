@@ -11,11 +11,11 @@ from pathlib import Path
 
 from privet.client.network.adapters import FOLDER, follow
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import JOINED, Enrolment
+from privet.client.network.enrolment import Enrolment
 from privet.client.network.proposals import LogReader
 from privet.client.release.received import RECEIVED
 from privet.client.repeating import repeating
-from privet.client.site import SiteConfig
+from privet.client.site import JOINED, SiteConfig
 from privet.common.clock import now
 from privet.common.errors import PrivetError
 

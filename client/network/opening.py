@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import JOINED, Enrolment
-from privet.client.site import load_site
+from privet.client.network.enrolment import Enrolment
+from privet.client.site import JOINED, load_site
 from privet.common.clock import now
 from privet.common.errors import StudyError
 

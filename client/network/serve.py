@@ -10,10 +10,10 @@ from pathlib import Path
 from types import FrameType
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import JOINED, Enrolment
+from privet.client.network.enrolment import Enrolment
 from privet.client.network.fleet import FleetLink, connected
 from privet.client.network.following import following
-from privet.client.network.lock import exclusive
+from privet.client.network.lock import content_of, exclusive, lock_of
 from privet.client.network.node import Answer, Connection, NodeState
 from privet.client.network.opening import open_member
 from privet.client.network.renewal import Renewal, renewing
@@ -21,7 +21,7 @@ from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
 from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
-from privet.client.site import CoordinatorSection
+from privet.client.site import JOINED, CoordinatorSection
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
@@ -45,12 +45,12 @@ def serve_site(file: Path) -> None:
 
 def serve_worker(worker: Worker, file: Path) -> None:
     """Serve the site of a worker. `file` is its site file. Raises as `serve_site`."""
-    config = worker.site.config
-    if config.coordinator is None:
+    config, lock = worker.site.config, lock_of(worker.site.config)
+    if config.coordinator is None or lock is None:
         hint = "add a [coordinator] table with address, root and key to the site file"
         raise StudyError(f"the site file {file.name} has no [coordinator] table, so the site cannot connect", hint)
     # The secrets of a masked round are in one process: a second one would receive some of its messages without them.
-    with exclusive(config.coordinator.key.with_suffix(".lock")):
+    with exclusive(lock, content_of(config)):
         metrics = SiteMetrics()
         metrics.watch_budget(config)
         diary = Diary(config.name, config.dataset or config.name)

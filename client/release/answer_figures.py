@@ -15,6 +15,7 @@ from privet.client.release.bootstrap import Array, Measure, Measured, divided, r
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.passes import Score
 from privet.client.training.scores import optional
+from privet.common.errors import DataError
 
 _ORDER = 4  # n-grams of BLEU
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -85,10 +86,11 @@ def bleu(sums: Array) -> Array:
     return found
 
 
+EXACT = Measure("exact_match", "exact match", "higher", ratio(2, 3), percent=True)
 ANSWERS = (
     Measure("rouge_l", "ROUGE-L", "higher", ratio(0, 3), percent=True),
     Measure("token_f1", "word F1", "higher", ratio(1, 3), percent=True),
-    Measure("exact_match", "exact match", "higher", ratio(2, 3), percent=True),
+    EXACT,
     Measure("bleu", "BLEU", "higher", lambda sums: bleu(sums[..., 4:])),
 )
 
@@ -124,6 +126,48 @@ def answer_sums(references: Sequence[str], answers: Sequence[str]) -> Array:
         row = [rouge.score(reference, answer)["rougeL"].fmeasure, word_f1(true, given), float(true == given), 1.0]
         rows.append([*row, *found.counts, *found.totals, found.sys_len, found.ref_len])
     return np.array(rows, np.float64).reshape(-1, 4 + 2 * _ORDER + 2)
+
+
+# --- right answers ---------------------------------------------------------------------------------------
+
+_MOST_ANSWERS = 20
+"""Distinct answers: a study with more of them does not choose one of a closed set."""
+_MOST_WORDS = 3
+
+
+def closed(references: Sequence[str]) -> bool:
+    """Return whether reference answers are few short ones that recur, so that an answer is right or wrong."""
+    distinct = {tuple(normalised(text)) for text in references}
+    few = 2 <= len(distinct) <= min(_MOST_ANSWERS, len(references) // 2)
+    return few and all(len(words) <= _MOST_WORDS for words in distinct)
+
+
+def part_of(text: str, part: str) -> list[str] | None:
+    """Return the words of a part of an answer, `PART: value`, up to a full stop; None if it has no such part."""
+    found = re.search(rf"(?<!\w){re.escape(part)}\s*:([^.;\n]*)", text, re.IGNORECASE)
+    return None if found is None else normalised(found[1])
+
+
+def right_part(part: str) -> Measure:
+    """Return the measure of how often a part of the answer is right."""
+    return Measure("right_part", f"right “{part}”", "higher", ratio(0, 1), percent=True)
+
+
+def part_sums(references: Sequence[str], answers: Sequence[str], part: str) -> Array:
+    """Return for each pair [n, 2]: whether the part is the same in both, 1.
+
+    Raises:
+        DataError: A reference answer has no such part.
+    """
+    wanted = [part_of(text, part) for text in references]
+    if None in wanted:
+        raise DataError(
+            f"--part {part}: expected `{part}: …` in each reference answer, found it in "
+            f"{len(wanted) - wanted.count(None)} of {len(wanted)}",
+            "name a part that each answer has, or leave --part out",
+        )
+    given = [part_of(text, part) for text in answers]
+    return np.array([[float(a == b), 1.0] for a, b in zip(wanted, given, strict=True)], np.float64).reshape(-1, 2)
 
 
 # --- multiple choice -------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Asked:
         positive: For text-classification: the class of the threshold table.
         choices: For causal-lm: column of choices.
         right: Column of the right choice; None: the study's answer.
+        part: For causal-lm and preference: a part of each answer, written `PART: value.`, whose value is compared.
         train: Files that the run was trained on, to look for what the model repeats.
         openings: Most answers of these files that the model continues.
         samples: Sampled continuations of each, besides the greedy one.
@@ -66,6 +67,7 @@ class Asked:
         alternatives: Random alternatives of each canary.
         forms: How the files are written.
         withdrawn: Whose records are left out.
+        own: Training files of the site that asks, written as `forms` says: a record of them is warned about.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -78,6 +80,7 @@ class Asked:
     positive: str | None = None
     choices: str | None = None
     right: str | None = None
+    part: str | None = None
     train: tuple[Path, ...] = ()
     openings: int = 64
     samples: int = 0
@@ -85,6 +88,7 @@ class Asked:
     alternatives: int = 100
     forms: FormatSection = PLAINLY
     withdrawn: Withdrawn | None = None
+    own: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -120,6 +124,7 @@ def check_asked(study: Study, asked: Asked) -> None:
     for given, option, wanted in (
         (asked.positive, "--positive", "text-classification"),
         (asked.choices, "--choices", "causal-lm"),
+        (asked.part, "--part", "causal-lm or preference"),
         (asked.train, "--train", "causal-lm or preference"),
         (asked.canaries, "--canaries", "causal-lm"),
         (asked.show, "--show", "causal-lm or preference"),

@@ -234,20 +234,43 @@ _VERDICTS: dict[Tendency, str] = {
 }
 
 
-def verdict(measure: Measure, found: Compared, of_what: str) -> str:
-    """Return one sentence on a comparison.
+@dataclass(frozen=True)
+class Figure:
+    """A measure, its comparison, and the records that it is of, in words."""
 
-    Args:
-        measure: What was measured.
-        found: On which records.
-        of_what: The records in words.
-    """
-    percent = measure.percent
-    unit, points = (" %", " points") if percent else ("", "")
-    base, tuned = (shown(e.value, percent=percent) for e in (found.base, found.tuned))
-    difference = between(found.difference, percent=percent, signed=True).replace(" (", f"{points} (", 1)
-    said = _VERDICTS[tendency(found, measure.better)]
-    return f"{said}: {measure.title} {base}{unit} → {tuned}{unit}, difference {difference}, {of_what}."
+    measure: Measure
+    found: Compared
+    of_what: str
+
+    @property
+    def tells(self) -> Tendency:
+        """What it says about the tuned model."""
+        return tendency(self.found, self.measure.better)
+
+    @property
+    def values(self) -> str:
+        """Base, tuned and difference in words."""
+        percent = self.measure.percent
+        unit, points = (" %", " points") if percent else ("", "")
+        base, tuned = (shown(e.value, percent=percent) for e in (self.found.base, self.found.tuned))
+        difference = between(self.found.difference, percent=percent, signed=True).replace(" (", f"{points} (", 1)
+        return f"{self.measure.title} {base}{unit} → {tuned}{unit}, difference {difference}, {self.of_what}"
+
+
+def verdict(*figures: Figure) -> str:
+    """Return one sentence on one comparison, or on two that may disagree."""
+    return f"{_lead(figures)}: {'; '.join(each.values for each in figures)}."
+
+
+def _lead(figures: Sequence[Figure]) -> str:
+    if len({each.tells for each in figures}) == 1:
+        return _VERDICTS[figures[0].tells]
+    clear = [each for each in figures if each.tells in ("better", "worse")]
+    if len(clear) > 1:
+        return "Tuned is better by one figure and worse by the other"
+    if clear:
+        return f"{_VERDICTS[clear[0].tells]} in {clear[0].measure.title} alone"
+    return _VERDICTS[figures[-1].tells]
 
 
 # --- as JSON ---------------------------------------------------------------------------------------------

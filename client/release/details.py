@@ -12,13 +12,18 @@ from privet.client.release import memorisation
 from privet.client.release.answer_figures import (
     ANSWERS,
     CHOICES,
+    EXACT,
     answer_sums,
     choice_sums,
+    closed,
+    part_sums,
+    right_part,
 )
 from privet.client.release.asking import ARMS, Asked, Made, Work
 from privet.client.release.bootstrap import (
     Array,
     Compared,
+    Figure,
     Measure,
     Measured,
     Resampling,
@@ -34,6 +39,7 @@ from privet.client.release.material import (
     Material,
 )
 from privet.client.training.forms import reference_of
+from privet.common.progress import number_of
 from privet.common.study.study import Study
 
 
@@ -42,19 +48,39 @@ def measures_document(measures: Sequence[Measure], found: Sequence[Compared]) ->
     return {measure.name: as_document(measure, own) for measure, own in zip(measures, found, strict=True)}
 
 
-def answer_details(asked: Asked, material: Material, work: Work, base: Made, tuned: Made) -> dict[str, Any]:
-    """Return the figures of generated answers and multiple choice, and what the model repeats."""
+def answer_details(
+    asked: Asked, material: Material, work: Work, base: Made, tuned: Made
+) -> tuple[dict[str, Any], Figure | None]:
+    """Return the figures of generated answers and multiple choice, and what the model repeats.
+
+    Where answers, or a part of them, are right or wrong, the share of right ones comes as a figure too.
+
+    Raises:
+        DataError: A reference answer lacks the part that is compared.
+    """
     details: dict[str, Any] = {}
+    right: Figure | None = None
     measures: dict[str, Any] = {}
     if work.chosen:
         rows, units = material.records.rows, material.records.units
         references = [reference_of(rows[index]) for index in work.chosen]
         sums = [answer_sums(references, own.answers) for own in (base, tuned)]
         resampling = Resampling([units[index] for index in work.chosen], asked.seed, asked.replicates)
-        measures |= measures_document(ANSWERS, compare(Measured(ANSWERS, sums[0], sums[1]), resampling))
+        found = compare(Measured(ANSWERS, sums[0], sums[1]), resampling)
+        measures |= measures_document(ANSWERS, found)
+        of_what = number_of(len(references), "answer")
+        if asked.part is not None:
+            measured = (right_part(asked.part),)
+            parts = [part_sums(references, own.answers, asked.part) for own in (base, tuned)]
+            shares = compare(Measured(measured, parts[0], parts[1]), resampling)
+            measures |= measures_document(measured, shares)
+            right = Figure(measured[0], shares[0], of_what)
+        elif closed(references):
+            place = ANSWERS.index(EXACT)
+            right = Figure(EXACT, found[place], of_what)
     if work.questions:
-        texts, right = [q.choices for q in work.questions], [q.right for q in work.questions]
-        sums = [choice_sums(own.choices, texts, right) for own in (base, tuned)]
+        texts, places = [q.choices for q in work.questions], [q.right for q in work.questions]
+        sums = [choice_sums(own.choices, texts, places) for own in (base, tuned)]
         resampling = Resampling([q.unit for q in work.questions], asked.seed, asked.replicates)
         measures |= measures_document(CHOICES, compare(Measured(CHOICES, sums[0], sums[1]), resampling))
         chance = float(np.mean([1 / len(choices) for choices in texts]))
@@ -64,7 +90,7 @@ def answer_details(asked: Asked, material: Material, work: Work, base: Made, tun
         details["repeated"] = _repeated_document(asked, work, base, tuned)
     if work.canaries:
         details["canaries"] = _canary_document(asked, work, base, tuned)
-    return details
+    return details, right
 
 
 def _repeated_document(asked: Asked, work: Work, base: Made, tuned: Made) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from privet.client.release.answer_figures import (
 from privet.client.release.asking import ARMS, Asked, Made, Work, check_asked, make, prepare, trained_records
 from privet.client.release.bootstrap import (
     CONFIDENCE,
+    Figure,
     Measured,
     Resampling,
     compare,
@@ -38,6 +39,7 @@ from privet.client.release.material import (
     Material,
     prompt_text,
     read_material,
+    readable_records,
     rows_trained_on,
     shared_rows,
     trained_on,
@@ -110,12 +112,13 @@ def evaluate_release(
     watch("computing intervals", 0, 1)
     resampling = Resampling(material.records.units, asked.seed, asked.replicates)
     base, tuned = made["base"], made["tuned"]
+    right: Figure | None = None
     if study.task.kind == "causal-lm":
         measured: Measured = likelihood(base.scores, tuned.scores, texts)
-        details = answer_details(asked, material, work, base, tuned)
+        details, right = answer_details(asked, material, work, base, tuned)
     elif study.task.kind == "preference":
         measured = preferred(base.pairs, tuned.pairs)
-        details = answer_details(asked, material, work, base, tuned)
+        details, right = answer_details(asked, material, work, base, tuned)
     elif study.task.kind == "text-classification":
         truth = np.array([row["label"] for row in material.records.rows], np.int64)
         measured = classified(truth, base.probabilities, tuned.probabilities)
@@ -124,7 +127,7 @@ def evaluate_release(
         rows = [entity_sums(own.scores, study.task.labels) for own in (base, tuned)]
         measured = tagged(rows[0], rows[1], study.task.labels)
         details = entity_details(study, asked, material, resampling, rows[0], rows[1])
-    document = _document(release, asked, material, resampling, measured, details)
+    document = _document(release, asked, material, resampling, measured, details, right)
     cut = sum(len(feature.ids) >= study.data.max_length for feature in work.features)
     document["reach_max_length"] = cut
     document["notes"] = _notes(release, asked, material, cut)
@@ -142,6 +145,7 @@ def _document(
     resampling: Resampling,
     measured: Measured,
     details: Mapping[str, Any],
+    right: Figure | None,
 ) -> dict[str, Any]:
     study, units = release.study, material.records.units
     found = compare(measured, resampling)
@@ -171,7 +175,7 @@ def _document(
         "seed": asked.seed,
         "smallest": asked.smallest,
         "primary": measure.name,
-        "verdict": verdict(measure, found[primary], of_what),
+        "verdict": verdict(Figure(measure, found[primary], of_what), *([] if right is None else [right])),
         "measures": measures_document(measured.measures, found) | details.get("measures", {}),
         "groups": groups,
     }
@@ -198,6 +202,11 @@ def _notes(release: Release, asked: Asked, material: Material, cut: int) -> list
         notes.append(
             f"WARNING: {known} of {len(material.records)} records are equal to records that this run was trained on. "
             "Figures on training records say nothing about others."
+        )
+    elif own := shared_rows(material.records, readable_records(study, asked.own, asked.forms.of)):
+        notes.append(
+            f"WARNING: {own} of {len(material.records)} records are training records of this site. Figures on training "
+            "records say nothing about others."
         )
     if asked.train:
         shared = shared_rows(material.records, trained_records(study, asked))

@@ -245,8 +245,10 @@ def _groups_table(kind: str, found: Mapping[str, Any], narrow: bool) -> Table:
     table.add_column("units", justify="right")
     first = next((row for row in found["groups"] if not row["hidden"]), None)
     title = titled(first) if first else ""
+    if narrow and title:
+        table.title, title = f"By {_literal(kind)}: {title}", ""
     for arm in ("base", "tuned", "difference"):
-        table.add_column(_below(f"{title} {arm}" if arm == "base" else arm, narrow), justify="right")
+        table.add_column(f"{title} {arm}".strip() if arm == "base" else arm, justify="right")
     table.add_column("tuned\nis" if narrow else "tuned is")
     for row in found["groups"]:
         if row["hidden"]:

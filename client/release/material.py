@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from privet.client.budget.withdrawals import Withdrawn
-from privet.client.formats import FormatSection, Formatted
+from privet.client.formats import FileFormat, FormatSection, Formatted
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.files import kept_columns, read_columns
 from privet.client.training.forms import Turn
@@ -260,14 +260,23 @@ def rows_trained_on(run: Path, study: Study, records: Records) -> int:
 
     A simulation that holds out a part of its files trains on copies, so names of files do not tell.
     """
-    rows: list[dict[str, Any]] = []
+    parts: list[Records] = []
     for file in sorted((run / "sites").glob("*.toml")):
         with suppress(PrivetError):  # what cannot be read is not known
             table = read_toml(file, what="site")
             own = {name: table[name] for name in Formatted.model_fields if name in table}
             site = validate(Formatted, own, what="site file").within(file.parent)
-            rows += [row for path in site.train for row in load_records(path, study, form=site.form_of(path))[0].rows]
-    return shared_rows(records, Records(tuple(rows), ("",) * len(rows)))
+            parts.append(readable_records(study, site.train, site.form_of))
+    return shared_rows(records, concatenate(parts)) if parts else 0
+
+
+def readable_records(study: Study, files: Sequence[Path], form_of: Callable[[Path], FileFormat]) -> Records:
+    """Return the training records of some files. A file that cannot be read has none."""
+    parts = [Records((), ())]
+    for path in files:
+        with suppress(PrivetError):
+            parts.append(load_records(path, study, form=form_of(path))[0])
+    return concatenate(parts)
 
 
 def shared_rows(some: Records, others: Records) -> int:

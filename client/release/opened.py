@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from privet.client.bases.names import kept_bases
 from privet.client.release.received import Received, check_received
 from privet.client.site import Resources
-from privet.client.training.host import ModelHost
-from privet.client.training.model import open_host
 from privet.common.audit.egress import check_kept
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
@@ -23,6 +22,9 @@ from privet.common.files import beside, inside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 from privet.common.study.terms import check_until
+
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: what is wrong with the files is said before
+    from privet.client.training.host import ModelHost
 
 PERSONAL = "personal.json"
 """File beside an adapter that a site trained for itself."""
@@ -160,6 +162,8 @@ def mounted(release: Release, resources: Resources = _RESOURCES, *, scoring: boo
         StudyError, RefusedError: The base cannot be opened on this machine.
         VerificationError: The base is not the study's, or the adapter does not fit it.
     """
+    from privet.client.training.model import open_host
+
     host = open_host(release.study, knowing_bases(release, resources), training=scoring, begun=True)
     if host.spec != release.adapter.spec:
         raise VerificationError(

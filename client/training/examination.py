@@ -189,10 +189,19 @@ def proposed_count(units: int) -> int:
     return max(scale, (units + scale // 2) // scale * scale)
 
 
-def count_lines(units: int, declared: int | None, largest: int) -> list[str]:
-    """Return the proposal for `declared_count`, and what is wrong with the count that a site declares."""
+def count_lines(units: int, declared: int | None, largest: int, *, at_site: bool = True) -> list[str]:
+    """Return the proposal for `declared_count`, and what is wrong with the count that a site declares.
+
+    Args:
+        units: The number of units.
+        declared: What the site file declares; None if it declares nothing.
+        largest: Largest count that the study admits.
+        at_site: Whether there is a site file. If not, only what is wrong is returned.
+    """
     count = proposed_count(units)
-    if declared is None:
+    if not at_site:
+        lines = []
+    elif declared is None:
         lines = [
             f"declared_count = {count}",
             "  (add this line to the site file, above its first table. The count is public,",

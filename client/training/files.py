@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,9 @@ def _csv_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Table:
         raise DataError(
             f"{path}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
             f"values separated by {body.separated}" + _other_form(header),
-            hint_for(path, needed, form) + "write the column names into the first line, or say in the site file "
-            'which they are, as in `columns = { Befund = "text" }` under [format]',
+            hint_for(path, needed, form)
+            + "write the column names into the first line, or say which they are: "
+            + _mapping(needed),
         )
     _check_columns(path, header, needed, form)
     columns: Columns = {name: [] for name in needed}
@@ -367,12 +369,22 @@ def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form
             + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),
             hint_for(path, needed, form)
-            + "rename the columns of the file to the names in data.columns and data.unit of the study, or say in the "
-            'site file which they are, as in `columns = { Befund = "text" }` under [format]',
+            + "rename the columns of the file to the names in data.columns and data.unit of the study, or say which "
+            f"they are: {_mapping(missing)}",
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:
         raise DataError(f"{path} has several columns named {', '.join(repeated)}", "keep one column of each name")
+
+
+def _mapping(names: Sequence[str]) -> str:
+    """Return how a person says which columns of a file are these ones of the study."""
+    options = " --column ".join(shlex.quote(f"COLUMN={name}") for name in names)
+    first = names[0]
+    return (
+        f"`privet site setup SITE --column {options}`, where each COLUMN is the name of a column in the file (in a "
+        f'simulation, write format = {{ columns = {{ COLUMN = "{first}" }} }} under [simulation.sites.NAME])'
+    )
 
 
 def _other_form(found: Sequence[str]) -> str:

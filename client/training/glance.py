@@ -12,7 +12,7 @@ from typing import Any
 from privet.client.site import IdRule, SiteConfig
 from privet.client.training.files import read_rows
 from privet.client.training.ids import unit_names, units_by_rule
-from privet.common.errors import DataError
+from privet.common.errors import DataError, StudyError
 from privet.common.study.study import Study
 
 
@@ -23,6 +23,20 @@ def columns_of(site: SiteConfig, path: Path) -> list[str]:
         DataError: As `read_rows`.
     """
     return list(next(read_rows(path, site.form_of(path)), {}))
+
+
+def check_column(site: SiteConfig, path: Path, column: str, mend: str) -> None:
+    """Check that a file has the column of patients. `mend` is what to do if it has not.
+
+    Raises:
+        StudyError: It has no such column. DataError: As `read_rows`.
+    """
+    found = columns_of(site, path)
+    if column not in found:
+        raise StudyError(
+            f"{path.name} has no column {column!r}; found {', '.join(found)}",
+            f"{mend}; if the columns look wrong, `[format]` in the site file says how the file is written",
+        )
 
 
 def lacking_columns(site: SiteConfig, study: Study) -> tuple[list[str], list[str]]:

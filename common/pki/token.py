@@ -87,7 +87,8 @@ class Token:
             whole = False
         if not whole:
             raise ProtocolError(
-                "the invitation token is incomplete or has a wrong character", "copy all of the token, as one line"
+                "the invitation token is incomplete or has a wrong character",
+                "copy all of the token, as one line; a token in a file is named as @FILE",
             ) from None
         return token
 

@@ -71,6 +71,8 @@ def inspect(plan: Plan, files: Sequence[Path], pool: DataPool, say: Say, warn: S
         raise together(faults)
     if len(files) > _LISTED:
         say(f"and {len(files) - _LISTED} other sites")
+    for line in _units_said(plan.study):
+        say(line)
     for line in overlaps(plan.study, parts):
         warn(f"{line}.")
     evaluator = open_evaluator(plan.study, files)
@@ -96,6 +98,16 @@ def _parts_of(study: Study, site: SiteConfig, faults: list[PrivetError]) -> list
             if present == paths and paths:
                 found.append(part_of(site.name, paths, records, test=test))
     return found
+
+
+def _units_said(study: Study) -> list[str]:
+    """Return what the units of the files are, where epsilon is not for each of them."""
+    if study.data.unit is None or not study.private or study.privacy.unit == "patient":
+        return []
+    return [
+        f"units are the values of the column {study.data.unit}; epsilon is per {study.privacy.unit}: it protects one "
+        "row, and a unit with several rows less"
+    ]
 
 
 def _open(study: Study, worker: SimulatedWorker, say: Say) -> None:

@@ -118,8 +118,8 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     sites = len(summary["federated_per_site"])
     plain = " (the coordinator sees the update of each site)" if summary["secure_aggregation"] == "plain" else ""
     table.caption = (
-        f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, {summary['peak_memory_mb']} MB; "
-        f"updates {summary['secure_aggregation']}{plain}"
+        f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, at most {summary['peak_memory_mb']} MB of "
+        f"memory; updates {summary['secure_aggregation']}{plain}"
     )
     table.caption_justify = "left"
     return table
@@ -246,7 +246,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "computing",
         f"one record at a time, which is slower: {objection}"
         if objection
-        else "several records at a time: on this machine, a record has the same gradient beside others as by itself",
+        else "records are computed in batches; checked: that changes no result",
     )
     if privacy is None:
         table.add_row("privacy", "none: the updates of the sites are not differentially private", style="bold red")

@@ -196,6 +196,8 @@ def test_adapters_are_listed_received_and_opened(world: World) -> None:
     said = run(commands.get, site_file(world), "flu").output
     path = folder_of(world) / "flu"
     assert f"The adapter of run flu is verified, and lies in {path}." in said
+    named = " --data FILE" * (not load_site(site_file(world)).test)  # evaluate needs it where there are no test files
+    assert f"`privet site evaluate {site_file(world)} flu{named}`" in said
     export = logged_history(world.coordinator).runs["flu"].releases[-1].statement
     for name, expected in export.files.items():
         assert digest((path / name).read_bytes()) == expected

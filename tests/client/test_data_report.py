@@ -115,6 +115,7 @@ def test_the_proposal_mends_the_site_file(tmp_path: Path, study: Path, privet: R
     assert "all files: 80 records, 40 units of privacy" in out
     count = next(line for line in out.splitlines() if line.startswith("declared_count"))
     assert tomllib.loads(count) == {"declared_count": 40}
+    assert "declared_count" not in privet("data", study, tmp_path / "c.csv")[1]  # a researcher has no site file
     assert "settings that fit" not in out
 
 

@@ -40,8 +40,8 @@ from tests.support.log_world import in_memory
 from tests.support.site_world import LIMIT, PATIENTS, ready
 
 NAMES = (
-    "site file", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit", "patients", "ledger",
-    "anchor", "disk", "files", "device", "bases",
+    "site file", "process", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit",
+    "patients", "ledger", "anchor", "disk", "files", "device", "bases",
 )  # fmt: skip
 
 

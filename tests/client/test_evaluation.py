@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_both_arms_have_the_figures_of_the_study(bases: Mapping[str, Path], tmp_
                 assert measure[arm]["low"] <= value <= measure[arm]["high"]
     assert found["records"] == 40
     assert found["units"] == len({row["patient"] for row in rows})
-    assert f"40 records of {found['units']} patients." in found["verdict"]
+    assert f"40 records of {found['units']} patients" in found["verdict"]
     assert "not differentially private" in found["notes"][0]
     # No word of a record is in the document or the page.
     page = evaluation_page(found)
@@ -214,6 +215,18 @@ def test_records_of_a_divided_file_are_known_by_their_content(bert: Path, tmp_pa
     known = rows_trained_on(run, study, read_material(study, asked_of(tmp_path, rows).files).records)
     assert known >= 15
     assert any(note.startswith(f"WARNING: {known} of 20 records are equal to records that") for note in notes)
+
+
+def test_a_sites_own_training_records_are_counted_in_a_warning(bert: Path, tmp_path: Path) -> None:
+    study = study_of(bert, "text-classification")
+    run, rows = run_of(tmp_path, study), rows_for(study, 20)
+    assert len({json.dumps(row) for row in rows}) == 20
+    asked = asked_of(tmp_path, rows)
+    some = write_rows(tmp_path / "some.jsonl", rows[:5])
+    for own, count in (((asked.files[0][1],), 20), ((some, tmp_path / "none.jsonl"), 5), ((), 0)):
+        notes = evaluated(run, replace(asked, own=own)).document["notes"]
+        warned = [note for note in notes if "WARNING" in note]
+        assert [note.split(" records are ")[0] for note in warned] == [f"WARNING: {count} of 20"] * bool(count)
 
 
 def test_thresholds_of_a_class_are_marked_as_chosen_here(bert: Path, tmp_path: Path) -> None:

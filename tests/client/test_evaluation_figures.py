@@ -26,14 +26,18 @@ from privet.client.release.answer_figures import (
     answer_sums,
     bleu,
     choice_sums,
+    closed,
     likelihood,
     normalised,
+    part_sums,
+    right_part,
     word_f1,
 )
 from privet.client.release.bootstrap import (
     Array,
     Compared,
     Estimate,
+    Figure,
     Measure,
     Measured,
     Resampling,
@@ -162,17 +166,50 @@ def told(base: float, tuned: float, low: float, high: float, count: int = 131) -
 
 def test_a_verdict_is_a_sentence_with_its_interval() -> None:
     perplexity = LIKELIHOOD[0]
-    said = verdict(perplexity, told(12.5, 7.3, -5.9, -4.4), "148 records of 131 documents")
+    said = verdict(Figure(perplexity, told(12.5, 7.3, -5.9, -4.4), "148 records of 131 documents"))
     assert said.replace(MINUS, "-") == (
         "Tuned is better: perplexity per token 12.5 → 7.30, difference -5.20 (95 % -5.90 to -4.40), 148 records of 131 "
         "documents."
     )
     percent = Measure("accuracy", "accuracy", "higher", ratio(0, 1), percent=True)
-    said = verdict(percent, told(0.4, 0.38, -0.06, 0.02), "x")
+    said = verdict(Figure(percent, told(0.4, 0.38, -0.06, 0.02), "x"))
     assert (
         said.replace(MINUS, "-")
         == "No clear difference: accuracy 40.0 % → 38.0 %, difference -2.0 points (95 % -6.0 to +2.0), x."
     )
+
+
+@pytest.mark.parametrize(
+    ("right", "lead"),
+    [
+        (told(0.0, 0.4, 0.3, 0.5), "Tuned is better: "),
+        (told(0.4, 0.41, -0.1, 0.1), "Tuned is better in perplexity per token alone: "),
+        (told(0.4, 0.1, -0.4, -0.2), "Tuned is better by one figure and worse by the other: "),
+    ],
+)
+def test_a_verdict_weighs_right_answers_beside_the_likelihood(right: Compared, lead: str) -> None:
+    likely = Figure(LIKELIHOOD[0], told(12.5, 7.3, -5.9, -4.4), "131 records")
+    said = verdict(likely, Figure(right_part("Refer to"), right, "48 answers"))
+    assert said.startswith(lead)
+    assert f"; right “Refer to” {100 * right.base.value:.1f} % → {100 * right.tuned.value:.1f} %" in said
+    assert said.endswith(", 48 answers.")
+
+
+def test_a_part_of_an_answer_is_compared_by_its_words() -> None:
+    references = ["Refer to: cardiology. When: today.", "Refer to: the skin clinic. When: routine."]
+    answers = ["When: never. refer to : Cardiology", "Do not refer to: skin"]
+    assert part_sums(references, answers, "Refer to").tolist() == [[1.0, 1.0], [0.0, 1.0]]
+    assert part_sums(references, ["When: today", ""], "When").tolist() == [[1.0, 1.0], [0.0, 1.0]]
+    with pytest.raises(DataError, match="in each reference answer, found it in 0 of 2") as caught:
+        part_sums(references, answers, "Reason")
+    assert "cardiology" not in str(caught.value)
+
+
+def test_answers_of_a_closed_set_are_right_or_wrong() -> None:
+    assert closed(["Cardiology.", "skin", "cardiology", "skin"])
+    assert not closed(["cardiology", "skin", "eye"])  # none recurs
+    assert not closed(["refer to the heart clinic today", "skin"] * 20)
+    assert not closed(["yes"] * 20)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from privet.client.commands import policy as commands
+from privet.client.commands.doctor import examine
 from privet.client.commands.setup import setup
-from privet.client.network.lock import exclusive
+from privet.client.network.lock import content_of, exclusive
 from privet.client.network.proposals import Proposed, chosen, compared
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
+from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.pki.enrolment import Proposal, ProposalsReply
 from privet.common.study.study import Study
@@ -88,7 +90,7 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
     assert "next: privet site serve" in run(commands.approve, home, "triage", "--yes").output
     key = load_site(home / "site.toml").coordinator
     assert key is not None
-    with exclusive(key.key.with_suffix(".lock")):
+    with exclusive(key.key.with_suffix(".lock"), content_of(load_site(home / "site.toml"))):
         said = run(commands.approve, home, "triage", "--yes").output
         assert "A process serves this site now" in said
         assert "privet site serve" not in said
@@ -96,7 +98,10 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
         assert "next: privet site studies" in again
         assert "privet site serve" not in again
         lines = run(setup, home, "--yes", "--epsilon=9").output.splitlines()
+        assert "with the former site file" in run(commands.approve, home, "triage", "--yes").output
+        assert [each.name for each in examine(home / "site.toml", now, only=["process"]) if not each.ok] == ["process"]
         run(setup, home, "--yes", "--epsilon=8")
+        assert all(each.ok for each in examine(home / "site.toml", now, only=["process"]))
     assert lines[-1] == f"next: privet site serve {home / 'site.toml'}"
     assert not any("privet site studies" in line for line in lines)
 
@@ -306,7 +311,7 @@ def test_columns_of_other_names_are_said_at_once_and_mapped_by_options(german: P
     shown = run(setup, german, "--yes", *own, "--study", study)
     text = " ".join(shown.output.split())
     assert "needs the columns note, specialty, patient, which your files lack; they have Befund, Fach, Patient." in text
-    assert f"Its files lack columns of {EXAMPLE.name}" in text
+    assert f"First map the columns that study {EXAMPLE.name} needs, with the command above." in text
     refused = run(commands.approve, german, study)
     text = " ".join(refused.output.split())
     assert refused.exit_code == 3
@@ -423,11 +428,11 @@ def test_approve_asks_what_labels_mean(coded: Path, monkeypatch: pytest.MonkeyPa
     key = load_site(coded / "site.toml").coordinator
     assert key is not None
     assert run(commands.approve, coded, "triage", answers=f"\n{first}\n").exit_code == 3
-    with exclusive(key.key.with_suffix(".lock")):
+    with exclusive(key.key.with_suffix(".lock"), content_of(load_site(coded / "site.toml"))):
         done = run(commands.approve, coded, "triage", answers=f"{second}\ny\n")
     assert done.exit_code == 0, done.output
     assert labels_in(coded) == CODES
-    assert "with the former site file. Stop it" in done.output
+    assert "with the former site file" in done.output
     assert approved(load_site(coded / "site.toml")) == {EXAMPLE.digest}
 
 

@@ -289,6 +289,7 @@ def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulat
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    (tmp_path / "site.toml").write_text('name = "berlin"\ntrain = ["train.csv"]\n')
     monkeypatch.setattr("privet.client.network.serve.serve_site", interrupt)
     code, _, err = privet("site", "serve", tmp_path / "site.toml")
     assert code == 130

@@ -215,7 +215,7 @@ def test_what_this_process_holds_counts_where_it_is_more_than_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("objection", "says"), [("", "several records at a time"), ("no rule", "one record at a time")]
+    ("objection", "says"), [("", "records are computed in batches"), ("no rule", "one record at a time")]
 )
 def test_how_records_pass_is_said(objection: str, says: str, tmp_path: Path, bert: Path) -> None:
     found = explained(tmp_path, bert)

@@ -17,7 +17,7 @@ import pytest
 
 from privet.client.budget.accounts import RoundKey
 from privet.client.budget.releases import open_ledger
-from privet.client.network.enrolment import Enrolment, keep_terms
+from privet.client.network.enrolment import Enrolment, keep_terms, prepare_request
 from privet.client.policy.text import EXAMPLE
 from privet.client.site import load_site
 from privet.common.canonical import digest
@@ -105,7 +105,7 @@ def office(world: World, tmp_path: Path) -> Office:
 sites = Table()
 
 
-@sites(2, "there is no site file", "`privet site setup SITE`")
+@sites(2, "there is no site file", "`privet site setup .*/site.toml`")
 def no_site_file(at: Office) -> Story:
     yield ("site", "budget", at.home / "elsewhere")
     yield ("site", "budget", at.home)
@@ -125,7 +125,7 @@ def study_for_a_site(at: Office) -> Story:
     yield ("site", "budget", at.file)
 
 
-@sites(6, "there is no ledger", "`privet site init SITE`")
+@sites(6, "there is no ledger", "`privet site init .*/site.toml`")
 def no_ledger(at: Office) -> Story:
     for part in ("state", "anchor"):
         shutil.rmtree(at.home / part)
@@ -135,7 +135,7 @@ def no_ledger(at: Office) -> Story:
     yield ("site", "budget", at.file)
 
 
-@sites(3, "names no ledger", "`privet site setup SITE`")
+@sites(3, "names no ledger", "`privet site setup .*/site.toml`")
 def ledger_is_not_named(at: Office) -> Story:
     at.change("^ledger = .*$", "")
     said = yield ("site", "budget", at.file)
@@ -153,7 +153,7 @@ def ledger_is_no_database(at: Office) -> Story:
     yield ("site", "budget", at.file)
 
 
-@sites(6, "anchor .* cannot be read", "`privet site init SITE --anchor`")
+@sites(6, "anchor .* cannot be read", "`privet site init .*/site.toml --anchor`")
 def anchor_is_lost(at: Office) -> Story:
     (at.home / "anchor/head.json").unlink()
     said = yield ("site", "budget", at.file)
@@ -201,7 +201,7 @@ def policy_is_malformed(at: Office) -> Story:
     yield ("site", "policy", at.file)
 
 
-@sites(2, "there is no policy file", "`privet site policy SITE --init`")
+@sites(2, "there is no policy file", "`privet site policy .*/site.toml --init`")
 def policy_is_missing(at: Office) -> Story:
     (at.home / "policy.toml").unlink()
     said = yield ("site", "policy", at.file)
@@ -223,7 +223,7 @@ def policy_is_there_already(at: Office) -> Story:
     yield said.command("site policy")
 
 
-@sites(6, "trusted.json .* is missing", "`privet site setup SITE`")
+@sites(6, "trusted.json .* is missing", "`privet site setup .*/site.toml`")
 def trusted_file_is_missing(at: Office) -> Story:
     (at.home / "consortium/trusted.json").unlink()
     said = yield ("site", "roster", at.file)
@@ -233,7 +233,7 @@ def trusted_file_is_missing(at: Office) -> Story:
     yield ("site", "roster", at.file)
 
 
-@sites(6, "keys/tls.pem cannot be read", "`privet site renew SITE --force`")
+@sites(6, "keys/tls.pem cannot be read", "`privet site renew .*/site.toml --force`")
 def certificate_is_missing(at: Office) -> Story:
     (at.home / "keys/tls.pem").unlink()
     said = yield ("site", "studies", at.file)
@@ -242,7 +242,7 @@ def certificate_is_missing(at: Office) -> Story:
     yield ("site", "studies", at.file)
 
 
-@sites(5, "the certificate of site berlin cannot be used", "`privet site renew SITE --force`")
+@sites(5, "the certificate of site berlin cannot be used", "`privet site renew .*/site.toml --force`")
 def certificate_of_another_site(at: Office) -> Story:
     shutil.copy(at.world.folder / "lyon/keys/tls.pem", at.home / "keys/tls.pem")
     said = yield ("site", "studies", at.file)
@@ -258,7 +258,7 @@ def certificate_has_expired(at: Office) -> Story:
         yield ("site", "doctor", at.file)
 
 
-@sites(4, "cannot be reached", "`privet site doctor SITE --network`")
+@sites(4, "cannot be reached", "`privet site doctor .*/site.toml --network`")
 def coordinator_is_away(at: Office) -> Story:
     terms, (port,) = Enrolment(at.home).terms, free_ports(1)
     keep_terms(at.home, terms.model_copy(update={"address": f"127.0.0.1:{port}"}))
@@ -313,7 +313,7 @@ def labels_are_not_those_of_the_study(at: Office) -> Story:
     yield ("site", "approve", at.file, study)
 
 
-@sites(6, "proposes no study of this name", "`privet site studies SITE`")
+@sites(6, "proposes no study of this name", "`privet site studies .*/site.toml`")
 def study_is_not_proposed(at: Office) -> Story:
     said = yield ("site", "approve", at.file, "flu")
     yield said.command("site studies", SITE=at.file)
@@ -325,7 +325,7 @@ def words_were_misheard(at: Office) -> Story:
     yield ("site", "trust", at.file, "lyon", "--words", Enrolment(at.world.folder / "lyon").asked.keys.words)
 
 
-@sites(4, "no member 'oslo'", "`privet site roster SITE`")
+@sites(4, "no member 'oslo'", "`privet site roster .*/site.toml`")
 def member_is_unknown(at: Office) -> Story:
     said = yield ("site", "trust", at.file, "oslo", "--words", "acorn")
     yield said.command("site roster", SITE=at.file)
@@ -343,6 +343,39 @@ def token_is_cut_off(at: Office) -> Story:
     token = at.world.invite("oslo").text
     yield joining(at, token[:-9], at.home / "oslo")
     yield joining(at, token, at.home / "oslo")
+
+
+@sites(4, "found the name of the file", "`privet site join @.*/token .*/oslo`")
+def token_file_without_its_sign(at: Office) -> Story:
+    words = joining(at, at.world.invite("oslo").text, at.home / "oslo")
+    said = yield ["site", "join", str(words[2]).removeprefix("@"), *words[3:]]
+    yield [*said.command("site join"), "--wait", "0"]
+
+
+@sites(6, "has asked to join, and the coordinator has not approved it yet", "`privet site join @TOKEN .*/graz`")
+def site_is_not_approved(at: Office) -> Story:
+    prepare_request(at.home / "graz", at.world.invite("graz"))
+    yield ("site", "setup", at.home / "graz", "--yes")
+
+
+@sites(6, "has asked to join, and the coordinator has not approved it yet", "`privet site join @TOKEN .*/linz`")
+def site_without_a_file_is_not_approved(at: Office) -> Story:
+    prepare_request(at.home / "linz", at.world.invite("linz"))
+    yield ("site", "studies", at.home / "linz")
+
+
+@sites(1, "there is no site file at .*/nowhere/site.toml", "`privet site join @TOKEN .*/nowhere`", verdict=True)
+def directory_is_misspelt(at: Office) -> Story:
+    yield ("site", "doctor", at.home / "nowhere")
+
+
+@sites(1, r"site.toml is not valid: declared_cuont: unknown key", "each field named above; or start it", verdict=True)
+def unknown_key_that_the_doctor_names(at: Office) -> Story:
+    at.change("^declared_count", "declared_cuont")
+    said = yield ("site", "doctor", at.file)
+    assert "?  " not in said.out
+    at.change("^declared_cuont", "declared_count")
+    yield ("site", "budget", at.file)
 
 
 @sites(3, "the token is not valid: unknown, used, expired", "`privet coordinator invite bern`")
