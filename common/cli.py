@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import shlex
 import sqlite3
 import sys
 import warnings
@@ -23,7 +24,7 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from privet.common.errors import Interrupted, PrivetError, StateError
+from privet.common.errors import Interrupted, PrivetError, StateError, StudyError
 from privet.common.progress import at_site, first_line, folded, in_directory, printable
 from privet.common.starting import begin
 
@@ -75,6 +76,17 @@ class _Command(_Listed, TyperCommand):
         """Return the help without the backslashes that Typer writes before brackets, for rich, which is off here."""
         return super().get_help(ctx).replace("\\[", "[")
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Read the arguments. Raises `StudyError`, with what to do, where they cannot be meant."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise _of_the_arguments(error) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Say what the command does, run it, and say how to continue if Ctrl-C interrupts it."""
         try:
@@ -92,6 +104,20 @@ class _Command(_Listed, TyperCommand):
             said = f"Interrupted. {stopped.standing}" if isinstance(stopped, Interrupted) else _INTERRUPTED
             typer.echo(_printable(said), err=True)
             raise typer.Exit(_EXIT_INTERRUPTED) from None
+
+
+def _of_the_arguments(error: click.UsageError) -> StudyError:
+    """Return the error for arguments that a command does not take, with what the missing one is for."""
+    at, words = error.ctx, list[str]()
+    while at is not None and at.parent is not None:
+        words, at = [str(at.info_name), *words], at.parent
+    message, did, like = error.format_message().rstrip(".").partition(" Did you mean")
+    meant = f"Did you mean{like} " if did else ""
+    if isinstance(error, click.MissingParameter) and error.param is not None and error.ctx is not None:
+        name = error.param.opts[0] if isinstance(error.param, click.Option) else error.param.make_metavar(error.ctx)
+        text = str(getattr(error.param, "help", None) or "").strip()
+        meant = f"{name}: {text} " if text else ""
+    return StudyError(message.rstrip("."), f"{meant}`{shlex.join(['privet', *words])} --help` lists what the command takes")
 
 
 def build_command(arguments: Sequence[str] | None = None) -> typer.Typer:

@@ -7,8 +7,10 @@ import shlex
 import shutil
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -156,6 +158,29 @@ def duration(seconds: float) -> str:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def lasting(between: float = _BETWEEN) -> Iterator[None]:
+    """Say on standard error every half minute that work without stages goes on, while the block runs.
+
+    Args:
+        between: Seconds between two lines.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def work() -> None:
+        while not ended.wait(between):
+            sys.stderr.write(f"still at it after {duration(time.monotonic() - began)} …\n")
+            sys.stderr.flush()
+
+    thread = threading.Thread(target=work, daemon=True, name="lasting")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Stages:

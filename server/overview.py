@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.network.service import link_of, owners_of
+from privet.server.network.service import link_of, listens, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.watch import Wait, details, sentence
@@ -24,7 +24,8 @@ _SHORT = 19
 def consortium_status(made: Coordinator) -> dict[str, Any]:
     """Return the status as a JSON document: members, connected nodes, statements for the log, runs."""
     link = link_of(made.directory)
-    nodes = [node for node in link.nodes() if node.online]
+    serving = listens(made.settings)  # without the service, the link state names nodes of a minute ago
+    nodes = [node for node in link.nodes() if node.online and serving]
     owners = owners_of(made, link)
     rows = made.members.rows()
     return {
@@ -33,6 +34,7 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
         "members": [row.keys.site for row in rows if row.state == "member"],
         "connected": sorted({owners[node.id] for node in nodes if node.id in owners}),
         "asking": [row.keys.site for row in rows if row.state == "pending"],
+        "serving": serving,
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
         "runs": [run_status(path) for path in run_paths(made)],
@@ -59,6 +61,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "ended": state.stopped,
         "withdrawn": directory.withdrawn,
         "waiting": None if wait is None else asdict(wait),
+        **({"stopping": True} if wait is not None and directory.stopping else {}),
         "epsilon": max(spent[0].values(), default=None) if spent else None,
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
@@ -73,6 +76,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     lines = _entry("consortium", f"{found['consortium']}{founded}")
     away = [name for name in found["members"] if name not in found["connected"]]
     lines += _entry("members", f"{', '.join(found['members']) or 'none'}; {found['nodes_online']} connected")
+    if found["members"] and not found["serving"]:
+        lines += _entry("service", "not running on this machine: `privet coordinator serve` starts it")
     lines += _entry("away", ", ".join(away)) if away and found["connected"] else []
     if found["asking"]:
         lines += _entry("asking", f"{', '.join(found['asking'])}: approve after their operator has read out the words")
@@ -84,7 +89,9 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _lines_of(run: Mapping[str, Any]) -> list[str]:
-    state = "finished" if run["ended"] else "running" if run["waiting"] else "unfinished"
+    ended = "finished" if run["closed"] else "ended without a result: no round closed"
+    state = ended if run["ended"] else "running" if run["waiting"] else "unfinished"
+    state += ", asked to stop" if run.get("stopping") else ""
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
     elif run["ended"] and run.get("gated") and not run["released"]:

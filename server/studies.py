@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -26,17 +27,18 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
-from privet.server.network.service import admit_members, link_of, owners_of
+from privet.server.network.service import admit_members, link_of, listens, owners_of
 from privet.server.rounds.quality import quality
 from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import STOP, RunDirectory, RunState
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import Wait
+from privet.server.rounds.watch import CONSENT, Wait
 
 _CONFIG = "adapter_config.json"
 # Seconds between two notes of what a stage waits for, while it waits for more than a few sites.
 _NOTED, _FEW = 0.5, 50
+_UNSERVED = "not reachable, as the coordinator's service is not running"
 
 
 class StoppedError(PrivetError):
@@ -105,7 +107,8 @@ class StudyRun:
             admit_members(self.made, link)
             owners = partial(owners_of, self.made, link)
             try:
-                return run_over_flower(log, link, self._observer(metrics, say), timing, owners, self._noting())
+                observe, tell = self._observer(metrics, say), self._noting()
+                return run_over_flower(log, link, observe, timing, owners, tell, self._check_stop)
             finally:
                 self.directory.note_wait(None)
 
@@ -116,6 +119,8 @@ class StudyRun:
         def tell(wait: Wait) -> None:
             nonlocal noted
             now = time.monotonic()
+            if wait.stage == CONSENT and not listens(self.made.settings):  # the link state learns of it a minute late
+                wait = replace(wait, missing={name: why or _UNSERVED for name, why in wait.missing.items()})
             # Each note is a file, and a cohort of thousands answers within seconds. The last few are always noted.
             if noted[:2] != (wait.stage, wait.round) or len(wait.missing) <= _FEW or now - noted[2] >= _NOTED:
                 noted = wait.stage, wait.round, now
@@ -136,18 +141,24 @@ class StudyRun:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
             say(line_of(statement, self.directory.study.rounds))
-            if (self.directory.path / STOP).exists():
-                if self.directory.load().stopped:
-                    raise StoppedError(
-                        f"run {self.name} stopped after its last round, before its release",
-                        f"make the release with `privet coordinator resume {self.name}`",
-                    )
-                raise StoppedError(
-                    f"run {self.name} stopped after round {statement['round']}",
-                    f"continue it with `privet coordinator resume {self.name}`",
-                )
+            self._check_stop()
 
         return closed
+
+    def _check_stop(self) -> None:
+        """Raise `StoppedError` if the run's operator asked it to stop. No round is under way."""
+        if not self.directory.stopping:
+            return
+        number, ended = self.directory.standing()
+        if ended:
+            raise StoppedError(
+                f"run {self.name} stopped after its last round, before its release",
+                f"make the release with `privet coordinator resume {self.name}`",
+            )
+        raise StoppedError(
+            f"run {self.name} stopped {f'after round {number}' if number else 'before its first round'}",
+            f"continue it with `privet coordinator resume {self.name}`",
+        )
 
     def check_going(self) -> None:
         """Check that the run was not given up. Raises `WithdrawnError` if it was."""
@@ -182,7 +193,7 @@ def free_name(made: Coordinator, name: str) -> str:
         if found.withdrawn is None and found.load().stopped:
             raise StateError(
                 f"run {chosen} exists already, and has ended",
-                f"choose another name for this one, such as `privet coordinator run STUDY --name {chosen}-2`",
+                f"choose another name for this study, such as `privet coordinator run STUDY --name {chosen}-2`",
             )
         if found.withdrawn is None:
             raise StateError(
@@ -201,22 +212,50 @@ def _taken(name: str) -> str:
     )
 
 
-def check_new(made: Coordinator, study: Study) -> None:
-    """Check that no withdrawn run has used up rounds of this very study: sites release each round of a study once.
+def check_new(made: Coordinator, study: Study, file: Path = Path("study.toml")) -> None:
+    """Check that no other run is of this very study: sites release each round of a study once.
+
+    A run that was withdrawn before its first round does not count.
+
+    Args:
+        made: The coordinator.
+        study: The study.
+        file: Its file, for the hint.
 
     Raises:
-        StateError: One has.
+        StateError: There is one.
         RefusedError: The study's permit has expired.
     """
     check_permit(study, now())
-    for path in (made.directory / "runs").glob("*/withdrawn.json"):
-        run = RunDirectory.open(path.parent)
-        if run.study.digest == study.digest and run.withdrawn_begun:
+    for path in sorted((made.directory / "runs").glob("*/study.json")):
+        run, name = RunDirectory.open(path.parent), path.parent.name
+        if run.study.digest != study.digest:
+            continue
+        if run.withdrawn is None and not run.standing()[1]:
             raise StateError(
-                f"the withdrawn run {path.parent.name} had rounds of this very study, and sites release each round of "
-                "a study once",
-                "change the study, for example its seed: then it is another study, which the sites approve anew",
+                f"run {name} is of this very study, and has not ended",
+                f"continue it with `privet coordinator resume {name}`, or give it up with `privet coordinator withdraw "
+                f"{name} --reason TEXT`",
             )
+        if run.withdrawn is None or run.withdrawn_begun:
+            withdrawn = "" if run.withdrawn is None else ", which was withdrawn"
+            raise StateError(
+                f"this very study was run before, as {name}{withdrawn}; sites release each round of a study once, so "
+                "they would refuse it",
+                f"make the same study with another seed: {_again(made, study, file)}. The sites approve it anew",
+            )
+
+
+def _again(made: Coordinator, study: Study, file: Path) -> str:
+    """Return the command that makes a study again under a name that no run has, with a seed of its own."""
+    number = 2
+    while (
+        (made.directory / "runs" / (name := f"{study.name[:58]}-{number}")).exists()
+        or (out := file.with_name(f"{name}.toml")).exists()
+    ):  # fmt: skip
+        number += 1
+    seed = (study.seed + number - 1) % 2**53
+    return f"`privet new --from {quote(str(file))} --seed {seed} --name {name} --out {quote(str(out))}`"
 
 
 def begin(
@@ -273,7 +312,8 @@ def withdraw(run: StudyRun, reason: str) -> bool:
         StateError: The run has ended, another process plays it or has the round log open, or log and state differ.
     """
     said, aborted_one, begun = f"the coordinator withdrew the run: {one_line(reason)}", False, False
-    with run.directory.locked(), open_journal(run.made.log_directory, run.made.keys) as journal:
+    busy = f"stop it with `privet coordinator stop {run.name}`, wait until it has ended, and run this command again"
+    with run.directory.locked(busy), open_journal(run.made.log_directory, run.made.keys) as journal:
         state = run.directory.load()
         if state.stopped:
             raise StateError(

@@ -13,7 +13,7 @@ import typer
 from privet.common.errors import Interrupted, PrivetError, StudyError
 from privet.common.files import require_free
 from privet.common.options import Json, StudyFile, Workers, require_study
-from privet.common.progress import Stages, closing, doing
+from privet.common.progress import Stages, closing, doing, lasting
 
 if TYPE_CHECKING:
     from privet.simulations.runs.simulate import RoundReport
@@ -35,20 +35,22 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     STUDY` would refuse is named at once.
     """
     require_study(study)
-    from privet.simulations.data.federation import load_plan
-    from privet.simulations.runs.inspection import check_simulation
-    from privet.simulations.terminal.explain import explain_study
+    with lasting():
+        from privet.simulations.data.federation import load_plan
+        from privet.simulations.runs.inspection import check_simulation
+        from privet.simulations.terminal.explain import explain_study
 
-    plan, warnings, host = load_plan(study), list[str](), None
-    simulated = plan.simulation.data is not None
-    if simulated:
-        host = check_simulation(plan, warnings.append).host
-    meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
+        plan, warnings, host = load_plan(study), list[str](), None
+        simulated = plan.simulation.data is not None
+        if simulated:
+            host = check_simulation(plan, warnings.append).host
+        meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
     if as_json:
         typer.echo(json.dumps(meaning))
         return
     from rich.console import Console
 
+    from privet.server.rounds.quality import unmeasured_sentence
     from privet.simulations.terminal.report import meaning_table
     from privet.simulations.terminal.sentences import check_sentence, path_text
 
@@ -58,7 +60,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
         console.print(line, style="dim", highlight=False)
     for line in warnings:
         console.print(f"WARNING: {line}", style="yellow", markup=False, highlight=False)
-    following = f"train it with `privet simulate {path_text(study)}`"
+    if unmeasured := unmeasured_sentence(plan.study):
+        console.print(unmeasured, style="dim", highlight=False)
+    following = f"simulate it with `privet simulate {path_text(study)}`; real sites train it with "
+    following += f"`privet coordinator run {path_text(study)}`"
     if meaning.get("cells"):
         following = f"run it with `privet {'simulate' if simulated else 'coordinator run'} {path_text(study)}`"
     elif not simulated:

@@ -470,13 +470,6 @@ def _beyond(
 ) -> BudgetExhaustedError:
     """Return the error for a study of which `left` rounds do not fit. `items` are before the study, `after` with it."""
     needed = admitting_epsilon(after, limit)
-    fixed = composed_epsilon(paid_rounds(after), limit)
-    why = ""
-    if needed is not None and fixed < needed - 2 * _LIMIT_STEP:
-        why = (
-            f". If all studies had been fixed in advance, {fixed:.4g} would suffice; more is needed because a study "
-            "may depend on the results of an earlier one"
-        )
     within = "no limit admits them" if needed is None else f"the least limit that admits them is epsilon {needed:g}"
     raised = (
         ""
@@ -487,7 +480,7 @@ def _beyond(
     return BudgetExhaustedError(
         f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} at "
         f"delta {limit.delta:g}, of which {counted_epsilon(items, limit):.4g} is spent or reserved. The {left} "
-        f"remaining rounds of study {release.study} do not fit: {within}{why}",
+        f"remaining rounds of study {release.study} do not fit: {within}",
         f"ask the coordinator for fewer rounds or more noise{raised}. The limit is for the dataset's lifetime; spent "
         "epsilon never comes back",
     )

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
+from privet.common.errors import (
+    DataError,
+    Finding,
+    PolicyError,
+    PrivetError,
+    SpentRoundError,
+    StateError,
+    StudyError,
+    VerificationError,
+)
 from privet.common.files import most_like, write_new
 from privet.common.options import Json, SiteFile
 from privet.common.progress import doing, folded, number_of, on_one_line, printable
@@ -105,13 +114,15 @@ def check(
     prints nothing of them but counts. It sends nothing. Exit code 3 if the site would refuse the study.
     """
     from privet.client.policy.agreement import LATER
-    from privet.client.policy.opinion import judged, unfit_of
+    from privet.client.policy.opinion import judged, ran_before, rounds_done, unfit_of
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
 
     config = load_site(site)
     asked, _ = named_study(site, config, study, read=True)
     digest, findings, budget = judged(config, asked)
+    done = rounds_done(config, asked)
+    budget = budget or ran_before(asked, done)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else unfit_of(config, asked)
     if as_json:
@@ -122,6 +133,8 @@ def check(
         typer.echo(json.dumps({"admitted": not (findings or budget or unfit), **answer}))
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
+        if 0 < done < asked.rounds:
+            typer.echo(f"rounds  {done} of {asked.rounds} are in this site's ledger; the site runs none of them again")
         _show(findings, budget, unfit)
         for line in _ways(config, findings, (budget, unfit), site, study, asked):
             typer.echo(f"to admit it  {on_one_line(line)}")
@@ -312,7 +325,8 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
     if not rows:
         typer.echo("the coordinator proposes no study now: it has begun no run")
     for row in rows:
-        state = f"{row['round']} of {row['rounds']} rounds closed"
+        state = f"{row['closed']} of {row['rounds']} rounds closed"
+        state += f", {row['round'] - row['closed']} aborted" if row["round"] > row["closed"] else ""
         if row["ended"]:
             state = "ended" if row["round"] == row["rounds"] else f"withdrawn or stopped; {state}"
         log = "in the round log" if row["logged"] else "NOT in the round log yet"
@@ -350,6 +364,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
         "privacy": private,
         "round": proposed.round,
         "rounds": study.rounds,
+        "closed": proposed.round if proposed.closed is None else proposed.closed,
         "ended": proposed.ended,
         "logged": proposed.logged,
         "admitted": not reasons,
@@ -488,7 +503,8 @@ def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: Privet
     for finding in findings:
         typer.echo(f"{finding.code:<18} {printable(said(finding))}")
     if budget is not None:
-        typer.echo(f"{'E_BUDGET':<18} {on_one_line(budget.message)}")
+        code = budget.code if isinstance(budget, SpentRoundError) else "E_BUDGET"
+        typer.echo(f"{code:<18} {on_one_line(budget.message)}")
     if unfit is not None:
         typer.echo(f"{'data files':<18} {on_one_line(unfit.message)}")
     refused = findings or budget or unfit

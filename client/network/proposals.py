@@ -40,9 +40,10 @@ class Proposed:
     Attributes:
         run: Its name.
         study: Its study.
-        round: Number of closed rounds, as the coordinator says.
+        round: Number of rounds that are over, closed or aborted, as the coordinator says.
         ended: Whether it has ended, as the coordinator says.
         logged: Whether the round log opens this run for this very study; False if it does not hold the run yet.
+        closed: Number of closed rounds by the round log; None if it does not hold the run yet.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Proposed:
     round: int
     ended: bool
     logged: bool
+    closed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _compared(proposal: Proposal, history: Replay | None) -> Proposed:
             f"study {logged.statement.study}",
             "approve nothing, and ask the coordinator's operator to explain the difference",
         )
-    return Proposed(proposal.run, study, proposal.round, proposal.ended, logged is not None)
+    closed = None if logged is None else len(logged.published)
+    return Proposed(proposal.run, study, proposal.round, proposal.ended, logged is not None, closed)
 
 
 def chosen(proposals: Sequence[Proposed], name: str, *, read: bool = True) -> Proposed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from privet.client.policy.agreement import Price
 from privet.client.policy.consent import verdict
 from privet.client.site import SiteConfig
-from privet.common.errors import Finding, PrivetError
+from privet.common.errors import Finding, PrivetError, SpentRoundError
 from privet.common.study.study import Study
 
 
@@ -30,6 +30,29 @@ def judged(
     except PrivetError as error:
         return digest, findings, error
     return digest, findings, None
+
+
+def rounds_done(config: SiteConfig, study: Study) -> int:
+    """Return how many rounds of a study the site's ledger holds. The site runs none of them again."""
+    from privet.client.budget.releases import open_ledger
+
+    if config.ledger is None or config.dataset is None:
+        return 0
+    ledger = open_ledger(config)
+    try:
+        return sum(item.rounds for item in ledger.items(str(config.dataset)) if item.study == study.digest)
+    finally:
+        ledger.close()
+
+
+def ran_before(study: Study, done: int) -> SpentRoundError | None:
+    """Return why the site can run no further round of a study, of which `done` rounds are in its ledger."""
+    if done < study.rounds:
+        return None
+    return SpentRoundError(
+        f"this site has run all {study.rounds} rounds of this very study before, and runs each round once",
+        "ask the coordinator for the same study with another seed: `privet new --from STUDY --seed NUMBER`",
+    )
 
 
 def said(finding: Finding) -> str:

@@ -123,7 +123,7 @@ def _failure(error: PrivetError) -> Failure:
         return Failure(type(error).__name__, error.message, error.hint)
     general = Failure(
         type(error).__name__,
-        "the site refuses or cannot do what the message asks; the reason is private to the site",
+        "the site did not take part; the reason is private, and is in the site's own log: ask its operator",
         _OWN_LOG,
     )
     return _FIXED.get(type(error), general)

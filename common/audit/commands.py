@@ -70,8 +70,8 @@ def verify(
         if report.holds:
             words = sum(map(len, authors_word().values()))
             typer.echo(
-                f"author's word: {words} fields of statements hold something that only their author knows, such as the "
-                "time on its clock; --json lists them"
+                f"author's word: nobody can check {words} fields of statements, such as the time on a site's clock; "
+                "--json lists them"
             )
     if not report.holds:
         raise typer.Exit(_FAILED)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import VerificationError
+from privet.common.errors import StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.options import Json, PublicLog, RunPath
 from privet.common.progress import doing
@@ -64,13 +65,19 @@ def bundle(
     get the policy from the consortium.
     """
     from privet.common.audit.bundle import write_archive
-    from privet.server.rounds.archive import bundle_files, published_log
+    from privet.server.rounds.archive import bundle_files, own_policy, published_log
     from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
     files = bundle_files(directory, public or published_log(run), with_weights=with_weights)
     write_archive(out, files)
     typer.echo(f"{out}: {len(files)} files, {sum(map(len, files.values()))} bytes")
+    try:
+        policy = quote(str(own_policy(run)))
+    except StateError:  # a copy of a run has none beside it
+        policy = "log.policy"
+    typer.echo(f"next: privet audit verify {quote(str(out))} --policy {policy}")
+    typer.echo(f"then: privet audit show {quote(str(out))} --policy {policy}")
 
 
 def _awaits_cosignatures(run: RunDirectory, statement: Mapping[str, Any]) -> bool:

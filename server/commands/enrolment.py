@@ -7,6 +7,7 @@ import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +18,7 @@ from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
 from privet.common.pki.commands import ask_passphrase, new_passphrase, read_passphrase
-from privet.common.progress import folded, in_directory
+from privet.common.progress import doing, folded, in_directory
 from privet.server.consortium.reasons import Reason
 
 if TYPE_CHECKING:
@@ -67,11 +68,12 @@ def init(
     typer.echo(f"consortium      {name}")
     for line in port_lines(settings.address, settings.enrolment, settings.fleet):
         typer.echo(folded(line, 16))
+    secret = "" if passphrase_file is None or no_passphrase else f" --passphrase-file {quote(str(passphrase_file))}"
     typer.echo(folded("Open these three ports inbound. Sites connect out to them; nothing connects to a site."))
     typer.echo(folded("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again."))
     typer.echo(
         folded(
-            f"next: `privet coordinator serve -C {directory}`, and in another terminal "
+            f"next: `privet coordinator serve -C {directory}{secret}`, and in another terminal "
             f"`privet coordinator invite SITE... -C {directory}`",
             6,
         )
@@ -98,10 +100,13 @@ def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_
         return
     typer.echo(f"consortium   {found.consortium}\nroot         {found.root}")
     typer.echo(f"log          {NoteKey.parse(found.log).shown}")
-    typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}")
+    meant = "sites that may collude with the coordinator without harm to the round log; of sums, a study says it itself"
+    typer.echo(f"coordinator  {found.coordinator}")
+    typer.echo(folded(f"colluding    {found.colluding}: {meant}", 13))
     typer.echo(folded(f"words        {found.words}", 13))
 
 
+@doing("Inviting {sites}")
 def invite(
     sites: Annotated[list[str], typer.Argument(help="Names of the new sites.", metavar="SITE...")],
     out: Annotated[
@@ -147,6 +152,7 @@ def _make_directory(path: Path) -> None:
         raise StateError(f"{path} cannot be written to ({error.strerror})", "choose another --out") from None
 
 
+@doing("Comparing the words of {site}")
 def approve(
     site: Annotated[str, typer.Argument(help="Name of a site that has asked to join.")],
     told: Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -60,11 +59,14 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
     made, stop = _open(directory, passphrase_file), threading.Event()
     _ = made.authority  # ask for the passphrase before anything is served
-    for line in port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet):
-        typer.echo(folded(line, 16))
+
+    def ready() -> None:
+        for line in port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet):
+            typer.echo(folded(line, 16))
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve_until(made, now, stop)
+    serve_until(made, now, stop, ready)
 
 
 @doing("Opening {study} for a run")
@@ -102,16 +104,19 @@ def run(
     """
     from privet.common.log.statements import StatedFloor
     from privet.common.study.study import check_shareable, load_study
+    from privet.server.rounds.quality import unmeasured_sentence
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     check_shareable(asked)
     typer.echo(f"study {asked.name}: {asked.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
+    if unmeasured := unmeasured_sentence(asked):
+        typer.echo(folded(unmeasured, err=True), err=True)
     founds = not made.members.founded()
     if founds:
         confirm_founding(made, asked.cohort.min_sites, yes=yes)
     from privet.server import studies
 
-    studies.check_new(made, asked)
+    studies.check_new(made, asked, study)
     chosen = studies.free_name(made, name or asked.name)
     if continued is not None:
         adapter = _release_of(made, continued, adapter)
@@ -160,7 +165,8 @@ def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
         raise StateError(
             f"the consortium is not founded yet: the study needs {needed} sites, but the members are {who}"
             + (f"; not approved yet: {', '.join(pending)}" if pending else ""),
-            "approve more sites with `privet coordinator approve SITE --words WORDS`, or found it with fewer with "
+            f"approve more sites with `privet coordinator approve {(pending or ['SITE'])[0]} --words WORDS`, or found it "
+            "with fewer with "
             "`privet coordinator found`",
         )
     quorum = next_quorum(len(members), made.settings.colluding)
@@ -251,12 +257,21 @@ def stop(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Stop a run after its current round. Continue it with `privet coordinator resume`."""
+    """Stop a run after its current round; while it waits for consent, at once. `resume` continues it."""
     from privet.server import studies
+    from privet.server.rounds.watch import CONSENT
 
-    studies.reopen_study(_open(directory, passphrase_file), run).stop()
+    found = studies.reopen_study(_open(directory, passphrase_file), run)
+    wait = found.directory.waiting
+    found.stop()
+    if wait is None:
+        said = f"no process of this machine runs {run}, so nothing is left to stop"
+    elif wait.stage == CONSENT:
+        said = f"run {run} waits for consent, and stops within seconds"
+    else:
+        said = f"run {run} stops after its current round"
     following = in_directory(f"next: privet coordinator resume {run}", directory)
-    typer.echo(f"run {run} stops after its current round\n{following}")
+    typer.echo(f"{said}\n{following}")
 
 
 @doing("Opening run {run}")
@@ -279,7 +294,7 @@ def withdraw(
     if found.directory.withdrawn_begun:
         typer.echo(
             "What sites have charged for its rounds stays charged; a site that dropped out before it trained charged "
-            "nothing. To start over, change the study, for example its seed."
+            "nothing. To start over, change the study's seed: `privet coordinator run` names the command."
         )
     typer.echo(in_directory("next: privet coordinator run STUDY", directory))
 
@@ -295,7 +310,7 @@ def status(
     from privet.server.overview import consortium_status as look
 
     found = look(_open(directory, passphrase_file))
-    typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+    typer.echo(json.dumps(found) if as_json else in_directory("\n".join(as_lines(found)), directory))
 
 
 def rotate(
@@ -398,15 +413,9 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 def _note_service(made: Coordinator) -> None:
     """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
-    from privet.common.pki.addresses import split_address
+    from privet.server.network.service import listens
 
-    host, port = split_address(made.settings.fleet)
-    try:
-        family, kind, *_, address = socket.getaddrinfo(made.settings.bind or host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError:  # it is in use, or is an address of another machine, such as a gateway
+    if listens(made.settings):
         return
     text = (
         f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "

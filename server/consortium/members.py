@@ -96,10 +96,11 @@ class Members:
         expires = int((now + TOKEN_LIFE).timestamp())
         with self._transaction() as database:
             for site, secret in secrets.items():
-                if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
+                if _is_member(database, site):
                     raise RefusedError(
                         f"{site} is a member already",
-                        "revoke it first if it needs new keys: `privet coordinator revoke SITE --reason left`",
+                        "it needs no invitation. Only if it has lost its keys, revoke it first, which cuts it off: "
+                        f"`privet coordinator revoke {site} --reason left`",
                     )
                 database.execute(
                     "UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,)
@@ -184,6 +185,11 @@ class Members:
         """
         with self._transaction() as database:
             found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
+            if found is None and _is_member(database, site):
+                raise RefusedError(
+                    f"{site} is a member already, and waits for nothing",
+                    "nothing is left to do; `privet coordinator members` lists the members",
+                )
             if found is None:
                 raise RefusedError(
                     f"{site} has not asked to join",
@@ -438,6 +444,10 @@ def _one(database: sqlite3.Connection, query: str, *values: str) -> dict[str, An
 
 def _all(database: sqlite3.Connection, query: str, *values: object) -> list[dict[str, Any]]:
     return [dict(row) for row in database.execute(query, values)]
+
+
+def _is_member(database: sqlite3.Connection, site: str) -> bool:
+    return _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site) is not None
 
 
 def _keys(row: Mapping[str, Any]) -> SiteKeys:

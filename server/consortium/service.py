@@ -310,7 +310,7 @@ def _listening(address: str) -> Iterator[socket.socket]:
         found = listen(*split_address(address))
     except OSError:
         raise ProtocolError(
-            f"the service cannot listen on {address}",
+            f"the service cannot listen on {address}; another `privet coordinator serve` may run already",
             "stop the program that uses the port. Change the address in coordinator.toml only before sites join: "
             "they and their invitations hold the old one",
         ) from None

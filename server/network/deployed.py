@@ -26,18 +26,20 @@ def run_over_flower(
     timing: Timing = PATIENT,
     owners: Owners | None = None,
     tell: Callable[[Wait], None] = lambda wait: None,
+    check: Callable[[], None] = lambda: None,
 ) -> RunState:
     """Run, or resume, a study with the sites that are connected, as a new Flower run.
 
     A `FleetServer` on the same link state serves the sites, in this process or in another one; it may be restarted
     during the study. Starts no ServerApp process and makes no bundle. With `owners`, a node is heard only in the name
-    of the site that it belongs to. `tell` receives what the run waits for.
+    of the site that it belongs to. `tell` receives what the run waits for. `check` may raise to end it where no round
+    is under way.
 
     Raises:
         As `run_study`.
     """
     with link.run(largest_answer(log.run.load().adapter.spec)) as grid:
-        return run_study(log, GridExchange(grid, _POLL, owners), observe, timing, Watch(tell, owners or dict))
+        return run_study(log, GridExchange(grid, _POLL, owners), observe, timing, Watch(tell, owners or dict, check))
 
 
 def largest_answer(spec: AdapterSpec) -> int:

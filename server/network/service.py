@@ -12,6 +12,7 @@ process ends, so that it is started anew: a revoked site must not stay admitted.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -166,8 +167,10 @@ def check_files(settings: Settings, members: int, limit: int) -> None:
     check_limit(limit, needed, f"the connections of {members} members and of others")
 
 
-def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
-    """Serve the network until `stop` is set.
+def serve_until(
+    made: Coordinator, clock: Clock, stop: threading.Event, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve the network until `stop` is set. Calls `ready` once all ports are open.
 
     Raises:
         StateError: The limit on open files is too low, a port is no longer served, or the members cannot be read.
@@ -180,6 +183,7 @@ def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     with native_errors(partial(note_native, refusals)):
         log_as_json(partial(note_fault, refusals, "Flower"))
         with serving(made, clock, refusals) as service:
+            ready()
             _tend_until(service, stop, limit)
 
 
@@ -290,6 +294,19 @@ def _certify(made: Coordinator, clock: Clock) -> None:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_durably(made.directory / _KEY, private, 0o600)
     write_durably(made.directory / _CHAIN, to_pem(certificate).encode("ascii"))
+
+
+def listens(settings: Settings) -> bool:
+    """Whether something listens where sites connect for studies, or it is another machine that does. Sends nothing."""
+    host, port = split_address(settings.fleet)
+    try:
+        family, kind, *_, address = socket.getaddrinfo(settings.bind or host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:  # it is in use, or is an address of another machine, such as a gateway
+        return True
+    return False
 
 
 def link_of(directory: Path) -> Link:

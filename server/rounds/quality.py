@@ -8,10 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from privet.common.study.study import Study
+
 VALIDATED = "validation_accuracy"
 NONE = (
-    "The study holds out no units for validation (data.validation_fraction = 0), so the run has no figures of quality."
+    "Nobody has measured how good this model is: the study set no patients or records aside for it "
+    "(data.validation_fraction = 0)."
 )
+_EACH = " Each site can measure it with `privet site evaluate SITE RUN`."
+
+
+def unmeasured_sentence(study: Study) -> str:
+    """Return what to know before a study is run whose sites will not measure the model together; else nothing."""
+    if study.counts or study.data.validation_fraction:
+        return ""
+    instead = "" if study.distributed else ", or set data.validation_fraction in the study before it is run"
+    return (
+        "Real sites will not measure together how good the model is: the study sets no patients or records aside for it. "
+        f"Each site can measure it afterwards with `privet site evaluate SITE RUN`{instead}."
+    )
 
 
 def quality(metrics: Mapping[str, float] | None) -> str:
@@ -25,7 +40,7 @@ def course(statements: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence about the first and the last validation of a run."""
     found = [(each["round"], each["metrics"]) for each in statements if quality(each["metrics"])]
     if not found:
-        return NONE
+        return NONE + _EACH
     (first, before), (last, after) = found[0], found[-1]
     if first == last:
         return f"Before round {first}, the sites together measured {quality(before)}."

@@ -49,8 +49,8 @@ _ROUNDING = 1.001
 # Units drawn in a step, over those expected by the declared counts.
 _MOST_DRAWN = 4.0
 _ANEW = (
-    "mend these reasons; then change `seed` in the study file, as sites run each round of a study once, and begin it "
-    "anew with `privet coordinator run STUDY --name NAME`"
+    "mend these reasons; then make the same study with another seed, as sites run each round of a study once: "
+    "`privet new --from STUDY --seed NUMBER --name NAME --out FILE`; run that with `privet coordinator run FILE`"
 )
 # Reasons of aborted rounds that an error lists.
 _LISTED = 10

@@ -154,8 +154,11 @@ class RunDirectory:
         return not self.simulated and (self.path / SOFTWARE).is_file()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, busy: str = "wait until it ends, or stop it") -> Iterator[None]:
         """Lock the run for this process.
+
+        Args:
+            busy: What to do where another process has locked it.
 
         Raises:
             StateError: Another process has locked it.
@@ -164,9 +167,7 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StateError(
-                    f"another process is using the run directory {self.path}", "wait until it ends, or stop it"
-                ) from None
+                raise StateError(f"another process is using the run directory {self.path}", busy) from None
             yield
 
     @property
@@ -205,8 +206,13 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody has asked the process that plays the run to stop."""
+        return (self.path / STOP).exists()
+
     def ask_to_stop(self) -> None:
-        """Ask the process that plays the run to stop after the current round.
+        """Ask the process that plays the run to stop after the current round; between rounds, at once.
 
         Raises:
             StateError: The run has ended.

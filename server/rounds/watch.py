@@ -68,10 +68,13 @@ class Watch:
     Attributes:
         tell: Receives each change.
         owners: Returns which site each address belongs to, where that is known.
+        check: Is called again and again while no round is under way: for consent, and for cosignatures. What it raises
+            ends the run there, which can be resumed.
     """
 
     tell: Callable[[Wait], None] = lambda wait: None
     owners: Callable[[], Mapping[int, str]] = dict
+    check: Callable[[], None] = lambda: None
     _last: Wait | None = None
 
     def names(self, nodes: Iterable[int]) -> dict[int, str]:
@@ -99,10 +102,13 @@ class _Watched:
     watch: Watch
 
     def nodes(self) -> Sequence[int]:
+        self.watch.check()  # they are looked for between rounds alone
         return self.exchange.nodes()
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
         stage, number = _stage(next(iter(requests.values()), None))
+        if stage == COSIGN:
+            self.watch.check()
         if not stage:
             yield from self.exchange.ask(requests, timeout=timeout)
             return
@@ -146,7 +152,8 @@ def sentence(wait: Wait, now: float) -> str:
         return f"{where}every site has answered; computing, {since}"
     count = f"{done} of {done + len(missing)} have"
     if wait.needed:  # only consent needs a number
-        count = f"{done} of {wait.needed} needed"
+        agreed = f"{done} of the {wait.needed} sites needed have agreed"
+        count = agreed if done else f"none of the {wait.needed} sites needed has agreed yet"
     return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import click
 import typer
@@ -93,6 +94,14 @@ def new(
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Epsilon of the whole study. Default: 8.")] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of the whole study. Default: from the counts.")] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of its units that each site sets aside, so that the sites measure the model together in "
+            "each round. Default: 0.1 where there are enough units, otherwise 0.",
+            metavar="FRACTION",
+        ),
+    ] = None,
     sites: Annotated[
         int | None, typer.Option(help="Number of sites of the consortium, where files of all are not here.", min=2)
     ] = None,
@@ -108,11 +117,23 @@ def new(
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="A study that trains: make one for the same sites with --kind.")
+        Path | None,
+        typer.Option(
+            "--from", help="A study: make it again with --seed; or, from one that trains, one that counts with --kind."
+        ),
     ] = None,
     kind: Annotated[
         Literal["statistics", "evaluate"] | None,
         typer.Option(help="With --from. statistics: count units, labels and lengths. evaluate: measure an adapter."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="With --from: the same study with this seed. Sites run each round of a study once, so a study that "
+            "was run needs another seed to be run again.",
+            min=0,
+            max=2**53 - 1,
+        ),
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="With --kind evaluate: digest of the adapter, or base.", metavar="DIGEST")
@@ -127,7 +148,7 @@ def new(
         bool, typer.Option("--schema", help="Print the JSON Schema of study files, for editors, and do nothing else.")
     ] = False,
 ) -> None:
-    """Make a study file from data files; with --from, one that counts or measures from one that trains.
+    """Make a study file from data files; with --from, from a study: one that counts or measures, or the same again.
 
     It proposes the task, the columns, the labels, the unit of privacy, the base model, the sites, and values that fit
     the data's size. At a terminal it asks; otherwise, and with --yes, it takes its proposals. It prints each of them.
@@ -138,11 +159,15 @@ def new(
 
         typer.echo(json.dumps(study_schema(), indent=2, ensure_ascii=False))
         return
-    if not data and source is None and kind is None:
+    if not data and source is None and kind is None and seed is None:
         raise StudyError(
             "expected data files, or a directory of them; got none",
             "name one file for each site, as in `privet new north.csv south.csv west.csv`",
         )
+    if missing := [path for path in data or () if not path.exists()]:
+        from privet.simulations.drafts.places import data_files
+
+        data_files(missing)  # which says so
     if out.exists() and not force:
         raise StateError(
             f"{out}: expected a new file, found one that exists",
@@ -153,6 +178,10 @@ def new(
     from privet.common.files import write_whole
     from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
 
+    if seed is not None:
+        write_whole(out, _again(data, source, kind, out, name, seed).encode())
+        typer.echo(f"wrote     {out}\nnext: privet check {out}")
+        return
     if source is not None or kind is not None:
         text = _counting(data, source, kind, out, name, epsilon, adapter, measure)
         write_whole(out, text.encode())
@@ -172,6 +201,7 @@ def new(
         sites,
         largest,
         dict(_pair("--label", text, "FILE=STUDY", "J=yes") for text in label or []),
+        validation,
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent
@@ -207,12 +237,44 @@ def _counting(
             "expected --from and --kind together, and no data files",
             "write for example `privet new --from study.toml --kind statistics --out counts.toml`",
         )
+    _check_beside(source, out, f"--kind {kind}")
+    return draft_counting(source, kind, name=name, epsilon=epsilon, adapter=adapter, files=measure).text()
+
+
+def _again(
+    data: list[Path] | None, source: Path | None, kind: str | None, out: Path, name: str | None, seed: int
+) -> str:
+    """Return the text of a study with another seed, and with another name if one is given. All else stays."""
+    from privet.client.editing import changed
+    from privet.common.study.reading import read_toml
+    from privet.common.study.study import Study
+
+    if data or source is None or kind is not None:
+        raise StudyError(
+            "expected --seed with --from, and neither data files nor --kind",
+            "write for example `privet new --from study.toml --seed 2 --out study-2.toml`",
+        )
+    _check_beside(source, out, f"--seed {seed}")
+    study = Study.parse(_shared(read_toml(source, what="study")))
+    if seed == study.seed and name in {None, study.name}:
+        raise StudyError(f"--seed: expected another seed than that of {source}, found the same: {seed}", "add one")
+    text = changed(source.read_text(encoding="utf-8-sig"), {"seed": seed, "name": name or study.name}, source.name)
+    Study.parse(_shared(tomllib.loads(text)))
+    return text
+
+
+def _shared(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study file's content without what only a simulation reads."""
+    return {key: value for key, value in document.items() if key != "simulation"}
+
+
+def _check_beside(source: Path, out: Path, how: str) -> None:
+    """Check that a study is written beside the one that it is made from."""
     if out.resolve().parent != source.resolve().parent:
         raise StudyError(
             f"--out: expected a file beside {source}, as its [simulation] names files from there; found {out}",
-            f"write `privet new --from {source} --kind {kind} --out {source.parent / out.name}`",
+            f"write `privet new --from {source} {how} --out {source.parent / out.name}`",
         )
-    return draft_counting(source, kind, name=name, epsilon=epsilon, adapter=adapter, files=measure).text()
 
 
 def _command(context: typer.Context) -> str:

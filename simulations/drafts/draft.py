@@ -56,6 +56,7 @@ from privet.simulations.runs.toml import to_toml
 
 TEST_FRACTION = 0.25
 EPSILON = 8.0
+VALIDATION = 0.1
 NONE = "none"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEALT = 4  # simulated sites of files that tell no sites
@@ -66,6 +67,7 @@ _SHOWN = 30  # labels
 _FEW = 16  # units in a step
 _CONSORTIUM = 3  # sites, whose sum hides each of them
 _MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
+_VALIDATING = 2000  # units of all sites, of which a tenth measures an accuracy to a few points under privacy
 _BLOCK = 64  # rounds with one set-up of secure aggregation
 _SPELLINGS = (
     "write each patient's id in one way in all files; or say how the ids are written: `privet new FILES --patient-ids "
@@ -137,6 +139,7 @@ class Wishes:
     sites: int | None = None
     largest: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    validation: float | None = None
 
     def check(self) -> None:
         """Refuse what cannot be meant, before anything is read or said. Raises `StudyError`."""
@@ -149,6 +152,11 @@ class Wishes:
             raise StudyError(
                 "--sites, --largest: expected both or none of them",
                 "name both, as in `privet new FILES --sites 3 --largest 400`",
+            )
+        if self.validation is not None and not 0 <= self.validation <= 0.5:
+            raise StudyError(
+                f"--validation: expected a fraction from 0 to 0.5, got {self.validation:g}",
+                "write for example `privet new FILES --validation 0.1`",
             )
         _check_privacy(self.epsilon, self.delta)
 
@@ -304,6 +312,8 @@ class _Drafting:
         units = sum(sizes) if known else units
         mode = self.mode(reading.kind, len(sizes))
         document["data"]["max_length"] = self.length(document, found, base)
+        if fraction := self.validation(mode, sum(sizes)):
+            document["data"]["validation_fraction"] = fraction
         document |= _values(document, mode, sizes, base)
         document["privacy"] = self.privacy(mode, units, len(sizes), patients=patient is not None)
         if told < document["cohort"]["min_sites"] or (
@@ -316,6 +326,7 @@ class _Drafting:
             simulation["evaluate_every"] = math.ceil(document["training"]["rounds"] / 8)
         document["simulation"] = simulation
         self.say_values(document, int(statistics.median(sizes)))
+        self.say_quality(document)
         Study.parse(document)
         return Draft({name: document[name] for name in _ORDER if name in document}, base.get, alone and not known)
 
@@ -567,6 +578,23 @@ class _Drafting:
             )
         return mode
 
+    def validation(self, mode: str, units: int) -> float:
+        """Return `data.validation_fraction`: a tenth is proposed where that leaves enough units to train and to measure.
+
+        Raises:
+            StudyError: The study's privacy admits none.
+        """
+        fraction = self.wishes.validation
+        if fraction and mode == "distributed":
+            raise StudyError(
+                "--validation: expected 0 with distributed privacy, which releases gradients alone; got "
+                f"{fraction:g}",
+                "leave --validation out, or use `privet new FILES --privacy local`",
+            )
+        if fraction is None:
+            fraction = VALIDATION if mode != "distributed" and units >= _VALIDATING else 0.0
+        return fraction
+
     def privacy(self, mode: str, units: int, sites: int, *, patients: bool) -> dict[str, Any]:
         """Return the table of privacy."""
         table: dict[str, Any] = {"mode": mode, "unit": "patient" if patients else "record"}
@@ -689,6 +717,17 @@ class _Drafting:
             self.say("", "That is few: under this privacy, such sites learn little.")
         promise = f"epsilon {privacy['epsilon']:g} and delta {privacy['delta']:g} per {privacy['unit']}"
         self.say("privacy", f"{privacy['mode']}, {promise}")
+
+
+    def say_quality(self, document: Mapping[str, Any]) -> None:
+        """Say whether a deployed run measures how good its model is."""
+        if fraction := document["data"].get("validation_fraction"):
+            self.say("quality", f"each site sets about {100 * fraction:.0f} % of its units aside, on which all sites")
+            self.say("", "together measure each round's model. To train on all units: --validation 0")
+            return
+        self.say("quality", "no units are set aside, so real sites will not measure the model together")
+        if document["privacy"]["mode"] != "distributed":
+            self.say("", f"To measure each round: --validation {VALIDATION}, which trains on fewer units")
 
 
 def _unfinished(document: Mapping[str, Any]) -> Study:

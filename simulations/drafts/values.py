@@ -98,6 +98,7 @@ COMMENTS: Mapping[str, str] = {
     "task.max_new_tokens": "longest answer in evaluation; raise it if answers are cut",
     "data.columns": "The column of each role, in every site's files.",
     "data.unit": "rows with one value here belong to one patient",
+    "data.validation_fraction": "part of the units that sites measure the model on, and do not train on",
     "data.max_length": "tokens; longer records are cut; memory and time grow with it",
     "lora.rank": "size of the adapter; bytes per round grow with it",
     "lora.alpha": "scale of the adapter",

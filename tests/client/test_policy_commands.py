@@ -189,6 +189,24 @@ def test_an_operator_who_looks_is_told_of_the_noise_too(files: tuple[Path, Path]
     assert calibrations != []
 
 
+def test_check_says_that_the_site_has_run_the_study_before(files: tuple[Path, Path]) -> None:
+    site, file = files
+    run(policy.approve, site, file)
+    digest, limit = load_study(file).digest, Limit("record", 3.0, 1e-5)
+    cost = Cost(PrivacyEvent(20.0, 0.01, 1, "record"), None, 0.0, "n")
+    for first, last in ((1, 9), (10, 10)):
+        with closing(Ledger.open(site.parent / "ledger.db", site.parent / "elsewhere/head.json")) as ledger:
+            for number in range(first, last + 1):
+                ledger.reserve(RoundKey("notes", digest, number), cost, "sha256:" + "1" * 64, limit, 10)
+                ledger.begin(RoundKey("notes", digest, number))
+        result = run(policy.check, site, file)
+        if last == 9:
+            assert (result.exit_code, "9 of 10 are in this site's ledger" in result.output) == (0, True)
+    assert (result.exit_code, "E_SPENT" in result.output) == (3, True)
+    assert "another seed: `privet new --from STUDY --seed NUMBER`" in result.output
+    assert "run all 10 rounds" in json.loads(run(policy.check, site, file, "--json").output)["budget"]
+
+
 def test_check_holds_the_study_against_the_ledger(files: tuple[Path, Path]) -> None:
     site, study = files
     run(policy.approve, site, study)

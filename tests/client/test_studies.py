@@ -107,9 +107,9 @@ def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
 
 
 def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
+    stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True, closed=0)
     monkeypatch.setattr("privet.client.network.proposals.proposed_studies", lambda file, config: (stopped,))
-    assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
+    assert "withdrawn or stopped; 0 of 2 rounds closed, 1 aborted" in run(commands.studies, home).output
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from privet.common.progress import lasting
 from tests.conftest import Run
 from tests.simulations.test_simulate import study_file
 from tests.support.families import family_base
@@ -44,10 +46,17 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     assert "noise multiplier" in out
     assert out.splitlines()[-2:] == [
         f"The study is valid: 3 rounds, epsilon {meaning['privacy']['epsilon']:.2f} per record.",
-        f"next: train it with `privet simulate {file}`",
+        f"next: simulate it with `privet simulate {file}`; real sites train it with `privet coordinator run {file}`",
     ]
+    assert "Real sites will not measure together how good the model is" in " ".join(out.split())
     file.write_text(file.read_text().split("[simulation]")[0])
     assert "next: make the adapter that sites start from" in privet("check", file)[1]
+
+
+def test_long_work_without_stages_says_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with lasting(between=0.02):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("still at it after 1 s …\nstill at it")
 
 
 def test_check_ends_with_one_sentence_on_a_base_that_cannot_be_trained(privet: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import Run
 COMMANDS = {entry.name: entry for entry in entry_points(group="privet.commands")}
 AT_ONCE = {
     "site.identity", "site.init", "site.policy", "site.migrate",
-    "coordinator.init", "coordinator.charter", "coordinator.invite", "coordinator.approve", "coordinator.found",
+    "coordinator.init", "coordinator.charter", "coordinator.found",
     "coordinator.revoke", "coordinator.members", "coordinator.sign", "coordinator.rotate",
     "site.cancel",
 }  # fmt: skip
@@ -101,7 +101,8 @@ def required(name: str) -> list[str]:
                 "OptionInfo" in str(parameter.annotation),
                 "1" if "[int" in str(parameter.annotation) else "x",
             )
-            words += [f"--{parameter.name.replace('_', '-')}", value] if option else [value]
+            named = next((each.param_decls for each in getattr(parameter.annotation, "__metadata__", ())), None)
+            words += [(named or [f"--{parameter.name.replace('_', '-')}"])[0], value] if option else [value]
     return words
 
 

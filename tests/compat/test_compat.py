@@ -203,6 +203,7 @@ def as_before(look: str, text: str) -> str:
     if "--json" in look and look.startswith("coordinator status"):
         document = json.loads(text)
         assert document.pop("founded")
+        assert document.pop("serving") is False
         assert document.pop("connected") == document.pop("asking") == []
         for run in document["runs"]:
             assert run.pop("rounds") >= run["closed"]

@@ -25,7 +25,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> LoggedWorld:
 
 def test_a_bundle_is_packed_verified_and_told(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
     tar, policy = tmp_path / "run.tar", world.folder / "log" / "policy"
-    assert privet("audit", "bundle", world.folder / "run", "--out", tar)[0] == 0
+    code, out, _ = privet("audit", "bundle", world.folder / "run", "--out", tar)
+    assert (code, f"next: privet audit verify {tar} --policy log.policy\n" in out) == (0, True)
     code, out, _ = privet("audit", "verify", tar, "--policy", policy)
     assert code == 0
     assert out.startswith("verified: 13 leaves, cosigned by site-0000, site-0001, site-0002")

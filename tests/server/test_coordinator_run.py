@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from privet.common.errors import ProtocolError, RefusedError, StateError, TooFew
 from privet.common.log.statements import RoundAbort
 from privet.common.pki.token import Token
 from privet.common.progress import in_directory
+from privet.common.study.study import load_study
 from privet.server import studies
 from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
 from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, unfinished
-from privet.server.rounds.watch import TRAIN, Wait, Watch
+from privet.server.rounds.timing import Timing
+from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
@@ -235,6 +238,24 @@ def test_the_name_of_a_run_that_has_ended_is_taken_and_there_is_nothing_to_stop(
         run(service.stop, "flu", "-C", home)
 
 
+def test_no_site_is_called_connected_while_the_service_is_down(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Wait] = []
+    begun = studies.begin(open_coordinator(home), study_of(), adapter_in(tmp_path), "flu")
+    tell, wait = (
+        replace(begun, tell=told.append)._noting(),
+        Wait(CONSENT, 0, 2, (), {"berlin": "", "lyon": "not today"}),
+    )
+    tell(wait)
+    assert told[-1].missing["berlin"].startswith("not reachable")
+    assert told[-1].missing["lyon"] == "not today"
+    assert begun.directory.waiting == told[-1]
+    monkeypatch.setattr("privet.server.studies.listens", lambda settings: True)
+    tell(wait)
+    assert told[-1] == wait
+
+
 @pytest.mark.parametrize(("last", "says"), [(False, "continue it"), (True, "make the release")])
 def test_a_run_that_stops_says_what_is_left_of_it(home: Path, tmp_path: Path, last: bool, says: str) -> None:
     made = open_coordinator(home)
@@ -255,10 +276,65 @@ def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> No
     begun = studies.begin(made, study, start, "flu")
     statement = {"round": 1, "type": "round-abort", "metrics": None}
     begun.directory.commit(RunState(1, start_adapter(), statements=(statement,)))
-    assert "To start over, change the study" in run(service.withdraw, "flu", "--reason", "x", "-C", home).output
-    with pytest.raises(StateError, match="run flu had rounds of this very study"):
+    assert "To start over, change the study's seed" in run(service.withdraw, "flu", "--reason", "x", "-C", home).output
+    with pytest.raises(StateError, match="this very study was run before, as flu, which was withdrawn"):
         studies.check_new(made, study)
     studies.check_new(made, study_of(cohort={"min_sites": 1}))
+
+
+def test_a_study_that_was_run_is_refused_with_a_command_that_makes_one_to_run(
+    privet: Run, home: Path, tmp_path: Path
+) -> None:
+    made, start, file = open_coordinator(home), adapter_in(tmp_path), study_in(tmp_path)
+    study = load_study(file)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study, start, "other")
+    with pytest.raises(StateError, match="run other is of this very study, and has not ended") as going:
+        studies.check_new(made, study, file)
+    assert "`privet coordinator resume other`" in going.value.hint
+    statement = {"round": 1, "type": "round-close", "metrics": None}
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,), stopped=True))
+    with pytest.raises(StateError, match="this very study was run before, as other;") as refused:
+        run(service.run, file, "--name", "anew", "-C", home, "--adapter", start)
+    assert not (home / "runs/anew").exists()
+    command = shlex.split(refused.value.hint.split("`")[1])
+    assert privet(*command[1:])[0] == 0
+    again = load_study(tmp_path / "synthetic-2.toml")
+    assert (again.name, again.seed) == ("synthetic-2", study.seed + 1)
+    studies.check_new(made, again)
+    assert studies.free_name(made, again.name) == again.name
+    for given, said in (
+        (("--seed", 9), "expected --seed with --from"),
+        (("--from", file, "--seed", study.seed), "expected another seed"),
+        (("--from", file, "--seed", 9, "--out", home / "x.toml"), "expected a file beside"),
+    ):
+        out = () if "--out" in given else ("--out", tmp_path / "x.toml")
+        code, _, err = privet("new", *given, *out)
+        assert (code, said in err) == (2, True)
+
+
+def test_a_run_that_waits_for_consent_stops_within_seconds_and_can_be_withdrawn(home: Path, tmp_path: Path) -> None:
+    made, start = open_coordinator(home), adapter_in(tmp_path)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, load_study(study_in(tmp_path)), start, "flu")
+    said: list[str] = []
+
+    def stops(wait: Wait) -> None:
+        if not said:
+            said.append(run(service.stop, "flu", "-C", home).output)
+            said.append(run(service.status, "-C", home).output)
+            with pytest.raises(StateError, match="another process is using the run directory") as busy:
+                run(service.withdraw, "flu", "--reason", "x", "-C", home)
+            said.append(busy.value.hint)
+
+    with pytest.raises(studies.StoppedError, match="flu stopped before its first round"):
+        replace(begun, tell=stops).play(Timing(600, 600, 600), print)
+    assert "run flu waits for consent, and stops within seconds" in said[0]
+    assert "running, asked to stop" in said[1]
+    assert "`privet coordinator stop flu" in said[2]
+    assert "asked to stop" not in run(service.status, "-C", home).output
+    assert "no process of this machine runs flu" in run(service.stop, "flu", "-C", home).output
+    assert "is withdrawn" in run(service.withdraw, "flu", "--reason", "x", "-C", home).output
 
 
 def test_a_run_that_is_withdrawn_while_a_process_waits_for_the_log_does_not_go_on(home: Path, tmp_path: Path) -> None:
@@ -294,6 +370,25 @@ def stopped_within_a_round(world: LoggedWorld) -> None:
         run_study(world.log(journal), world.exchange, timing=QUICK, watch=Watch(kill))
 
 
+@pytest.mark.parametrize("stage", [CONSENT, COSIGN, TRAIN])
+def test_a_run_that_is_stopped_between_rounds_loses_none(tmp_path: Path, stage: str) -> None:
+    world, told = world_of(tmp_path, masked_study(training={"rounds": 2})), list[str]()
+
+    def check() -> None:
+        if stage in told:
+            raise studies.StoppedError("asked to stop")
+
+    for site in world.sites.values():
+        site.deaf = stage == COSIGN  # so it waits for cosignatures
+    watch = Watch(lambda wait: told.append(wait.stage), check=check)
+    with world.journal() as journal, pytest.raises(studies.StoppedError):
+        run_study(world.log(journal), world.exchange, timing=replace(QUICK, gathering=60.0), watch=watch)
+    for site in world.sites.values():
+        site.deaf = False
+    assert len(world.run.load().statements) == (stage == TRAIN)  # a round that is under way is ended first
+    assert [each["type"] for each in world.play().statements] == ["round-close", "round-close"]
+
+
 def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None:
     world = world_of(tmp_path, masked_study(training={"rounds": 1}))
     stopped_within_a_round(world)
@@ -327,7 +422,7 @@ def test_a_plain_round_that_was_withdrawn_is_not_run_again_in_another_run(tmp_pa
     assert world.run.load().statements == ()
     (tmp_path / "runs").mkdir()
     world.run.path.rename(tmp_path / "runs/run")
-    with pytest.raises(StateError, match="run run had rounds of this very study"):
+    with pytest.raises(StateError, match="this very study was run before, as run, which was withdrawn"):
         studies.check_new(made, world.study)
 
 

@@ -24,6 +24,7 @@ from privet.server.commands import service
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.consortium.service import serve_consortium
 from privet.simulations.deploy import free_ports
+from tests.conftest import Run
 from tests.support.consortium_world import run
 
 
@@ -125,6 +126,15 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_a_second_service_says_that_there_is_one_and_names_no_open_ports(
+    privet: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    code, out, err = privet("coordinator", "serve", "-C", home / "coordinator")
+    assert (code, out) == (4, "")
+    assert "another `privet coordinator serve` may run already" in err
+
+
 def test_the_way_by_files(tmp_path: Path) -> None:
     directory, own = tmp_path / "coordinator", tmp_path / "oslo"
     run(coordinator.init, directory, "--name=north", "--address=host.example:9443", "--colluding=1", "--no-passphrase")
@@ -145,11 +155,12 @@ def test_the_roots_key_is_kept_under_a_passphrase(tmp_path: Path, monkeypatch: p
     (tmp_path / "word").write_text("correct horse\n")
     (tmp_path / "other").write_text("battery staple\n")
     arguments = ("--name=north", "--address=host.example:9443", f"--passphrase-file={tmp_path / 'word'}")
-    run(coordinator.init, tmp_path / "c", *arguments)
+    following = run(coordinator.init, tmp_path / "c", *arguments).output.splitlines()[-1]
+    assert f"coordinator serve -C {tmp_path / 'c'} --passphrase-file {tmp_path / 'word'}`" in following
     assert b"ENCRYPTED" in (tmp_path / "c/ca/root.key").read_bytes()
     # Only what issues certificates needs the key.
     token = Token.parse(run(coordinator.invite, "oslo", "-C", tmp_path / "c").stdout)
-    run(coordinator.charter, "-C", tmp_path / "c")
+    assert "0: sites that may collude" in run(coordinator.charter, "-C", tmp_path / "c").output
     request = prepare_request(tmp_path / "oslo", token)
     open_coordinator(tmp_path / "c").answer(request, datetime.now(UTC))
     approve = (coordinator.approve, "oslo", f"--words={request.keys.words}", "-C", tmp_path / "c")

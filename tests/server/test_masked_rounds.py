@@ -489,7 +489,7 @@ def test_a_study_of_which_no_round_closed_ends_with_the_reason_of_each(tmp_path:
             TooFewSitesError, match=r"no round is left; the reasons:\n  round 1: .*\n  round 2: "
         ) as told:
             run(tmp_path / "run", study, exchange)
-        assert "`privet coordinator run STUDY --name NAME`" in told.value.hint
+        assert "`privet new --from STUDY --seed NUMBER --name NAME --out FILE`" in told.value.hint
 
 
 def test_a_run_whose_last_rounds_are_lost_still_has_a_result(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_new_coordinator_has_nothing_and_says_so(made: Coordinator) -> None:
     found = consortium_status(made)
     assert found == {
         "consortium": "north", "founded": False, "members": [], "connected": [], "asking": [], "nodes_online": 0,
-        "statements_waiting": 0, "runs": [],
+        "serving": False, "statements_waiting": 0, "runs": [],
     }  # fmt: skip
     assert [line.split()[0] for line in as_lines(found)] == ["consortium", "members"]
 
@@ -125,6 +125,8 @@ def test_only_nodes_that_are_connected_now_count_each_key_once(
 ) -> None:
     nodes = (RegisteredNode(1, b"a", True), RegisteredNode(2, b"b", False), RegisteredNode(3, b"a", True))
     monkeypatch.setattr("privet.server.overview.link_of", lambda directory: Nodes(nodes))
+    assert consortium_status(made)["nodes_online"] == 0  # the service is down: they were connected before
+    monkeypatch.setattr("privet.server.overview.listens", lambda settings: True)
     assert consortium_status(made)["nodes_online"] == 1
 
 
@@ -141,6 +143,7 @@ def test_members_are_named_and_what_the_log_does_not_hold_yet_is_counted(tmp_pat
     assert found["asking"] == []  # an invitation alone asks for nothing
     lines = as_lines(found)
     assert "members     berlin, lyon; 0 connected" in lines
+    assert [line for line in as_lines(found | {"serving": False}) if "`privet coordinator serve`" in line]
     assert "away        lyon" in as_lines(found | {"connected": ["berlin"], "nodes_online": 1})
     assert [line for line in lines if line.startswith("log ") and "1 " in line]
 

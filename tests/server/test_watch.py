@@ -137,7 +137,9 @@ def test_sentences() -> None:
     assert sentence(wait, 200.0).endswith("(3 min); 1 of 3 have")
     assert "every site has answered; computing" in sentence(replace(wait, missing={}), 1.0)
     consent = Wait(CONSENT, 0, 3, ("berlin",), {"lyon": "", "paris": "no\x1b[2J"}, since=0.0)
-    assert sentence(consent, 5.0).endswith("(5 s); 1 of 3 needed")
+    assert sentence(consent, 5.0).endswith("(5 s); 1 of the 3 sites needed have agreed")
+    nobody = replace(consent, answered=())
+    assert sentence(nobody, 5.0).endswith("; none of the 3 sites needed has agreed yet")
     assert details(consent) == ["  lyon: connected, has not answered yet", "  paris: no?[2J"]
     long = details(replace(consent, missing={"paris": "allowed a study " * 80}))
     assert long[0].endswith(("allowed a study ...", "allowed a ...", "allowed ..."))

@@ -101,7 +101,7 @@ def test_a_run_without_validation_and_one_within_its_rounds_are_reported(tmp_pat
     world = world_of(tmp_path / "world", masked_study(training={"rounds": 2}))
     path = deployed(tmp_path, world)
     read = inert(page([gather(path), gather(path)]))
-    assert "holds out no units for validation" in read.said
+    assert "Nobody has measured how good this model is" in read.said
     assert "not measured" in read.said
     # Before the last round is cosigned, its statement is not published; what it cost is known all the same.
     (path / "rounds/0002.json").unlink()

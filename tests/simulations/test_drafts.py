@@ -413,6 +413,17 @@ def test_files_of_one_site_need_the_size_of_the_consortium(
     assert again in said
     code, out, err = privet("new", *given, "--force", "--sites", "3", "--largest", "400")
     assert (code, "consortium of three" in out) == (0, False), err
+    assert "real sites will not measure the model together" in out  # a tenth of 1200 units would tell too little
+    for more, fraction in (("900", 0.1), ("400 --validation 0.2", 0.2)):
+        code, out, err = privet("new", *given, "--force", "--sites", "3", "--largest", *more.split())
+        assert (code, f"about {100 * fraction:.0f} % of its units" in out) == (0, True), err
+        assert tomllib.loads(Path("study.toml").read_text())["data"]["validation_fraction"] == fraction
+    for more, wrong in (
+        ("--validation 0.7", "a fraction from 0 to 0.5"),
+        ("--sites 3 --largest 400 --privacy distributed --validation 0.1", "expected 0 with"),
+    ):
+        code, out, err = privet("new", *given, "--force", *more.split())
+        assert (code, wrong in " ".join(err.split())) == (2, True)
     asked: list[str] = []
 
     def prompt(text: str, default: str) -> str:
@@ -726,6 +737,15 @@ def test_files_that_share_labels_are_not_taken_for_other_spellings() -> None:
     assert other_spellings({a: {"x": 1}, b: {"x": 2, "y": 1}, c: {"y": 3}}) == []
     assert other_spellings({a: {}, b: {"x": 1}}) == []
     assert other_spellings({a: {"J": 1}, b: {"yes": 2}, c: {"yes": 2, "J": 0}}) == [(a, ["J"], ["yes"])]
+
+
+def test_a_missing_file_is_said_before_a_study_file_that_exists(
+    privet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("study.toml").touch()
+    code, _, err = privet("new", "nosuch", "--yes")
+    assert (code, "nosuch: expected a data file or a directory of them, but it does not exist" in err) == (2, True)
 
 
 def test_a_path_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:

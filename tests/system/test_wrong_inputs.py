@@ -398,6 +398,12 @@ def unknown_option(desk: Desk) -> Story:
     yield ("simulate", desk.study(), "--output", desk.folder / "run")
 
 
+@arguments(2, "^Missing option '--policy'$", "^--policy: A C2SP policy file.*`privet audit verify --help`")
+def missing_option(desk: Desk) -> Story:
+    yield ("audit", "verify", desk.folder)
+    yield ("audit", "verify", "--help")
+
+
 @arguments(2, "Missing argument 'STUDY'", "check --help")
 def missing_argument(desk: Desk) -> Story:
     yield ("check",)

@@ -655,7 +655,7 @@ def log_is_in_use(at: Desk) -> Story:
     yield at.words("withdraw", "flu", "--reason", "x")
 
 
-@coordinators(6, "another process is using the run directory", "wait until it ends")
+@coordinators(6, "another process is using the run directory", "`privet coordinator stop flu")
 def run_is_in_use(at: Desk) -> Story:
     with at.founded.begun().directory.locked():
         yield at.words("withdraw", "flu", "--reason", "x")
@@ -673,17 +673,23 @@ def site_is_unknown(at: Desk) -> Story:
     yield [*said.command("coordinator invite"), "--out", at.home.parent / "tokens"]
 
 
+@coordinators(3, "lyon is a member already", "`privet coordinator members")
+def member_is_approved_again(at: Desk) -> Story:
+    said = yield at.words("approve", "lyon", "--words", "acorn")
+    yield said.command("coordinator members")
+
+
 @coordinators(3, "oslo is not a member", "`privet coordinator members")
 def member_to_revoke_is_unknown(at: Desk) -> Story:
     said = yield at.words("revoke", "oslo", "--reason", "left")
     yield said.command("coordinator members")
 
 
-@coordinators(3, "lyon is a member already", "`privet coordinator revoke SITE --reason left")
+@coordinators(3, "lyon is a member already", "`privet coordinator revoke lyon --reason left")
 def member_is_invited_again(at: Desk) -> Story:
     words = at.words("invite", "lyon", "--out", at.home.parent / "tokens")
     said = yield words
-    yield said.command("coordinator revoke", SITE="lyon")
+    yield said.command("coordinator revoke")
     yield words
 
 
