@@ -117,7 +117,8 @@ def _of_the_arguments(error: click.UsageError) -> StudyError:
         name = error.param.opts[0] if isinstance(error.param, click.Option) else error.param.make_metavar(error.ctx)
         text = str(getattr(error.param, "help", None) or "").strip()
         meant = f"{name}: {text} " if text else ""
-    return StudyError(message.rstrip("."), f"{meant}`{shlex.join(['privet', *words])} --help` lists what the command takes")
+    command = shlex.join(["privet", *words])
+    return StudyError(message.rstrip("."), f"{meant}`{command} --help` lists what the command takes")
 
 
 def build_command(arguments: Sequence[str] | None = None) -> typer.Typer:

@@ -24,7 +24,8 @@ def unmeasured_sentence(study: Study) -> str:
         return ""
     instead = "" if study.distributed else ", or set data.validation_fraction in the study before it is run"
     return (
-        "Real sites will not measure together how good the model is: the study sets no patients or records aside for it. "
+        "Real sites will not measure together how good the model is: the study sets no patients or records aside for "
+        "it. "
         f"Each site can measure it afterwards with `privet site evaluate SITE RUN`{instead}."
     )
 

@@ -579,7 +579,7 @@ class _Drafting:
         return mode
 
     def validation(self, mode: str, units: int) -> float:
-        """Return `data.validation_fraction`: a tenth is proposed where that leaves enough units to train and to measure.
+        """Return `data.validation_fraction`: a tenth is proposed where enough units are left to train and to measure.
 
         Raises:
             StudyError: The study's privacy admits none.
@@ -587,8 +587,7 @@ class _Drafting:
         fraction = self.wishes.validation
         if fraction and mode == "distributed":
             raise StudyError(
-                "--validation: expected 0 with distributed privacy, which releases gradients alone; got "
-                f"{fraction:g}",
+                f"--validation: expected 0 with distributed privacy, which releases gradients alone; got {fraction:g}",
                 "leave --validation out, or use `privet new FILES --privacy local`",
             )
         if fraction is None:
@@ -717,7 +716,6 @@ class _Drafting:
             self.say("", "That is few: under this privacy, such sites learn little.")
         promise = f"epsilon {privacy['epsilon']:g} and delta {privacy['delta']:g} per {privacy['unit']}"
         self.say("privacy", f"{privacy['mode']}, {promise}")
-
 
     def say_quality(self, document: Mapping[str, Any]) -> None:
         """Say whether a deployed run measures how good its model is."""
