@@ -218,6 +218,8 @@ def as_before(look: str, text: str) -> str:
         text = re.sub(r"^\S+/(?=\S+ \()", "", text, flags=re.MULTILINE)
         new_lines = r"^(  tokens of a record:|  data.max_length =|declared_count =|  \(add this line|  so it is) .*\n"
         return re.sub(new_lines, "", text, flags=re.MULTILINE)
+    if look.startswith("audit bundle"):
+        return re.sub(r"^(next|then): .*\n", "", text, flags=re.MULTILINE)
     if look.startswith("site policy"):
         return re.sub(r"^.*It pays for at most 5 rounds in a row.*\n", "", text, flags=re.MULTILINE)
     if look.startswith("privacy"):
