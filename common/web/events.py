@@ -51,10 +51,12 @@ class Watcher:
     async def events(self, going: Callable[[], bool]) -> AsyncIterator[str]:
         """Yield server-sent events (HTML, section 9.2) until `going` says that the session has ended."""
         self.listening += 1
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._watch())
         seen = self._version
         try:
+            # Watched before the reader is told that it listens: the page then asks for itself, and misses nothing.
+            last = await self._seen()
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._watch(last))
             yield "retry: 5000\n\n"
             while going():
                 async with self._changed:
@@ -68,8 +70,7 @@ class Watcher:
     def _moved(self, seen: int) -> bool:
         return self._version != seen
 
-    async def _watch(self) -> None:
-        last = await self._seen()
+    async def _watch(self, last: object) -> None:
         while self.listening:
             await asyncio.sleep(SECONDS)
             found = await self._seen()

@@ -378,6 +378,8 @@ def test_there_is_no_verb_that_gives_budget_back() -> None:
         "statement",
         "began",
         "receipts",
+        "paid",
+        "datasets",
     }
 
 

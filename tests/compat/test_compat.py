@@ -218,6 +218,9 @@ def as_before(look: str, text: str) -> str:
         text = re.sub(r"^\S+/(?=\S+ \()", "", text, flags=re.MULTILINE)
         new_lines = r"^(  tokens of a record:|  data.max_length =|declared_count =|  \(add this line|  so it is) .*\n"
         return re.sub(new_lines, "", text, flags=re.MULTILINE)
+    if look.startswith("site check"):  # sites run the rounds of a study once, and say so before they are asked
+        assert ("E_SPENT" in text) == ("first.toml" in look)
+        return re.sub(r"^(E_SPENT|to admit it) .*\n", "", text, flags=re.MULTILINE)
     if look.startswith("audit bundle"):
         return re.sub(r"^(next|then): .*\n", "", text, flags=re.MULTILINE)
     if look.startswith("site policy"):
@@ -409,8 +412,9 @@ def test_a_consortium_goes_on_with_the_study_in_which_everybody_was_killed(
     code, out, _ = privet("site", "doctor", sites["alpha"], "--json")
     assert (code, [each["name"] for each in json.loads(out)["checks"] if not each["ok"]]) == (1, ["anchor"])
     Path(sites["alpha"]).write_text("anchor_same_disk = true\n" + Path(sites["alpha"]).read_text())
-    checks = {check["name"]: check["ok"] for check in told("site", "doctor", sites["alpha"])["checks"]}
-    assert all(checks.values()), checks
+    # The process that serves the site has read the file before that.
+    code, out, _ = privet("site", "doctor", sites["alpha"], "--json")
+    assert (code, [each["name"] for each in json.loads(out)["checks"] if not each["ok"]]) == (1, ["process"])
 
     assert {name: (runs / "second" / "rounds" / name).read_bytes() for name in rounds} == rounds
     run = ("consortium/coordinator/runs/second", "--public", "consortium/coordinator/public")

@@ -10,8 +10,8 @@
     if (at && main.contains(at) && at.matches("input, select, textarea, button")) return true;
     return [...main.querySelectorAll("input, textarea")].some((field) => field.type !== "hidden" && field.value !== field.defaultValue);
   };
-  const refresh = async () => {
-    if (busy()) { note.hidden = false; return; }
+  const refresh = async (known = true) => {
+    if (busy()) { note.hidden = note.hidden && !known; return; }
     const answer = await fetch(location.href, { credentials: "same-origin", headers: { "X-Refresh": "1" } });
     if (!answer.ok || answer.redirected) { location.reload(); return; }
     const page = new DOMParser().parseFromString(await answer.text(), "text/html"), fresh = page.getElementById("main");
@@ -23,5 +23,6 @@
   let lost = false;
   source.addEventListener("changed", () => refresh().catch(() => {}));
   source.addEventListener("error", () => { lost = true; });
-  source.addEventListener("open", () => { if (lost) refresh().catch(() => {}); lost = false; });
+  // Once at the beginning, too: what changed after the page was written and before the console watched was not told.
+  source.addEventListener("open", () => { refresh(lost).catch(() => {}); lost = false; });
 })();
