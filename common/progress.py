@@ -161,26 +161,38 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def lasting(between: float = _BETWEEN) -> Iterator[None]:
-    """Say on standard error every half minute that work without stages goes on, while the block runs.
+def ticking(seconds: float, work: Callable[[], object], name: str) -> Iterator[None]:
+    """Do something regularly, in a thread of this name, while the block runs; for the first time after `seconds`."""
+    ended = threading.Event()
 
-    Args:
-        between: Seconds between two lines.
-    """
-    ended, began = threading.Event(), time.monotonic()
+    def run() -> None:
+        while not ended.wait(seconds):
+            work()
 
-    def work() -> None:
-        while not ended.wait(between):
-            sys.stderr.write(f"still at it after {duration(time.monotonic() - began)} …\n")
-            sys.stderr.flush()
-
-    thread = threading.Thread(target=work, daemon=True, name="lasting")
+    thread = threading.Thread(target=run, daemon=True, name=name)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def lasting(between: float = _BETWEEN) -> Iterator[None]:
+    """Say on standard error every half minute that work without stages goes on, while the block runs.
+
+    Args:
+        between: Seconds between two lines.
+    """
+    began = time.monotonic()
+
+    def work() -> None:
+        sys.stderr.write(f"still at it after {duration(time.monotonic() - began)} …\n")
+        sys.stderr.flush()
+
+    with ticking(between, work, "lasting"):
+        yield
 
 
 class Stages:

@@ -112,7 +112,9 @@ class Sealer:
 
     def _loaded(self) -> tuple[str, bytes, bytes]:
         if self._keys is None:
-            self._keys = _derived(os.urandom(KEY_BYTES) if self.file is None else _read(self.file))
+            self._keys = _derived(
+                os.urandom(KEY_BYTES) if self.file is None else read_secret(self.file, "the ledger's key", _LOST)
+            )
         return self._keys
 
 
@@ -135,13 +137,23 @@ def _derived(key: bytes) -> tuple[str, bytes, bytes]:
     return name[:8].hex(), sealing, marking
 
 
-def _read(file: Path) -> bytes:
+def read_secret(file: Path, what: str, hint: str) -> bytes:
+    """Return a secret of 32 bytes out of its file, which has it in hexadecimal.
+
+    Args:
+        file: The file.
+        what: What it is, for errors.
+        hint: What to do where it cannot be read.
+
+    Raises:
+        StateError: Others can read the file, or it is missing or malformed.
+    """
     try:
         if file.stat().st_mode & 0o077:
-            raise StateError(f"other users of this machine can read the ledger's key {file}", f"run `chmod 600 {file}`")
+            raise StateError(f"other users of this machine can read {what} {file}", f"run `chmod 600 {file}`")
         key = bytes.fromhex(file.read_text("ascii").strip())
     except (OSError, ValueError) as error:
-        raise StateError(f"the ledger's key {file} is missing or malformed ({type(error).__name__})", _LOST) from None
+        raise StateError(f"{what} {file} is missing or malformed ({type(error).__name__})", hint) from None
     if len(key) != KEY_BYTES:
-        raise StateError(f"the ledger's key {file} is malformed: expected {KEY_BYTES} bytes, found {len(key)}", _LOST)
+        raise StateError(f"{what} {file} is malformed: expected {KEY_BYTES} bytes, found {len(key)}", hint)
     return key

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from privet.client.budget.chain import Chain, Head
-from privet.client.budget.sealing import key_beside
+from privet.client.budget.sealing import KEY_BYTES, key_beside, read_secret
 from privet.client.site import SiteConfig
 from privet.common.errors import RefusedError, StateError, VerificationError
 from privet.common.files import write_new
@@ -43,7 +43,6 @@ CREATE TABLE entries (
 CREATE TRIGGER entries_keep BEFORE UPDATE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
 CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
 """
-_KEY_BYTES = 32
 _RESTORE = "restore the newest copies of all three from backups; until then this site reads no file"
 
 Names = Mapping[str, str]
@@ -171,7 +170,7 @@ class Withdrawals:
             error.private = True
             raise
         try:
-            yield cls(site, chain, _read_key(places.key))
+            yield cls(site, chain, read_secret(places.key, "the key of withdrawals", _RESTORE))
         finally:
             chain.close()
 
@@ -287,7 +286,7 @@ def _create(places: Places) -> None:
             chain.start_anchor(places.anchor)
         finally:
             chain.close()
-    write_new(places.key, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
+    write_new(places.key, os.urandom(KEY_BYTES).hex().encode() + b"\n")
 
 
 def anybody_withdrawn(site: SiteConfig) -> bool:
@@ -356,18 +355,4 @@ def _mark(key: bytes, rule: str, name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _key_of(key: bytes, rule: str) -> bytes:
-    return HKDF(SHA256(), _KEY_BYTES, None, f"privet withdrawal 1: {rule}".encode()).derive(key)
-
-
-def _read_key(file: Path) -> bytes:
-    try:
-        if file.stat().st_mode & 0o077:
-            raise StateError(
-                f"other users of this machine can read the key of withdrawals {file}", f"run `chmod 600 {file}`"
-            )
-        key = bytes.fromhex(file.read_text("ascii").strip())
-    except (OSError, ValueError) as error:
-        raise StateError(f"the key of withdrawals {file} is malformed ({type(error).__name__})", _RESTORE) from None
-    if len(key) != _KEY_BYTES:
-        raise StateError(f"the key of withdrawals {file} is malformed: expected {_KEY_BYTES} bytes", _RESTORE)
-    return key
+    return HKDF(SHA256(), KEY_BYTES, None, f"privet withdrawal 1: {rule}".encode()).derive(key)

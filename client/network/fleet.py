@@ -216,7 +216,7 @@ class FleetLink:
     def receive(self) -> Received | None:
         """Return the next message for this node, or None. The coordinator may delay its answer while it has none."""
         request = PullMessagesRequest(node=self._node)
-        bundle = self._bundle(TAKE, request, Bundle)
+        bundle = self._bundle(TAKE, request)
         if bundle is None:
             return _announced(self._call(self._client.PullMessages, request))
         response = PullMessagesResponse()
@@ -278,7 +278,7 @@ class FleetLink:
         contents = reply.objects.contents
         if all(len(content) < INLINE for content in contents.values()):
             pieces = [push.SerializeToString(), *(contents[name] for name in part_names(reply.objects.tree))]
-            if self._bundle(GIVE, Bundle(pieces), Bundle) is not None:
+            if self._bundle(GIVE, Bundle(pieces)) is not None:
                 return True
         accepted = self._call(self._client.PushMessages, push)
         for name in accepted.objects_to_push:
@@ -301,18 +301,18 @@ class FleetLink:
         )
         self._call(self._client.ConfirmMessageReceived, request)
 
-    def _bundle(self, path: str, request: Any, answer: type[_T]) -> _T | None:
+    def _bundle(self, path: str, request: Any) -> Bundle | None:
         """Make a call of privet's own; None if the coordinator is an earlier version, which does not know it."""
         if not self._bundles:
             return None
+        kind: Any = Bundle
+
+        def call(sent: Any) -> Bundle:
+            found: Any = self._client._unary_unary(path=path, rpc_method=path, request=sent, response_type=kind)
+            return cast(Bundle, found)
+
         try:
-            found = self._call(
-                lambda sent: self._client._unary_unary(
-                    path=path, rpc_method=path, request=sent, response_type=cast(Any, answer)
-                ),
-                request,
-            )
-            return cast(_T, found)
+            return self._call(call, request)
         except _NoSuchCallError:
             self._bundles = False
             return None

@@ -25,12 +25,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privet.client.site import SiteConfig
-from privet.common.canonical import canonical_json
 from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
-from privet.common.log.envelope import PAYLOAD_TYPE, Envelope, pae
+from privet.common.log.envelope import PAYLOAD_TYPE, Envelope
 from privet.common.log.statements import Digest
 from privet.common.pki.keyfile import public_key, read_locked_key, write_locked_key
+from privet.common.signed import sign_document
 from privet.common.study.reading import validate
 from privet.common.study.sections import NAME_PATTERN, Name, Section
 from privet.common.study.study import Study
@@ -209,12 +209,6 @@ def needs_signature(site: SiteConfig) -> StateError:
     )
 
 
-def _signed(decision: Decision, key: Ed25519PrivateKey) -> bytes:
-    payload = canonical_json(decision.model_dump(mode="json"))
-    signature = key.sign(pae(PAYLOAD_TYPE, payload))
-    return Envelope(payload, key.public_key().public_bytes_raw(), signature).encode()
-
-
 def _append(site: SiteConfig, made: Decision, key: Ed25519PrivateKey) -> Decision:
     """Sign a decision and add it. Return it, with a time that is later than those of the approver's earlier ones."""
     path = _file(site)
@@ -225,7 +219,7 @@ def _append(site: SiteConfig, made: Decision, key: Ed25519PrivateKey) -> Decisio
             made = made.model_copy(update={"time": earlier.time + 1})
         before = path.read_bytes() if path.exists() else b""
         # The whole file, replaced in one step: a process that is killed here has decided, or it has not.
-        write_durably(path, before + _signed(made, key) + b"\n", 0o600)
+        write_durably(path, before + sign_document(made.model_dump(mode="json"), PAYLOAD_TYPE, key), 0o600)
     return made
 
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import typer
 
-from privet.common.progress import folded
+from privet.common.progress import folded, ticking
 from privet.server.rounds.watch import CONSENT, Wait, details, sentence
 
 # Seconds: between two looks; until a stage is worth a plain line; and until a plain line is repeated.
@@ -64,19 +64,10 @@ class Screen:
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """Call `tick` regularly while the block runs."""
-        ended = threading.Event()
-
-        def work() -> None:
-            while not ended.wait(_TICK):
-                self.tick()
-
-        thread = threading.Thread(target=work, daemon=True, name="screen")
-        thread.start()
         try:
-            yield
+            with ticking(_TICK, self.tick, "screen"):
+                yield
         finally:
-            ended.set()
-            thread.join()
             with self._lock:
                 self._clear()
                 self._wait = None

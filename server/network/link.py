@@ -366,12 +366,13 @@ class Link:
             return 400, b""
         if not self._own(push, node):
             return 401, b""
-        if not _is_one_of_ours(push) or len(part_names(push.message_object_trees[0])) != len(bundle.pieces) - 1:
+        if not _is_one_of_ours(push):
             return 400, b""
         tree = push.message_object_trees[0]
-        contents = dict(zip(part_names(tree), bundle.pieces[1:], strict=True))
-        if not self._is_new(tree, node):
+        names, parts = part_names(tree), bundle.pieces[1:]
+        if len(names) != len(parts) or not self._is_new(tree, node):
             return 400, b""
+        contents = dict(zip(names, parts, strict=True))
         try:
             answer = message_from_proto(push.messages_list[0])
             run = answer.metadata.run_id
