@@ -51,7 +51,6 @@ def run_status(path: Path) -> dict[str, Any]:
     directory = RunDirectory.open(path)
     state, wait = directory.load(), directory.waiting
     ends = [statement["type"] for statement in state.statements]
-    spent = [(statement.get("privacy") or {}).get("epsilon") or {} for statement in state.statements[-1:]]
     return {
         "run": path.name,
         "round": state.round,
@@ -62,12 +61,17 @@ def run_status(path: Path) -> dict[str, Any]:
         "withdrawn": directory.withdrawn,
         "waiting": None if wait is None else asdict(wait),
         **({"stopping": True} if wait is not None and directory.stopping else {}),
-        "epsilon": max(spent[0].values(), default=None) if spent else None,
+        "epsilon": spent(state.statements[-1]) if state.statements else None,
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
         "released": (path / "release").is_dir(),
         **({} if directory.study.gate is None else {"gated": True}),
     }
+
+
+def spent(statement: Mapping[str, Any]) -> float | None:
+    """Return the largest epsilon that a site has spent after a round; None without privacy."""
+    return max(((statement.get("privacy") or {}).get("epsilon") or {}).values(), default=None)
 
 
 def as_lines(found: Mapping[str, Any]) -> list[str]:

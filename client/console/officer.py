@@ -237,12 +237,12 @@ def statements(history: Replay, site: str, spending: Spending | None) -> list[St
         site: The site's name.
         spending: What was spent on the site's dataset; None where it sets no limit.
     """
-    ended = [run for run in reversed(history.runs.values()) if run.ended and _took_part(run, site)]
+    ended = [run for run in reversed(history.runs.values()) if run.ended and _answered(run, site)]
     spent = {} if spending is None else {each.study: (each, spending.limit.delta) for each in spending.studies}
     return [_statement(run, spent.get(run.statement.study)) for run in ended[:_MOST]]
 
 
-def _took_part(run: LoggedRun, site: str) -> bool:
+def _answered(run: LoggedRun, site: str) -> bool:
     return any(site in opened.answered for opened in run.rounds.values())
 
 

@@ -214,11 +214,6 @@ def rounds(made: Coordinator, name: str) -> list[Mapping[str, Any]]:
     return list(reversed(statements[-_MOST_ROUNDS:]))
 
 
-def spent(statement: Mapping[str, Any]) -> float | None:
-    """Return the largest epsilon that a site has spent after a round; None without privacy."""
-    return max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
-
-
 @dataclass(frozen=True)
 class Head:
     """The head of the round log.

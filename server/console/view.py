@@ -21,7 +21,7 @@ from privet.server.console import reading
 from privet.server.console.reading import Gates, People, Run, Runs, alerts
 from privet.server.consortium.coordinator import Coordinator, log_due, open_coordinator
 from privet.server.network.link import CLOCK_SECONDS
-from privet.server.overview import run_paths
+from privet.server.overview import run_paths, spent
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
 
@@ -120,7 +120,7 @@ class CoordinatorView:
             "study": None if run.error else RunDirectory.open(self._made.directory / "runs" / run.name).study,
             "rounds": rounds,
             "quality": {each["round"]: quality(each.get("metrics")) for each in rounds},
-            "spent": {each["round"]: reading.spent(each) for each in rounds},
+            "spent": {each["round"]: spent(each) for each in rounds},
             "widths": {each["round"]: f"{100 * each['seconds'] / longest:.1f}" for each in rounds if longest},
             "gate": self._gates.all(now()).get(run.name) if run.status.get("gated") else None,
             "stopping": (self._made.directory / "runs" / run.name / "stop").exists(),
