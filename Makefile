@@ -24,10 +24,14 @@ BUILD ?= cpu
 PYTORCH := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HASHED := $(PIP) install --no-compile --no-build-isolation --require-hashes
+# As `PYTHONS` in tools/lock.py: of an earlier 3.11, pip would say that a package does not exist.
+SUITS := import sys; found = sys.version_info[:3]; \
+	sys.exit(0 if (3, 11, 5) <= found < (3, 14) else "expected Python 3.11.5 or newer, up to 3.13; found %d.%d.%d. Name another: make setup PYTHON=python3.12" % found)
 IMPORT_ALL := import importlib, pkgutil, privet; names = [m.name for m in pkgutil.walk_packages(privet.__path__, "privet.")]; \
 	[importlib.import_module(name) for name in names if not name.endswith("__main__")]
 
 $(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt)
+	@$(PYTHON) -c '$(SUITS)'
 	@echo "Installing privet and what it needs in $(VENV): 2.6 GB, a few minutes on a fast connection."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one

@@ -99,7 +99,7 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
     elif run["ended"] and run.get("gated") and not run["released"]:
-        state = "ended with a candidate (`privet gate status`)"
+        state = "ended with a candidate, which waits at its gate (`privet gate status`)"
     rounds = f"{run['closed']} of {run['rounds']} rounds closed, {run['aborted']} aborted"
     lines = _entry("run", f"{run['run']}: {rounds}, {state}{', released' if run['released'] else ''}")
     if run["waiting"]:

@@ -43,8 +43,10 @@ CREATE TABLE entries (
 CREATE TRIGGER entries_keep BEFORE UPDATE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
 CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
 """
-_RESTORE = "restore the newest copies of all three from backups; until then this site reads no file"
-
+_RESTORE = (
+    "restore the newest copies of the marks, their key and their anchor from backups; until then this site reads no "
+    "file"
+)
 Names = Mapping[str, str]
 """The names of one id, by the rule of ids that gives it (`privet.client.training.ids.names_by_rule`)."""
 

@@ -713,7 +713,7 @@ class _Drafting:
             self.say("privacy", "none: nothing is clipped or noised, so real sites refuse the study by default")
             return
         if drawn < _FEW:
-            self.say("", "That is few: under this privacy, such sites learn little.")
+            self.say("", "That is few: beside the noise of this privacy, the model improves little on them.")
         promise = f"epsilon {privacy['epsilon']:g} and delta {privacy['delta']:g} per {privacy['unit']}"
         self.say("privacy", f"{privacy['mode']}, {promise}")
 
