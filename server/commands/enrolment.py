@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
@@ -135,12 +136,14 @@ def invite(
     else:
         for name, token in tokens.items():
             typer.echo(token.text if len(tokens) == 1 else f"{name} {token.text}")
-    whose = "the site's operator" if len(tokens) == 1 else "each site's operator"
+    whose, which = ("the site's operator", sites[0]) if len(tokens) == 1 else ("each site's operator", " ".join(sites))
     text = (
-        f"Send each token in private to {whose}: it is valid once, for 24 hours. Then call, and read out the words "
-        "that `privet coordinator charter` prints."
+        f"Send each token in private to {whose}: it is valid once, for 24 hours. Then call, and read out the words of "
+        f"the charter: {made.charter.words}"
     )
-    typer.echo(folded(in_directory(text, directory), err=True), err=True)
+    typer.echo(folded(text, err=True), err=True)
+    text = f"next: with the words that {whose} reads to you, `privet coordinator approve {which}`"
+    typer.echo(folded(in_directory(text, directory), 6, err=True), err=True)
 
 
 def _make_directory(path: Path) -> None:
@@ -152,30 +155,70 @@ def _make_directory(path: Path) -> None:
         raise StateError(f"{path} cannot be written to ({error.strerror})", "choose another --out") from None
 
 
-@doing("Comparing the words of {site}")
+@doing("Comparing the words of {sites}")
 def approve(
-    site: Annotated[str, typer.Argument(help="Name of a site that has asked to join.")],
+    sites: Annotated[list[str], typer.Argument(help="Names of sites that have asked to join.", metavar="SITE...")],
     told: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--words",
             "--fingerprint",
-            help="The words, or digits, of the site's keys, as its operator reads them to you.",
+            help="The words, or digits, of a site's keys, as its operator reads them to you. For several sites once "
+            "each, in their order.  [default: asks for each]",
         ),
-    ],
+    ] = None,
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Make a site a member, after comparing the words of its keys.
+    """Make sites members, after comparing the words of their keys.
 
-    The site's operator reads twelve words to you, for example by phone. Type what you hear: this detects an attacker
-    who used the token with other keys.
+    A site's operator reads twelve words to you, for example by phone. Type what you hear: this detects an attacker who
+    used the token with other keys. A site whose words differ does not hold up the others.
     """
+    if told is not None and len(told) != len(sites):
+        raise ProtocolError(
+            f"--words: expected it once for each of {len(sites)} sites, found {len(told)}",
+            "give it once for each site, in their order, or leave it out and type the words when asked",
+        )
     made = _open(directory, passphrase_file)
-    row = made.approve(site, told, now())
-    until = row.certificate.not_valid_after_utc if row.certificate else now()
-    typer.echo(f"member   {site}, with a certificate until {until:%Y-%m-%d %H:%M} UTC")
+    if told is None:
+        _check_waiting(made, sites)  # before anybody types twelve words
+    refused: list[tuple[str, RefusedError]] = []
+    for number, site in enumerate(sites):
+        heard = told[number] if told is not None else _ask_words(site)
+        try:
+            row = made.approve(site, heard, now())
+        except RefusedError as error:
+            refused.append((site, error))
+            if len(sites) > 1:
+                typer.echo(folded(f"refused  {site}: {error.message}", 9))
+            continue
+        until = row.certificate.not_valid_after_utc if row.certificate else now()
+        typer.echo(f"member   {site}, with a certificate until {until:%Y-%m-%d %H:%M} UTC")
     _write_log(made)
+    if refused and len(sites) == 1:
+        raise refused[0][1]
+    if refused:
+        names = ", ".join(site for site, _ in refused)
+        raise RefusedError(f"{len(refused)} of {len(sites)} sites are not approved: {names}", refused[0][1].hint)
+
+
+def _check_waiting(made: Coordinator, sites: list[str]) -> None:
+    """Raise `RefusedError` for a site that has not asked to join, and `StateError` without a terminal."""
+    if not _at_terminal():
+        raise StateError(
+            "no words are given, and there is no terminal to type them at", "add --words WORDS for each site"
+        )
+    for site in sites:
+        made.members.check_asked(site)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask_words(site: str) -> str:
+    return str(typer.prompt(f"Type the words of site {site}, as you hear them"))
 
 
 def found(

@@ -165,7 +165,7 @@ def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
         raise StateError(
             f"the consortium is not founded yet: the study needs {needed} sites, but the members are {who}"
             + (f"; not approved yet: {', '.join(pending)}" if pending else ""),
-            f"approve more sites with `privet coordinator approve {(pending or ['SITE'])[0]} --words WORDS`, or found "
+            f"approve more sites with `privet coordinator approve {' '.join(pending) or 'SITE'}`, or found "
             "it with fewer with `privet coordinator found`",
         )
     quorum = next_quorum(len(members), made.settings.colluding)

@@ -170,6 +170,11 @@ class Members:
                 )
         return Row(keys, "pending", int(now.timestamp()), "", None)
 
+    def check_asked(self, site: str) -> None:
+        """Raise `RefusedError` unless a site waits for approval."""
+        with self._transaction() as database:
+            _asked(database, site)
+
     def approve(self, site: str, told: str, certify: Callable[[SiteKeys], Certificate], now: datetime) -> Row:
         """Make a site a member, after its operator and the coordinator's operator compared the fingerprint of its keys.
 
@@ -184,17 +189,7 @@ class Members:
                 used before.
         """
         with self._transaction() as database:
-            found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
-            if found is None and _is_member(database, site):
-                raise RefusedError(
-                    f"{site} is a member already, and waits for nothing",
-                    "nothing is left to do; `privet coordinator members` lists the members",
-                )
-            if found is None:
-                raise RefusedError(
-                    f"{site} has not asked to join",
-                    f"run `privet coordinator invite {site}`, and let the site run `privet site join @TOKEN DIRECTORY`",
-                )
+            found = _asked(database, site)
             keys = _keys(found)
             if not keys.is_told(told):
                 raise RefusedError(
@@ -444,6 +439,22 @@ def _one(database: sqlite3.Connection, query: str, *values: str) -> dict[str, An
 
 def _all(database: sqlite3.Connection, query: str, *values: object) -> list[dict[str, Any]]:
     return [dict(row) for row in database.execute(query, values)]
+
+
+def _asked(database: sqlite3.Connection, site: str) -> Mapping[str, Any]:
+    """Return a site's request that waits for approval. Raises `RefusedError` if there is none."""
+    found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
+    if found is None and _is_member(database, site):
+        raise RefusedError(
+            f"{site} is a member already, and waits for nothing",
+            "nothing is left to do; `privet coordinator members` lists the members",
+        )
+    if found is None:
+        raise RefusedError(
+            f"{site} has not asked to join",
+            f"run `privet coordinator invite {site}`, and let the site run `privet site join @TOKEN DIRECTORY`",
+        )
+    return found
 
 
 def _is_member(database: sqlite3.Connection, site: str) -> bool:

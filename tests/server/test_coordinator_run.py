@@ -97,7 +97,9 @@ def test_what_to_do_next_names_the_directory(
     code, _, said = privet("coordinator", "stop", "flu", "--directory", beyond)
     assert (code, f"`privet coordinator run STUDY -C '{beyond}'`" in said) == (6, True)
     assert f"`privet registry list -C '{beyond}'`" in privet("registry", "show", "flu", "-C", beyond)[2]
-    assert f"`privet coordinator charter -C '{beyond}'`" in privet("coordinator", "invite", "oslo", "-C", beyond)[2]
+    said = privet("coordinator", "invite", "oslo", "-C", beyond)[2]
+    assert f"`privet coordinator approve oslo -C '{beyond}'`" in said
+    assert open_coordinator(beyond).charter.words in said
     monkeypatch.chdir(beyond)
     assert "`privet coordinator run STUDY`" in privet("coordinator", "stop", "flu")[2]
     said = "`privet coordinator serve -C there`, or `privet coordinator init DIRECTORY`"

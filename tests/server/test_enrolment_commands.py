@@ -126,6 +126,50 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     assert result.exit_code == 0, result.output
 
 
+def waiting(home: Path, *names: str) -> dict[str, str]:
+    """Let sites ask to join; return the words of each."""
+    asked = {name: run(site.join, f"@{invited(home, name)}", home / name, "--wait=0") for name in names}
+    return {name: said(result, "words") for name, result in asked.items()}
+
+
+def members_of(home: Path) -> list[str]:
+    return [row.keys.site for row in open_coordinator(home / "coordinator").members.rows() if row.state == "member"]
+
+
+def test_several_sites_are_approved_by_one_command_and_wrong_words_hold_up_nobody(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = waiting(home, "berlin", "lyon", "paris")
+    approve = (coordinator.approve, "berlin", "lyon", "paris", "-C", home / "coordinator")
+    with pytest.raises(ProtocolError, match="once for each of 3 sites, found 1"):
+        run(*approve, f"--words={words['berlin']}")
+    with pytest.raises(StateError, match="no terminal to type them at"):
+        run(*approve)
+    assert members_of(home) == []
+    # Typed at a terminal: the words of two sites are exchanged, as by somebody between the telephones.
+    typed = {"berlin": words["berlin"], "lyon": words["paris"], "paris": words["paris"]}
+    monkeypatch.setattr("privet.server.commands.enrolment._at_terminal", lambda: True)
+    monkeypatch.setattr("privet.server.commands.enrolment._ask_words", typed.__getitem__)
+    with pytest.raises(RefusedError, match="1 of 3 sites are not approved: lyon") as caught:
+        run(*approve)
+    assert "privet coordinator invite lyon" in caught.value.hint
+    assert members_of(home) == ["berlin", "paris"]
+    with pytest.raises(RefusedError, match="oslo has not asked to join"):  # before anybody types
+        run(coordinator.approve, "oslo", "lyon", "-C", home / "coordinator")
+    with pytest.raises(RefusedError, match="berlin is a member already"):
+        run(coordinator.approve, "berlin", "-C", home / "coordinator")
+    assert "member   lyon" in run(coordinator.approve, "lyon", f"--words={words['lyon']}", "-C", approve[-1]).output
+    assert members_of(home) == ["berlin", "lyon", "paris"]
+
+
+def test_one_sites_wrong_words_among_given_ones_end_in_a_refusal(home: Path) -> None:
+    words = waiting(home, "berlin", "lyon")
+    given = (f"--words={words['lyon']}", f"--words={words['lyon']}")
+    with pytest.raises(RefusedError, match="1 of 2 sites are not approved: berlin"):
+        run(coordinator.approve, "berlin", "lyon", *given, "-C", home / "coordinator")
+    assert members_of(home) == ["lyon"]
+
+
 def test_a_second_service_says_that_there_is_one_and_names_no_open_ports(
     privet: Run, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
