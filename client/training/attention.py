@@ -97,24 +97,58 @@ class _Kind:
     dropout: float
 
     def weights(
-        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weights of a block's records in `key`'s type, and the slope of the cap.
 
         Args:
             query: [matrices, shared · width, size].
             key: [matrices, width, size].
-            bias: [records, 1, width, width]; records are the last part of the axis of matrices.
+            bias: [records, 1, width, width]; records are the last part of the axis of matrices. None: zeros.
         """
-        scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(self.scale)
-        slope = None
-        if self.softcap is not None:
-            scores = torch.tanh_(scores.div_(self.softcap))
-            slope = 1 - scores.square()
-            scores = scores.mul_(self.softcap)
         width = key.shape[1]
-        scores.view(-1, len(bias), query.shape[1] // width, width, width).add_(bias)
+        if self.softcap is None:
+            # Scale and bias are part of the product, and a softmax computes in float32 whatever it reads and writes: of
+            # bfloat16, half of attention's time would go into passes over the scores.
+            scores = _product(query, key.transpose(1, 2), self.scale, _spread(bias, len(key), query.shape[1]))
+            return torch._softmax(scores, -1, False), None
+        scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(self.scale)
+        scores = torch.tanh_(scores.div_(self.softcap))
+        slope = 1 - scores.square()
+        scores = scores.mul_(self.softcap)
+        if bias is not None:
+            scores.view(-1, len(bias), query.shape[1] // width, width, width).add_(bias)
         return torch.softmax(scores, -1).to(key.dtype), slope
+
+    def slopes(self, dp: torch.Tensor, weights: torch.Tensor, slope: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+        """Return the gradient of the scores but for a factor, and this factor.
+
+        Args:
+            dp: Gradient of the weights.
+            weights: What `weights` returned.
+            slope: Likewise.
+        """
+        if slope is None:
+            return torch._softmax_backward_data(dp, weights, -1, dp.dtype), self.scale
+        ds = torch._softmax_backward_data(dp.float(), weights.float(), -1, torch.float32)
+        return ds.mul_(slope).mul_(self.scale).to(dp.dtype), 1.0
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return scale · a b + bias of matrices, rounded once."""
+    if bias is None:
+        nothing = a.new_empty(1).expand(len(a), a.shape[1], b.shape[2])
+        return torch.baddbmm(nothing, a, b, beta=0, alpha=scale)
+    return torch.baddbmm(bias.to(a.dtype), a, b, alpha=scale)
+
+
+def _spread(bias: torch.Tensor | None, matrices: int, rows: int) -> torch.Tensor | None:
+    """Return the bias [matrices, rows, width] of a block's records, [records, 1, width, width]."""
+    if bias is None:
+        return None
+    records, width = len(bias), bias.shape[-1]
+    each = bias.expand(-1, rows // width, -1, -1).reshape(records, rows, width)
+    return each.expand(matrices // records, -1, -1, -1).reshape(matrices, rows, width)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -130,7 +164,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, kind: _Kind
     ) -> torch.Tensor:
         heads = _Heads(len(q), len(k))
-        out = v.new_zeros(q.shape[1], len(q), v.shape[-1])
+        out = layout.blank(v, (q.shape[1], len(q), v.shape[-1]), 0)
         kept: list[torch.Tensor | None] = []
         for block in layout.blocks:
             qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
@@ -153,12 +187,13 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         kind: _Kind = ctx.kind
         heads = _Heads(len(q), len(k))
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        layout: Layout = ctx.layout
+        dq, dk, dv = (layout.blank(each, each.shape, 1) for each in (q, k, v))
         grad = grad.transpose(0, 1)
-        for block in ctx.layout.blocks:
+        for block in layout.blocks:
             qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
             do, found = heads.queries(grad, block), []
-            bias = _bias(ctx.layout, block, kind, q.device)
+            bias = _bias(layout, block, kind, q.device)
             for part in _parts(block, len(ks), kind):
                 if _is_kept(block, kind):
                     weights, slope, mask, *kept = kept
@@ -166,11 +201,9 @@ class _PackedAttention(torch.autograd.Function):
                     (weights, slope), mask = kind.weights(qs[part], ks[part], bias), None
                 used = weights if mask is None else weights * mask
                 dp = torch.bmm(do[part], vs[part].transpose(1, 2))
-                dp = dp if mask is None else dp * mask
-                ds = torch._softmax_backward_data(dp.float(), weights.float(), -1, torch.float32)
-                ds = (ds if slope is None else ds.mul_(slope)).mul_(kind.scale).to(q.dtype)
+                ds, scale = kind.slopes(dp if mask is None else dp * mask, weights, slope)
                 found.append(
-                    (torch.bmm(ds, ks[part]), torch.bmm(ds.transpose(1, 2), qs[part]),
+                    (_product(ds, ks[part], scale), _product(ds.transpose(1, 2), qs[part], scale),
                      torch.bmm(used.transpose(1, 2), do[part]))
                 )  # fmt: skip
             parts = found[0] if len(found) == 1 else tuple(torch.cat(each) for each in zip(*found, strict=True))
@@ -189,7 +222,13 @@ def _parts(block: Block, matrices: int, kind: _Kind) -> list[slice]:
     return [slice(None)] if _is_kept(block, kind) else [slice(index, index + 1) for index in range(matrices)]
 
 
-def _bias(layout: Layout, block: Block, kind: _Kind, device: torch.device) -> torch.Tensor:
+def _bias(layout: Layout, block: Block, kind: _Kind, device: torch.device) -> torch.Tensor | None:
+    """Return a block's bias [records, 1, width, width]; None for one record all of whose rows attend to all.
+
+    Of several records, none decides how the others are computed.
+    """
+    if block.lengths == (block.width,) and not kind.causal and kind.window is None:
+        return None
     return layout.bias(block, device, causal=kind.causal, window=kind.window)[:, None]
 
 

@@ -84,12 +84,12 @@ class HeadModel(nn.Module):
             ends = torch.ones_like(input_ids).sum(1) if attention_mask is None else attention_mask.sum(1)
             pooled = [self._pooled(row[:end]) for row, end in zip(hidden, ends.tolist(), strict=True)]
             return self.classifier(torch.stack(pooled))  # type: ignore[no-any-return]
-        spans = layout.spans
         with within_records():
-            pooled = [self._pooled(hidden[0, start : start + length]) for start, length in spans]
-            together = torch.stack(pooled)
+            # Taken apart at once: as a slice, each record would cost autograd a tensor of all rows.
+            records = layout.records(hidden.squeeze(0))
+            together = torch.stack([self._pooled(vectors) for vectors in records])
             # At the record's first row, so that the classifier works on rows of the pass as every other layer does.
-            first = torch.tensor([start for start, _ in spans], device=hidden.device)
+            first = torch.tensor([start for start, _ in layout.spans], device=hidden.device)
             rows = together.new_zeros(layout.rows, hidden.shape[-1]).index_copy(0, first, together)
         return self.classifier(rows.unsqueeze(0))  # type: ignore[no-any-return]
 

@@ -126,6 +126,30 @@ class Layout:
             if length
         ]
 
+    def records(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the vectors [tokens, h] of each record, in order, of the pass's rows [rows, h]."""
+        sizes, reached = [], 0
+        for start, length in self.spans:
+            sizes += [start - reached, length]
+            reached = start + length
+        parts: tuple[torch.Tensor, ...] = torch.split(rows, [*sizes, self.rows - reached])
+        return parts[1::2]
+
+    def blank(self, x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
+        """Return a tensor of x's type, with zeros in the rows of no block and anything in the others.
+
+        Args:
+            x: Its type and device are taken.
+            shape: The tensor's.
+            axis: Which axis has the rows.
+        """
+        found, reached = x.new_empty(tuple(shape)), 0
+        for start, stop in [*((block.rows.start, block.rows.stop) for block in self.blocks), (self.rows, self.rows)]:
+            if start > reached:
+                found.narrow(axis, reached, start - reached).zero_()
+            reached = stop
+        return found
+
     def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor:
         """Return 0 where a token of a block's record attends, and -inf where not: [records, width, width], float32.
 

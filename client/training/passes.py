@@ -136,7 +136,8 @@ class Outcome:
         values: Logits [rows, classes], or the last hidden states [rows, h] where `ModelHost.vocabulary` is taken in
             parts.
         losses: [rows], float32, 0 at rows without a label.
-        predicted: The most probable class or token [rows]; 0 at rows of a language model without a label.
+        predicted: The most probable class or token [rows]; 0 at rows of a language model without a label, and where
+            its vocabulary is taken in parts for a gradient.
     """
 
     values: torch.Tensor

@@ -56,6 +56,9 @@ class Vocabulary:
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cross-entropy [rows], float32, with gradient to `hidden`, and the most probable tokens [rows].
 
+        Where a gradient is wanted, all tokens are 0: training asks for none, and finding them takes a pass over all
+        logits.
+
         Args:
             hidden: Last hidden states [rows, h].
             labels: Tokens [rows]; `IGNORED` where a row has none. Such rows have loss 0 and token 0.
@@ -87,7 +90,9 @@ class _Losses(torch.autograd.Function):
                 targets = torch.zeros(size, dtype=torch.int64, device=hidden.device)
                 targets[: len(rows)] = labels[rows]
                 loss, token, slope = part(filled, targets, wanted)
-                losses[rows], tokens[rows] = loss[: len(rows)], token[: len(rows)]
+                losses[rows] = loss[: len(rows)]
+                if token is not None:
+                    tokens[rows] = token[: len(rows)]
                 if slope is not None:
                     slopes[rows] = slope[: len(rows)].to(slopes.dtype)
         ctx.save_for_backward(slopes)
@@ -102,7 +107,7 @@ class _Losses(torch.autograd.Function):
 
 
 class _Part:
-    """Loss, most probable token and gradient of a fixed number of rows."""
+    """Loss, and most probable token or gradient, of a fixed number of rows."""
 
     def __init__(self, last: Vocabulary, computing: torch.dtype) -> None:
         # Rounded once for all parts of a pass: the weights may be those of the embedding, which stay in float32.
@@ -112,19 +117,19 @@ class _Part:
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor, wanted: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         scale, softcap = self._last.scale, self._last.softcap
         logits = self._last.through(hidden, self._weight, self._bias)
         places = targets[:, None]
         own, total = logits.gather(1, places), torch.logsumexp(logits, 1)
-        loss, token = total - own[:, 0], logits.argmax(1)
+        loss = total - own[:, 0]
         if not wanted:
-            return loss, token, None
+            return loss, logits.argmax(1), None
         capped = None if softcap is None else 1 - logits.div(softcap).square_()
         slope = logits.sub_(total[:, None]).exp_()
         slope.scatter_add_(1, places, torch.full_like(own, -1.0))
         slope = slope.mul_(scale) if capped is None else slope.mul_(capped.mul_(scale))
-        return loss, token, slope.to(self._weight.dtype) @ self._weight
+        return loss, None, slope.to(self._weight.dtype) @ self._weight
 
 
 def find_vocabulary(model: nn.Module, trained: set[int]) -> Vocabulary | None:

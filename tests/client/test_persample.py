@@ -158,15 +158,18 @@ def test_all_linear_layers_and_modules_trained_in_full_have_rules(
 ) -> None:
     study = tiny_study(bases[family], **{"task.kind": kind, "aggregation.method": "fedavg", **extra})
     host, features, trained = prepare(study)
-    references = [one_by_one(host, features, trained)]
+    plain = one_by_one(host, features, trained)
     with shaped(host, engine):
         found = collect(host, features, trained)
-    if kind != "text-classification":  # whose head computes in float32
-        host.model.double()
-        references.append(one_by_one(host, features, trained).float())
-        host.model.float()
-    # Where a softmax is steep, plain autograd in float32 is itself farther than this from autograd in float64.
-    assert min(relative(found, reference, trained) for reference in references) < 1e-5
+    if relative(found, plain, trained) < 1e-5:
+        return
+    # Where a softmax is steep, plain autograd in float32 is itself farther than this from autograd in float64, by
+    # processors differently far. Ours may then be twice as far, and no more.
+    assert kind != "text-classification"  # whose head computes in float32
+    host.model.double()
+    exact = one_by_one(host, features, trained).float()
+    host.model.float()
+    assert relative(found, exact, trained) < max(1e-5, 2 * relative(plain, exact, trained))
 
 
 @pytest.mark.parametrize(
