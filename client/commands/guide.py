@@ -480,7 +480,7 @@ def ask_books(guide: Guide) -> None:
         typer.echo(line)
 
 
-def ask_policy(guide: Guide, shared_noise: bool) -> None:
+def ask_policy(guide: Guide, shared_noise: bool, validation: bool | None) -> None:
     """Write a first policy where there is none."""
     site = guide.site
     if site.policy is None:
@@ -498,7 +498,16 @@ def ask_policy(guide: Guide, shared_noise: bool) -> None:
             "some studies sites share the noise: results are better, and the promise then depends on other sites.",
         )
         shared_noise = guide.confirm("Admit studies with shared noise?", "--shared-noise")
-    write_new(site.policy, first_policy(site, shared_noise=shared_noise).encode(), 0o644)
+    if validation is None:
+        guide.explain(
+            "Quality",
+            "In most studies, each site measures the model on units that are held out from training. Only the sum over "
+            "sites leaves, masked, with noise, and it costs epsilon like training.",
+        )
+        question = "Admit noisy sums of loss and accuracy on held-out units?"
+        validation = guide.confirm(question, "--validation or --no-validation", default=True)
+    text = first_policy(site, shared_noise=shared_noise, validation=validation)
+    write_new(site.policy, text.encode(), 0o644)
     typer.echo(f"policy   {site.policy}: read it, and change the rules that your site decides differently")
 
 

@@ -44,16 +44,22 @@ def policy(
     admit_base: Annotated[
         Path | None, typer.Option(help="A study file: add its base to `model.bases` of the policy.", metavar="STUDY")
     ] = None,
+    admit: Annotated[
+        Literal["validation", "statistics", "evaluate"] | None,
+        typer.Option(help="Add this to `metrics.allow` of the policy: what studies may release besides updates."),
+    ] = None,
 ) -> None:
     """Explain this site's policy in words.
 
     The site file names the policy file. With --init, the command first writes a policy there: a person approves each
     study, and studies are private, masked, and within the site's limit.
     """
+    from privet.client.editing import change_file
     from privet.client.policy.consent import policy_digest
     from privet.client.policy.rules import SitePolicy, base_digest, load_policy
     from privet.client.policy.text import explain_patients, explain_policy, first_policy
     from privet.client.site import load_site
+    from privet.common.study.reading import validate
 
     config = load_site(site)
     if config.policy is None:
@@ -71,13 +77,15 @@ def policy(
         typer.echo(f"written  {config.policy}: read it, and change the rules that your site decides differently")
     rules = load_policy(config.policy)
     if admit_base is not None and rules.model.bases != "any":
-        from privet.client.editing import change_file
-        from privet.common.study.reading import validate
         from privet.common.study.study import load_study
 
         added = base_digest(load_study(admit_base))
         bases = [*rules.model.bases, *({added} - {*rules.model.bases})]
         change_file(config.policy, {"model.bases": bases}, partial(validate, SitePolicy, what="policy"))
+        rules = load_policy(config.policy)
+    if admit is not None and admit not in rules.metrics.allow:
+        allowed = [*rules.metrics.allow, admit]
+        change_file(config.policy, {"metrics.allow": allowed}, partial(validate, SitePolicy, what="policy"))
         rules = load_policy(config.policy)
     typer.echo("\n".join(explain_policy(rules)))
     typer.echo(explain_patients(config))

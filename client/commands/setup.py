@@ -75,6 +75,14 @@ def setup(
     shared_noise: Annotated[
         bool, typer.Option("--shared-noise", help="Let a first policy admit studies whose noise the sites share.")
     ] = False,
+    validation: Annotated[
+        bool | None,
+        typer.Option(
+            "--validation/--no-validation",
+            help="Whether a first policy admits noisy sums of loss and accuracy on held-out units.",
+            show_default="asks; with --yes, admits them",
+        ),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="What the site trains on.")] = None,
     base: Annotated[
         list[str] | None,
@@ -120,7 +128,7 @@ def setup(
     steps.ask_limit(guide, unit, epsilon, delta)
     steps.ask_anchor(guide, anchor, anchor_same_disk)
     steps.ask_books(guide)
-    steps.ask_policy(guide, shared_noise)
+    steps.ask_policy(guide, shared_noise, validation)
     apart = ask_columns(guide, study)
     ask_labels(guide, steps.pairs_of("--label", label or []), study)
     typer.echo()

@@ -21,6 +21,13 @@ from privet.common.study.terms import gate_text, purpose_text, terms_text
 LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
 """Findings that do not speak against an approval: they pass with it, or with time."""
 
+_METRICS = {
+    "validation": "noisy sums of loss and accuracy on held-out units",
+    "statistics": "noisy counts of records",
+    "evaluate": "noisy counts of what an adapter gets right",
+}
+"""What a study may ask to release besides updates, by its name in a policy."""
+
 
 @dataclass(frozen=True)
 class Price:
@@ -86,6 +93,10 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
             lines.append(f"write a first policy: `privet site setup {file}`")
         elif each.code == "E_BASE":
             lines.append(f"admit this base: `privet site policy {file} --admit-base {study}`")
+        elif each.code == "E_METRICS":
+            lines.append(
+                f"admit {_METRICS[each.asked]} besides updates: `privet site policy {file} --admit {each.asked}`"
+            )
         elif each.code == "E_UNIT_COLUMN":
             lines.append(
                 f"name the column of patients, if it is that of the study: `privet site setup {file} --patient-column "

@@ -61,7 +61,7 @@ max_lost_rounds = 5              # rounds in a row without a result that this si
 _MOST_EPSILON = 8.0
 
 
-def first_policy(site: SiteConfig, *, shared_noise: bool = False) -> str:
+def first_policy(site: SiteConfig, *, shared_noise: bool = False, validation: bool = True) -> str:
     """Return a first policy for a site: it admits privet's example studies, once a person has approved one.
 
     Unit, epsilon and delta follow from the site file's `[limit]`, and the least count from its declared count.
@@ -69,6 +69,7 @@ def first_policy(site: SiteConfig, *, shared_noise: bool = False) -> str:
     Args:
         site: The site file.
         shared_noise: Whether to admit studies whose noise the sites share.
+        validation: Whether to admit noisy sums of loss and accuracy on held-out units, which `privet new` proposes.
     """
     limit, declared = site.limit, site.declared_count
     changes: dict[str, object] = {}
@@ -78,6 +79,8 @@ def first_policy(site: SiteConfig, *, shared_noise: bool = False) -> str:
         changes["privacy.max_epsilon_alone"] = epsilon
     if shared_noise:
         changes["privacy.max_epsilon_alone"] = "any"
+    if validation:
+        changes["metrics.allow"] = ["validation"]
     if declared is not None and declared < 100:
         changes["privacy.min_units"] = declared
     return changed(EXAMPLE, changes, "policy.toml")

@@ -130,12 +130,15 @@ def test_by_answers(world: World, home: Path) -> None:
     members = [each for each in Enrolment(home).terms.members if each.site != home.name]
     answers = [world.coordinator.charter.words]
     answers += [text for each in members for text in ("acorn", each.words)]  # misheard once
-    answers += [str(home / "notes.csv"), "mrn", "", "", "", "", str(home / "elsewhere/head.json"), "y", "n"]
+    answers += [str(home / "notes.csv"), "mrn", "", "", "", "", str(home / "elsewhere/head.json"), "y", "n", ""]
     result = run(setup, home, answers="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     site = load_site(home / "site.toml")
     assert (site.patient_ids, site.declared_count, site.anchor_same_disk) == ("number", 300, True)
     assert site.limit == LimitSection(unit="patient", epsilon=8.0, delta=1e-5)
+    assert site.policy is not None
+    rules = load_policy(site.policy)
+    assert (rules.privacy.max_epsilon_alone, rules.metrics.allow) == (8.0, ("validation",))
     assert result.output.count("Have them read out again") == len(members)
     for title in ("Trust: the consortium", "Data files", "Who a patient is", "Declared count", "Limit", "Anchor"):
         assert title in result.output
@@ -154,8 +157,9 @@ def test_it_stops_and_goes_on(world: World, home: Path) -> None:
     assert "--anchor PATH" in missing.value.hint
     with pytest.raises(StudyError, match="on the ledger's disk"):
         run(setup, home, "--yes", "--anchor", home / "elsewhere/head.json")
-    result = run(setup, home, "--yes", "--anchor", home / "elsewhere", "--anchor-same-disk")
+    result = run(setup, home, "--yes", "--anchor", home / "elsewhere", "--anchor-same-disk", "--no-validation")
     assert result.exit_code == 0, result.output
+    assert load_policy(home / "policy.toml").metrics.allow == ()
 
 
 def test_what_is_wrong_is_refused_and_changes_nothing(world: World, home: Path) -> None:
@@ -184,7 +188,7 @@ def test_a_person_who_answers_wrongly_is_asked_again(world: World, home: Path) -
     answers = [
         str(home / "note.csv"), str(home / "notes.csv"), "y",  # a file, and how it is written
         "patient", "mrn", "numbers", "number", "about 300", "300", "eight", "8", "1", "1e-5",
-        str(other), "n", str(other), "y", "n",
+        str(other), "n", str(other), "y", "n", "n",
     ]  # fmt: skip
     result = run(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
@@ -215,6 +219,7 @@ def test_a_rule_that_takes_one_patient_for_two_is_asked_about(world: World, home
         str(gone),
         "y",
         "n",
+        "",
     ]
     result = run(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
     said = " ".join(result.output.split())
@@ -270,7 +275,7 @@ def test_sites_may_name_one_directory_for_their_anchors(world: World, home: Path
             run(setup, home, "--yes", *own, "--anchor", taken, "--anchor-same-disk")
         assert "--anchor PATH" in caught.value.hint
         assert load_site(file).anchor is None
-    answers = [str(other), f"{shared}/", "maybe", "y", "n"]
+    answers = [str(other), f"{shared}/", "maybe", "y", "n", "y"]
     result = run(setup, home, *own, answers="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())

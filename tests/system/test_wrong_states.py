@@ -292,6 +292,16 @@ def base_is_not_admitted(at: Office) -> Story:
     yield ("site", "approve", at.file, study)
 
 
+@sites(3, "noisy sums of loss and accuracy", "`privet site policy .* --admit validation`", verdict=True)
+def validation_is_not_admitted(at: Office) -> Story:
+    (at.home / "policy.toml").write_text(EXAMPLE)
+    study = at.study()
+    study.write_text(study.read_text().replace("max_length = 48", "max_length = 48\nvalidation_fraction = 0.1"))
+    said = yield ("site", "approve", at.file, study)
+    yield said.command("site policy")
+    yield ("site", "approve", at.file, study)
+
+
 @sites(3, "protects each patient, but the study protects each record", 'set privacy.unit = "patient"', verdict=True)
 def study_protects_another_unit(at: Office) -> Story:
     yield ("site", "approve", at.file, at.study(unit='"record"'))
