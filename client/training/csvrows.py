@@ -78,7 +78,7 @@ def csv_rows(path: Path, text: str, separator: str = ",") -> Iterator[tuple[int,
     while at < len(text) or row:
         found = field.match(text, at)
         if found is None:
-            raise not_csv(path, _fault(text, at, line))
+            raise _stray(path, text, at, line)
         quoted, plain, end = found.groups()
         at = found.end()
         if quoted is None:
@@ -109,14 +109,18 @@ def _breaks(text: str) -> int:
     return text.count("\n") + (text.count("\r") - text.count("\r\n") if "\r" in text else 0)
 
 
-def _fault(text: str, at: int, line: int) -> str:
-    """Return what is wrong with the field that begins at `at`, in line `line`."""
+def _stray(path: Path, text: str, at: int, line: int) -> DataError:
+    """Return the error of a field that begins at `at`, in line `line`, and has a quote at a wrong place."""
     if text[at] != '"':
-        return f"line {line}: a quote inside a value that does not begin with one"
-    closed = _QUOTED.match(text, at)
-    if closed is None:
-        return f"line {line}: a quote that is not closed"
-    return f"line {line + _breaks(closed[0])}: text after a closing quote"
+        fault = "a quote inside a value that does not begin with one"
+    elif (closed := _QUOTED.match(text, at)) is None:
+        fault = "a quote that is not closed"
+    else:
+        line, fault = line + _breaks(closed[0]), "text after a closing quote"
+    return DataError(
+        f"{path} is not a readable CSV file: line {line}: {fault}",
+        'put the whole value between quotes, and write each quote in it twice, as in "she said ""no""" (RFC 4180)',
+    )
 
 
 def _named(separator: str) -> str:

@@ -65,6 +65,7 @@ def init(
     terms = {"name": name, "origin": f"{_origin(host)}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
+    coordinator.require_new(directory)  # before anybody types a passphrase
     coordinator.create(directory, settings, None if no_passphrase else new_passphrase(passphrase_file), now())
     typer.echo(f"consortium      {name}")
     for line in port_lines(settings.address, settings.enrolment, settings.fleet):
@@ -196,11 +197,16 @@ def approve(
         until = row.certificate.not_valid_after_utc if row.certificate else now()
         typer.echo(f"member   {site}, with a certificate until {until:%Y-%m-%d %H:%M} UTC")
     _write_log(made)
+    if not refused:
+        typer.echo(in_directory("next: privet coordinator run STUDY, when all sites have joined", directory))
     if refused and len(sites) == 1:
         raise refused[0][1]
     if refused:
         names = ", ".join(site for site, _ in refused)
-        raise RefusedError(f"{len(refused)} of {len(sites)} sites are not approved: {names}", refused[0][1].hint)
+        again = f"`privet coordinator approve {' '.join(site for site, _ in refused)}` asks for their words once more"
+        raise RefusedError(
+            f"{len(refused)} of {len(sites)} sites are not approved: {names}", f"{again}. {refused[0][1].hint}"
+        )
 
 
 def _check_waiting(made: Coordinator, sites: list[str]) -> None:

@@ -270,14 +270,19 @@ class Coordinator:
         return self.renew(asked.site, asked.request, now)
 
 
+def require_new(directory: Path) -> None:
+    """Raise `StateError` unless a directory for a coordinator is missing or empty."""
+    if directory.exists() and any(directory.iterdir()):
+        raise StateError(f"{directory} is not empty", "choose a new directory; a consortium is created once")
+
+
 def create(directory: Path, settings: Settings, passphrase: bytes | None, now: datetime) -> Certificate:
     """Create a coordinator's directory, and return the root certificate of its authority.
 
     Raises:
         StateError: The directory is not empty, or cannot be written.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise StateError(f"{directory} is not empty", "choose a new directory; a consortium is created once")
+    require_new(directory)
     make_directory(directory)
     for part in ("", "ca", "keys", "public", "runs", "flower"):
         (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)

@@ -341,7 +341,7 @@ class _Drafting:
             if lines := differences(self.tables):
                 apart = "\n  ".join(["the data files: expected the same columns in all of them", *lines])
                 raise StudyError(
-                    f"{apart}\n  {error.message}", f"rename the columns of this file, or {error.hint}"
+                    f"{apart}\n  {error.message}", f"rename the columns where a file differs, or {error.hint}"
                 ) from None
             raise
         self.require_everywhere(ways[0])

@@ -127,7 +127,7 @@ def wrong_encoding(desk: Desk) -> Story:
     yield from proposed(desk, "a.csv", GOOD.replace(SECRET, f"{SECRET}ä").encode("latin-1"))
 
 
-@data(2, "line 5: text after a closing quote", "each quote in it doubled")
+@data(2, "line 5: text after a closing quote", "each quote in it twice")
 def stray_quote(desk: Desk) -> Story:
     wrong = GOOD.replace(f"{SECRET} 3", f'"{SECRET}" 3')
     yield from rewritten(desk, "a.csv", wrong, GOOD.replace(f"{SECRET} 3", f'"""{SECRET}"" 3"'))
