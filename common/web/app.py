@@ -47,12 +47,14 @@ class Asked:
         session: Whose.
         texts: The texts of its language.
         path: The parts of the path that the route names.
+        query: What stands behind the path of a page.
         form: The fields that were sent; empty for a page.
     """
 
     session: Session
     texts: Texts
     path: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
     form: Form = field(default_factory=dict)
 
 
@@ -159,7 +161,7 @@ class Console:
             session = self._session(request)
             if session is None:
                 return self._message(request, None, 401, "message.out")
-            asked = Asked(session, self._texts(request), request.path_params)
+            asked = Asked(session, self._texts(request), request.path_params, request.query_params)
             return await self._answered(answer, asked, live=True)
 
         return respond
@@ -174,7 +176,7 @@ class Console:
                 return self._message(request, session, 403, "message.form")
             if session.role is not Role.APPROVER:
                 return self._message(request, session, 403, "message.viewer")
-            asked = Asked(session, self._texts(request), request.path_params, form)
+            asked = Asked(session, self._texts(request), request.path_params, form=form)
             return await self._answered(answer, asked, live=False)
 
         return respond

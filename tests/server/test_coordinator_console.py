@@ -25,7 +25,7 @@ from privet.server.console import reading
 from privet.server.console.reading import Head, People, Run, Site, alerts
 from privet.server.console.view import CoordinatorView
 from privet.server.consortium.coordinator import encrypt_root, open_coordinator
-from privet.server.network.link import CLOCK_SECONDS
+from privet.server.network.nodes import CLOCK_SECONDS
 from privet.server.network.service import link_of
 from tests.client.test_adapters import play, study_of
 from tests.client.test_candidates import GATE, said_by
