@@ -271,3 +271,23 @@ def test_a_console_loads_no_model_and_no_library_before_it_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_console_has_epsilons_computed_apart_and_stays_small(file: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from unittest import mock;"
+        "from privet.client.commands.console import _view; from privet.common.web.app import Asked;"
+        "from privet.common.web.sessions import Role, Session; from privet.common.web.texts import Texts;"
+        "view = _view(Path(sys.argv[1])); asked = Asked(Session(Role.VIEWER, 0, 0), Texts('en'));"
+        "shown = {path: view.pages[path](asked).values for path in ('/', '/left', '/budget', '/privacy', '/checks')};"
+        "print(shown['/budget']['books'].spending.epsilon);"
+        "print(*sorted({'torch', 'transformers', 'peft', 'scipy', 'flwr', 'tokenizers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    told, loaded = done.stdout.splitlines()
+    site = load_site(file)
+    ledger, limit = open_ledger(site), limit_of(site)
+    assert limit is not None
+    assert float(told) == ledger.statement(str(site.dataset), limit).epsilon
+    ledger.close()
+    assert loaded == ""
