@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Scope
 from privet.common.errors import PrivetError
 from privet.common.web.events import MOST, Look, Watcher
 from privet.common.web.guard import Guard, TooLongError
-from privet.common.web.pages import page
+from privet.common.web.pages import environment, page
 from privet.common.web.sessions import COOKIE, Bucket, Clock, Role, Session, Sessions
 from privet.common.web.texts import LANGUAGES, Texts, preferred
 
@@ -107,6 +107,7 @@ class Console:
 
     def __init__(self, view: View, hosts: Collection[str], clock: Clock = time.monotonic) -> None:
         self.view, self.sessions, self.watcher = view, Sessions(clock), Watcher(view.look)
+        environment(view.templates)
         self._guesses = Bucket(_LINK_BURST, _LINK_RATE, clock)
         self._known, self._strangers = (Bucket(_PAGE_BURST, _PAGE_RATE, clock) for _ in range(2))
         routes = [

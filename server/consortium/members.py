@@ -352,8 +352,8 @@ class Members:
     def listed(self) -> tuple[Listed, ...]:
         """Return the same sites for a page. Their keys were verified when they came, and are not verified again."""
         with self._transaction() as database:
-            found = _all(database, f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received")
-        return tuple(map(_listed, found))
+            query = f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received"
+            return tuple(_listed(row) for row in database.execute(query))
 
     def members(self) -> tuple[SiteKeys, ...]:
         """Return the members, ascending by name."""
@@ -474,14 +474,14 @@ def _row(row: Mapping[str, Any]) -> Row:
     return Row(_keys(row), row["state"], row["decided"] or row["received"], _reason(row), certificate)
 
 
-def _listed(row: Mapping[str, Any]) -> Listed:
+def _listed(row: sqlite3.Row) -> Listed:
     node = str(json.loads(row["keys"])["node"])
     certificate = None if row["pem"] is None else read_certificate(row["pem"])
     valid = None if certificate is None else (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
     return Listed(row["site"], row["state"], row["decided"] or row["received"], _reason(row), node, valid)
 
 
-def _reason(row: Mapping[str, Any]) -> str:
+def _reason(row: Mapping[str, Any] | sqlite3.Row) -> str:
     return row["reason"] or "" if row["state"] == "revoked" else ""
 
 
