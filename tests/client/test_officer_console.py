@@ -113,7 +113,7 @@ def test_a_site_without_limit_or_with_a_changed_ledger_says_so_and_shows_the_res
         path.write_bytes(b"broken")
     found = page_of(file)
     assert "This part cannot be read" in found
-    assert "Withdrawals Nobody was withdrawn." in found
+    assert "Withdrawals This site has recorded no withdrawal." in found
     # The promise stands in the round log; what this site paid does not.
     assert "the statement is that of the promise" in found
 
@@ -193,7 +193,7 @@ def test_releases_say_who_signed_and_who_refused(world: World, monkeypatch: pyte
     assert late["flu"] == "expired"
     monkeypatch.setattr(officer.Story, "history", lambda *_: history)
     page = page_of(world.folder / "berlin/site.toml")
-    assert "Signed by 2 of 2 needed: berlin, lyon" in page
+    assert "2 of 2 needed signatures: berlin, lyon" in page
     assert f"lyon refuses: {HOSTILE.replace('<', '&lt;').replace('>', '&gt;')} (membership)" in page
     assert "The study had no gate" in page
 

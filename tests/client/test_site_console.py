@@ -261,7 +261,7 @@ def test_without_the_coordinator_or_a_study_the_page_says_so(file: Path) -> None
     view = SiteView(file, silent, lambda: (Check("data", False, HOSTILE, "mend it"),))
     visitor = Visitor(Console(view.view(), {HOST}))
     page = visitor.get("/").text
-    assert 'The coordinator cannot be asked now. <span lang="en">it does not answer' in page
+    assert 'The coordinator does not answer now. <span lang="en">it does not answer' in page
     assert "No study is proposed" in page
     assert "<img" not in visitor.get("/checks").text
 
@@ -320,7 +320,7 @@ def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
     page = visitor.get("/left").text
     rounds = re.findall(r"<tr><th scope=\"row\"", page)
     assert len(rounds) == 4
-    proven = re.compile("✓ leaf [0-9]+, cosigned")
+    proven = re.compile("✓ leaf [0-9]+, cosigned by this site")
     assert len(proven.findall(page)) == 4
     assert "4</b><span>rounds that left" in page
     budget = visitor.get("/budget").text

@@ -335,12 +335,12 @@ def test_a_candidate_shows_what_its_gate_lacks(tmp_path: Path) -> None:
             Run("flu", status | {"released": True}).state == Run("flu", status | {"gated": False}).state == "finished"
         )
         page = visitor.get("/run/flu").text
-        assert "Signed by 0 of 2 needed" in page
+        assert "0 of 2 needed signatures" in page
         assert "signatures: 0 sites have signed, 2 are needed" in page
         for site in ("berlin", "lyon"):
             world.service(site).review(said_by(world, site, "flu"))
         page = visitor.get("/run/flu").text  # told by the reviews that wait for the log
-        assert "Signed by 2 of 2 needed: berlin, lyon" in page
+        assert "2 of 2 needed signatures: berlin, lyon" in page
         assert "privet gate decide flu" in page
 
 
