@@ -168,9 +168,13 @@ class Run:
             return "failed"
         if self.status["withdrawn"] is not None:
             return "withdrawn"
-        if self.status["ended"]:
-            return "waiting" if self.status.get("gated") and not self.status["released"] else "finished"
-        return "running" if self.status["waiting"] else "stopped"
+        if self.status["waiting"]:  # also after its last round, until the release is written
+            return "running"
+        if not self.status["ended"]:
+            return "stopped"
+        if self.status["released"] or not self.status["closed"]:
+            return "finished"
+        return "waiting" if self.status["gated"] else "stopped"  # before its release
 
     @property
     def wait(self) -> Wait | None:

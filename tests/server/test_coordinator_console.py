@@ -30,6 +30,7 @@ from privet.server.consortium.coordinator import encrypt_root, open_coordinator
 from privet.server.consortium.membership import Listed
 from privet.server.network.nodes import CLOCK_SECONDS
 from privet.server.network.service import link_of
+from privet.server.rounds.wait import Wait
 from tests.client.test_adapters import play, study_of
 from tests.client.test_candidates import GATE, said_by
 from tests.support.browser import browsing, look_at
@@ -329,11 +330,15 @@ def test_a_candidate_shows_what_its_gate_lacks(tmp_path: Path) -> None:
         made = world.coordinator
         play(world, "flu", start_adapter(0), study_of("flu", gate=GATE))
         visitor = visit(made.directory)
-        status = {"withdrawn": None, "ended": True, "gated": True, "released": False}
-        assert Run("flu", status).state == "waiting"
-        assert (
-            Run("flu", status | {"released": True}).state == Run("flu", status | {"gated": False}).state == "finished"
-        )
+        status = {"withdrawn": None, "waiting": None, "ended": True, "closed": 2, "gated": True, "released": False}
+        for change, state in (
+            ({}, "waiting"),
+            ({"released": True}, "finished"),
+            ({"gated": False, "closed": 0}, "finished"),  # without a result: there is nothing to release
+            ({"gated": False}, "stopped"),  # before its release, which `resume` makes
+            ({"gated": False, "waiting": Wait("train")}, "running"),
+        ):
+            assert Run("flu", status | change).state == state
         page = visitor.get("/run/flu").text
         assert "0 of 2 needed signatures" in page
         assert "signatures: 0 sites have signed, 2 are needed" in page
