@@ -50,7 +50,7 @@ def approve(made: Deployment, browser: Browser, link: str) -> None:
 def says(browser: Browser, *texts: str) -> None:
     """Wait until the open page says this: it is told of changes by events, and nobody loads it again."""
     for text in texts:
-        browser.until(f"document.body.innerText.includes({text!r})")
+        browser.wait(f"!!document.body && document.body.innerText.includes({text!r})", 180)
 
 
 @pytest.mark.slow
