@@ -95,9 +95,15 @@ def consortium(folder: Path, sites: Sequence[str], port: int) -> Coordinator:
         sites: The members' names.
         port: The fleet port.
     """
-    places = {"address": "127.0.0.1:9443", "enrolment": "127.0.0.1:9444", "fleet": f"127.0.0.1:{port}"}
     present = datetime.now(UTC)
-    create(folder, Settings(name="large", origin="example.org/large", **places), None, present)
+    settings = Settings(
+        name="large",
+        origin="example.org/large",
+        address="127.0.0.1:9443",
+        enrolment="127.0.0.1:9444",
+        fleet=f"127.0.0.1:{port}",
+    )
+    create(folder, settings, None, present)
     made = open_coordinator(folder)
     with sqlite3.connect(folder / "members.db") as database:
         for site in sites:
@@ -118,8 +124,8 @@ def consortium(folder: Path, sites: Sequence[str], port: int) -> Coordinator:
         line = "\u2014 " + "x" * 4_600  # as long as the two lines of a hybrid key
         database.executemany("INSERT INTO cosignatures VALUES (?, ?, ?)", [(size, site, line) for site in sites])
     link = link_of(folder)
-    for row in made.members.listed():
-        link.register(row.node.encode())
+    for each in made.members.listed():
+        link.register(each.node.encode())
     with sqlite3.connect(folder / LINK) as database:
         database.execute("UPDATE node SET status = 'online', online_until = ?", (time.time() + 1e6,))
         database.execute(

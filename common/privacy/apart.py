@@ -12,13 +12,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from privet.common.errors import StateError
 
 IDLE_SECONDS = 10.0
 """After how long without a question the process ends."""
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Accountant:
@@ -88,6 +90,7 @@ def compute_apart() -> Accountant:
 def able(function: Callable[P, T]) -> Callable[P, T]:
     """Let a function of numbers be computed by the other process, where there is to be one."""
 
+    @wraps(function)
     def computed(*arguments: P.args, **named: P.kwargs) -> T:
         if _accountant is None:
             return function(*arguments, **named)

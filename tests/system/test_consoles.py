@@ -16,14 +16,14 @@ from tests.support.forks import Forks
 from tests.system.test_deploy import SITES, start_of, study_of
 
 PASSPHRASE = "correct horse battery"
-ROUNDS = 6
+ROUNDS, SECONDS = 6, 180
 
 
 def enrol(made: Deployment, browser: Browser, home: str, name: str) -> None:
     """Invite a site and approve it, in the coordinator's console; the site's operator uses commands."""
     browser.open(home + "/")
     browser.fill("#site", name)
-    browser.follow("form[action='/invite'] button")
+    browser.follow("form[action='/invite'] button", SECONDS)
     found = re.search(r"privet1\.\S+", browser.text())
     assert found is not None, browser.text()
     asked = made.privet("site", "join", found.group(), made.folder / name, "--wait", 0)
@@ -32,25 +32,25 @@ def enrol(made: Deployment, browser: Browser, home: str, name: str) -> None:
     form = f"form[action='/sites/{name}/approve']"
     browser.fill(f"{form} [name=words]", words)
     browser.fill(f"{form} [name=passphrase]", PASSPHRASE)
-    browser.follow(f"{form} button")
+    browser.follow(f"{form} button", SECONDS)
     made.privet("site", "join", found.group(), made.folder / name)
 
 
 def approve(made: Deployment, browser: Browser, link: str) -> None:
     """Approve the one proposed study in a site's console, as its approver."""
     browser.open(link)
-    browser.until("document.querySelector('a.card')")
+    browser.until("document.querySelector('a.card')", SECONDS)
     assert "waits for your decision" in browser.text()
-    browser.follow("a.card")
+    browser.follow("a.card", SECONDS)
     browser.fill("#passphrase-approve", PASSPHRASE)
-    browser.follow("form:has([value=approve]) .actions button")
+    browser.follow("form:has([value=approve]) .actions button", SECONDS)
     assert "this site takes part" in browser.text()
 
 
 def says(browser: Browser, *texts: str) -> None:
     """Wait until the open page says this: it is told of changes by events, and nobody loads it again."""
     for text in texts:
-        browser.wait(f"!!document.body && document.body.innerText.includes({text!r})", 180)
+        browser.until(f"document.body.innerText.includes({text!r})", SECONDS)
 
 
 @pytest.mark.slow
@@ -98,15 +98,15 @@ def test_a_run_loses_a_site_goes_on_stops_is_continued_and_released_in_a_browser
                 lost = len(RunDirectory.open(run).load().statements)
                 made.start("gamma", "site", "serve", made.site("gamma"))
                 browser.open(home + "/run/first")
-                browser.until(f"document.querySelector('.tile b').innerText.split(' / ')[0] > {lost}")
+                browser.until(f"document.querySelector('.tile b').innerText.split(' / ')[0] > {lost}", SECONDS)
 
                 # Its operator stops the run after a round, and continues it: another process plays it now.
-                browser.follow("form[action$='/stop'] button")
+                browser.follow("form[action$='/stop'] button", SECONDS)
                 says(browser, "not running")
                 assert made.programs["run"].wait(60) == 0
                 stopped = len(RunDirectory.open(run).load().statements)
                 assert lost < stopped < ROUNDS
-                browser.follow("form[action$='/resume'] button")
+                browser.follow("form[action$='/resume'] button", SECONDS)
                 says(browser, "finished")
                 assert (run / "release").is_dir()
                 assert "ended after round" in (made.coordinator / "console/first.log").read_text()
@@ -118,8 +118,9 @@ def test_a_run_loses_a_site_goes_on_stops_is_continued_and_released_in_a_browser
 
                 # What left is on the site's own page, round by round, with its proof.
                 browser.open(own.split("/enter/")[0] + "/left")
-                says(browser, "rounds that left")
-                assert len(re.findall(r"✓ leaf \d+, cosigned by this site", browser.text())) >= ROUNDS - 1
+                proven = "document.body.innerText.match(/✓ leaf \\d+, cosigned by this site/g).length"
+                browser.until(f"{proven} >= {ROUNDS - 1}", SECONDS)
+                assert f"{ROUNDS}\nrounds that left" in browser.text() or aborted
             assert browser.objections == []
     finally:
         made.end_all()
