@@ -115,7 +115,7 @@ def test_a_site_without_limit_or_with_a_changed_ledger_says_so_and_shows_the_res
     assert "This part cannot be read" in found
     assert "Withdrawals This site has recorded no withdrawal." in found
     # The promise stands in the round log; what this site paid does not.
-    assert "the statement is that of the promise" in found
+    assert "so this repeats what the study promised" in found
 
 
 # Statements
@@ -225,7 +225,7 @@ class _Claim:
 def test_figures_have_intervals_and_a_broken_test_hides_no_other_part(file: Path) -> None:
     keep_test(file, "first", failed=["repeated"])
     found = page_of(file)
-    assert "ε is at least 0.7; 60 of 100 guesses about 500 canaries are right" in found
+    assert "ε is at least 0.7; 60 of 100 guesses about 500 canaries were right" in found
     assert "AUC 0.500 (0.400 to 0.550); upper end of all attacks 0.550" in found
     assert "1 of 64 answers; upper end 0.080" in found
     assert "not refuted" in found
