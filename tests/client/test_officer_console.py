@@ -134,7 +134,7 @@ def test_a_finished_run_has_a_statement_in_plain_words(file: Path) -> None:
     assert float(said.factor) >= 2.718**said.epsilon
     found = page_of(file)
     assert f"differs by a factor of at most {said.factor}, and by at most {said.delta} more" in found
-    assert ("holds for sums over sites" if said.shared else "holds against everybody outside the site") in found
+    assert ("holds for the sum over sites" if said.shared else "holds against everybody outside the site") in found
     assert statements(history, "nobody", dataset.spending) == []
     assert statements(Replay(), site.name, dataset.spending) == []
 
@@ -226,8 +226,8 @@ def test_figures_have_intervals_and_a_broken_test_hides_no_other_part(file: Path
     keep_test(file, "first", failed=["repeated"])
     found = page_of(file)
     assert "ε is at least 0.7; 60 of 100 guesses about 500 canaries were right" in found
-    assert "AUC 0.500 (0.400 to 0.550); upper end of all attacks 0.550" in found
-    assert "1 of 64 answers; upper end 0.080" in found
+    assert "AUC 0.500 (0.400 to 0.550); at most 0.550 over all attacks" in found
+    assert "1 of 64 answers repeat training text; at most a share of 0.080" in found
     assert "not refuted" in found
     wrong: list[dict[str, object]] = [
         {"figures": {"canary": {}}},
