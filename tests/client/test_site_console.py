@@ -197,7 +197,7 @@ def test_a_key_is_encrypted_and_opens_with_its_passphrase_alone(file: Path) -> N
     line, pem = key.read_bytes().split(b"\n", 1)
     assert line.startswith(b"scrypt-65536-8-1 ")  # no guess is cheap for a process that reads the file
     assert b"ENCRYPTED" in pem
-    with pytest.raises(ValueError, match="password|deserialize"):  # one time in 256, what a wrong key gives has a form
+    with pytest.raises(ValueError, match=r"password|deserialize"):  # one time in 256, what a wrong key gives has a form
         load_pem_private_key(pem, PASSPHRASE.encode())
     assert key.stat().st_mode & 0o777 == 0o600
     for passphrase in (b"", b"correct horse", b"x" * 500):
