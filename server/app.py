@@ -10,7 +10,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from privet.common.errors import StateError
-from privet.server.log.journal import open_journal, read_keys
+from privet.server.log.journal import open_journal
+from privet.server.log.keys import read_keys
 from privet.server.network.grid import GridExchange
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog, Unlogged

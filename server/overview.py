@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.network.service import link_of, listens, owners_of
+from privet.server.network.nodes import listens
+from privet.server.network.service import link_of, owners_of
+from privet.server.rounds.folder import run_paths, spent
 from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
-from privet.server.rounds.watch import Wait, details, sentence
+from privet.server.rounds.wait import Wait, details, sentence
 
 _WIDTH = 80
 _LABEL = 12
@@ -37,13 +39,8 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
         "serving": serving,
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
-        "runs": [run_status(path) for path in run_paths(made)],
+        "runs": [run_status(path) for path in run_paths(made.directory)],
     }
-
-
-def run_paths(made: Coordinator) -> list[Path]:
-    """Return the directories of all runs."""
-    return [path for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()]
 
 
 def run_status(path: Path) -> dict[str, Any]:
@@ -67,11 +64,6 @@ def run_status(path: Path) -> dict[str, Any]:
         "released": (path / "release").is_dir(),
         **({} if directory.study.gate is None else {"gated": True}),
     }
-
-
-def spent(statement: Mapping[str, Any]) -> float | None:
-    """Return the largest epsilon that a site has spent after a round; None without privacy."""
-    return max(((statement.get("privacy") or {}).get("epsilon") or {}).values(), default=None)
 
 
 def as_lines(found: Mapping[str, Any]) -> list[str]:

@@ -27,13 +27,15 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
-from privet.server.network.service import admit_members, link_of, listens, owners_of
+from privet.server.network.nodes import listens
+from privet.server.network.service import admit_members, link_of, owners_of
+from privet.server.rounds.folder import STOP
 from privet.server.rounds.quality import quality
 from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
-from privet.server.rounds.state import STOP, RunDirectory, RunState
+from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import CONSENT, Wait
+from privet.server.rounds.wait import CONSENT, Wait
 
 _CONFIG = "adapter_config.json"
 # Seconds between two notes of what a stage waits for, while it waits for more than a few sites.

@@ -35,7 +35,9 @@ def _view(file: Path) -> object:
     from privet.client.commands.doctor import LOCAL, examine
     from privet.client.console.reading import Consulting
     from privet.client.console.view import SiteView
+    from privet.common.privacy.apart import compute_apart
 
+    compute_apart()  # the libraries would take more memory than all the rest
     # Those of `privet site doctor` that load no model.
     checks = LOCAL | {"certificate", "connection", "clock", "log"}
     return SiteView(file, Consulting(file), lambda: examine(file, now, only=checks)).view()

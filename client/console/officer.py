@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -172,13 +172,17 @@ class Story:
         """
         known = log_stamp(self.site, said)
         if known != self._known:
-            leaves, tree, history = known_leaves(self.site, said), Tree(), Replay()
-            for leaf in leaves:
+            tree, history = Tree(), Replay()
+            for leaf in known_leaves(self.site, said):
                 tree.append(leaf_hash(leaf))
             size = cosigned(self.site, tree)
             if not size:
-                raise _unproven(self.site, len(leaves))
-            for index, leaf in enumerate(leaves[:size]):
+                raise _unproven(self.site, tree.frontier.size)
+            # Read a second time, as the leaves together may be larger than the memory. The first pass proved them by
+            # their hashes; a leaf that is another one now gives another root, and none is shown as proven by it.
+            for index, leaf in enumerate(islice(known_leaves(self.site, said), size)):
+                if leaf_hash(leaf) != tree.leaf(index):
+                    raise _unproven(self.site, index)
                 admit(history, index, leaf, tree.root_at)
             self._known, self._history = known, history
         return self._history

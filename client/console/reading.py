@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ FRESH_SECONDS, IDLE_SECONDS, PATIENCE_SECONDS = 20.0, 60.0, 2.0
 """How old an answer of the coordinator may be when a page is asked for, and while it is open; and how long a page waits
 for the first one."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
-_MOST_LEFT = 200
-"""Most rounds that the page of what left lists."""
 _LEDGER_SECONDS = 15.0
 
 
@@ -300,14 +298,12 @@ class OwnLog:
             self._known = known
         return self._found
 
-    def _read(self, leaves: Sequence[bytes]) -> None:
+    def _read(self, leaves: Iterable[bytes]) -> None:
         tree, found, studies = Tree(), dict[tuple[str, int], Stated](), dict[str, str]()
-        for leaf in leaves:
-            tree.append(leaf_hash(leaf))
-        self.leaves, self.cosigned = tree.frontier.size, cosigned(self.site, tree)
         own = self.site.identity_key()
         key = b"" if own is None else own.public_key().public_bytes_raw()
         for index, leaf in enumerate(leaves):
+            tree.append(leaf_hash(leaf))
             try:
                 envelope = Envelope.decode(leaf)
                 statement = parse_statement(envelope.payload)
@@ -316,12 +312,12 @@ class OwnLog:
                 elif isinstance(statement, SiteRound) and envelope.key == key:
                     envelope.check_first()  # this site's own word, also where nobody has cosigned it yet
                     epsilon = None if statement.charge is None else statement.charge.epsilon
-                    proven = index < self.cosigned
                     where = studies.get(statement.run, ""), statement.round
-                    found[where] = Stated(index, statement.run, statement.upload, epsilon, proven)
+                    found[where] = Stated(index, statement.run, statement.upload, epsilon, proven=False)
             except PrivetError:
                 continue  # nothing that can be read as a statement of the log; it proves nothing
-        self._found = found
+        self.leaves, self.cosigned = tree.frontier.size, cosigned(self.site, tree)
+        self._found = {where: replace(each, proven=each.index < self.cosigned) for where, each in found.items()}
 
 
 def log_stamp(site: SiteConfig, said: Said) -> object:
@@ -329,10 +325,14 @@ def log_stamp(site: SiteConfig, said: Said) -> object:
     return () if site.log is None else (stamps([site.log.state / COPY]), said.first, len(said.leaves))
 
 
-def known_leaves(site: SiteConfig, said: Said) -> Sequence[bytes]:
-    """Return the leaves of the site's copy of the round log, and those that follow it in the coordinator's answer."""
-    kept = [] if site.log is None else list(kept_leaves(site.log.state / COPY))
-    return [*kept, *said.leaves[len(kept) - said.first :]] if said.first <= len(kept) else kept
+def known_leaves(site: SiteConfig, said: Said) -> Iterator[bytes]:
+    """Yield the leaves of the site's copy of the round log, and those that follow it in the coordinator's answer."""
+    kept = 0
+    for leaf in () if site.log is None else kept_leaves(site.log.state / COPY):
+        kept += 1
+        yield leaf
+    if said.first <= kept:
+        yield from said.leaves[kept - said.first :]
 
 
 def cosigned(site: SiteConfig, tree: Tree) -> int:
@@ -364,14 +364,12 @@ class Books:
     """What the ledger says.
 
     Attributes:
-        left: Rounds, newest first, at most 200.
-        rounds: Number of all rounds.
+        left: Rounds, newest first.
         bytes: Of all rounds, before masking.
         spending: None if the site file sets no limit.
     """
 
     left: tuple[Left, ...]
-    rounds: int
     bytes: int
     spending: Spending | None
 
@@ -396,11 +394,11 @@ class Accounts:
         """
         receipts, spending = self._read()
         stated, names = self.log.stated(said), {each.study.digest: each.study.name for each in said.proposals}
-        newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)[:_MOST_LEFT]
+        newest_first = sorted(receipts, key=lambda each: each.row, reverse=True)
         left = tuple(
             Left(each, stated.get((each.study, each.round)), names.get(each.study, "")) for each in newest_first
         )
-        return Books(left, len(receipts), sum(each.bytes for each in receipts), spending)
+        return Books(left, sum(each.bytes for each in receipts), spending)
 
     def _read(self) -> tuple[Sequence[Receipt], Spending | None]:
         files = ledger_files(self.site)

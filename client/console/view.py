@@ -29,9 +29,14 @@ from privet.common.errors import StateError
 from privet.common.web.app import Asked, Shown, View
 from privet.common.web.events import stamps
 from privet.common.web.pages import bars
+from privet.common.web.paging import piece
 from privet.common.web.sessions import Bucket
 
 _TRIES, _TRY_RATE = 5, 1 / 60
+_ROWS, _STUDIES = 100, 50
+"""Rounds, and proposed studies, of a page."""
+_POINTS = 300
+"""Most points of a curve, about."""
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -96,7 +101,13 @@ class SiteView:
         heard = self._coordinator.heard()
         books = accounts.books(self._coordinator.heard().said)
         found = reading.offered(site, heard)
-        values = {"offers": found, "heard": heard, "books": books, "bar_segments": _bar(books), "left": books.left[:5]}
+        values = {
+            "listed": piece(found, asked.query, _STUDIES, lambda each: each.proposed.study.name),
+            "heard": heard,
+            "books": books,
+            "bar_segments": _bar(books),
+            "left": books.left[:5],
+        }
         return Shown("inbox.html", {**self._common(site, "inbox"), **values})
 
     def _study(self, asked: Asked) -> Shown:
@@ -136,7 +147,8 @@ class SiteView:
     def _left(self, asked: Asked) -> Shown:
         site, accounts = self._own()
         books = accounts.books(self._coordinator.heard().said)
-        return Shown("left.html", {**self._common(site, "left"), "books": books, "log": accounts.log})
+        values = {"books": books, "log": accounts.log, "listed": piece(books.left, asked.query, _ROWS)}
+        return Shown("left.html", {**self._common(site, "left"), **values})
 
     def _budget(self, asked: Asked) -> Shown:
         site, accounts = self._own()
@@ -241,5 +253,6 @@ def _curve(books: reading.Books) -> list[tuple[str, str]]:
     stated = [each.stated.epsilon for each in reversed(books.left) if each.stated and each.stated.epsilon is not None]
     if books.spending is None or len(stated) < 2:
         return []
+    stated = [*stated[: -1 : -(-len(stated) // _POINTS)], stated[-1]]
     top, step = max(books.spending.limit.epsilon, max(stated)), 600 / (len(stated) - 1)
     return [(f"{number * step:.1f}", f"{160 - 150 * each / top:.1f}") for number, each in enumerate(stated)]

@@ -274,17 +274,17 @@ def confirmed(trusted: Trusted) -> Charter:
 def kept_leaves(file: Path) -> Iterator[bytes]:
     """Yield the leaves of a file; one that was cut short by a crash ends them."""
     try:
-        data = memoryview(file.read_bytes())
+        with file.open("rb") as opened:
+            while len(head := opened.read(_LENGTH)) == _LENGTH:
+                size = int.from_bytes(head, "big")
+                leaf = opened.read(size) if 0 < size <= MAX_LEAF_BYTES else b""
+                if not leaf or len(leaf) < size:
+                    return
+                yield leaf
     except FileNotFoundError:
         return
     except OSError as error:
         raise StateError(f"{file} cannot be read ({error.strerror})", "check the disk, or delete the file") from None
-    while len(data) > _LENGTH:
-        size = int.from_bytes(data[:_LENGTH], "big")
-        if not 0 < size <= MAX_LEAF_BYTES or len(data) < _LENGTH + size:
-            return
-        yield bytes(data[_LENGTH : _LENGTH + size])
-        data = data[_LENGTH + size :]
 
 
 def _keep(file: Path, leaves: Sequence[bytes], first: int) -> None:

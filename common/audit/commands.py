@@ -223,7 +223,8 @@ def page(
     target = out or Path(f"{name.removesuffix('.tar')}.html")
     write_new(target, data, 0o644)
     result = f"{target}: {len(data)} bytes, SHA-256 {digest(data)[7:]}."
-    typer.echo(closing(result, f"open {target} in a browser, and compare its words with a site's page of the same log"))
+    result += ' It says "Not yet verified" until its reader has compared the log with a site.'
+    typer.echo(closing(result, f"open {target} in a browser, and type the words that a site reads out"))
 
 
 def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> Checkpoint:

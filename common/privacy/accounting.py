@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import StudyError
-from privet.common.privacy import accountants
+from privet.common.privacy import accountants, apart
 from privet.common.privacy.accountants import ORDERS
 from privet.common.privacy.noise import SAMPLER_DISTANCE, SAMPLER_FACTOR
 from privet.common.study.sections import HEAD_START_SHARE, MOST_BAND
@@ -221,6 +221,7 @@ def sampler_errors(target: float, steps: float = MOST_STEPS, variates: float = M
 
 
 @lru_cache(maxsize=512)
+@apart.able
 def _epsilon(history: _History, delta: float, accountant: Accountant) -> float:
     if any(z < _SMALLEST_NOISE for z, _, _ in history):
         return math.inf
@@ -278,8 +279,13 @@ def _rdp_bound(history: _History, delta: float) -> float:
 @lru_cache(maxsize=512)
 def _rdp(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:
     """Return the Rényi divergence of one step at each of Opacus's orders."""
+    return np.asarray(_divergences(noise_multiplier, sampling_rate))
+
+
+@apart.able
+def _divergences(noise_multiplier: float, sampling_rate: float) -> list[float]:
     found = accountants.rdp().compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
-    return np.asarray(found)
+    return [float(each) for each in found]
 
 
 def _conversion(orders: NDArray[np.float64], delta: float) -> NDArray[np.float64]:
@@ -328,6 +334,7 @@ def noise_multiplier(
 
 
 @lru_cache(maxsize=512)
+@apart.able
 def _calibrated(target: float, delta: float, sampling_rate: float, steps: int, beside: float | None = None) -> float:
     """Return the noise multiplier; infinite where none reaches the target."""
     fixed: _History = () if beside is None else ((beside, 1.0, 1),)

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Scope
 from privet.common.errors import PrivetError
 from privet.common.web.events import MOST, Look, Watcher
 from privet.common.web.guard import Guard, TooLongError
-from privet.common.web.pages import page
+from privet.common.web.pages import environment, page
 from privet.common.web.sessions import COOKIE, Bucket, Clock, Role, Session, Sessions
 from privet.common.web.texts import LANGUAGES, Texts, preferred
 
@@ -47,12 +47,14 @@ class Asked:
         session: Whose.
         texts: The texts of its language.
         path: The parts of the path that the route names.
+        query: What stands behind the path of a page.
         form: The fields that were sent; empty for a page.
     """
 
     session: Session
     texts: Texts
     path: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
     form: Form = field(default_factory=dict)
 
 
@@ -105,6 +107,7 @@ class Console:
 
     def __init__(self, view: View, hosts: Collection[str], clock: Clock = time.monotonic) -> None:
         self.view, self.sessions, self.watcher = view, Sessions(clock), Watcher(view.look)
+        environment(view.templates)
         self._guesses = Bucket(_LINK_BURST, _LINK_RATE, clock)
         self._known, self._strangers = (Bucket(_PAGE_BURST, _PAGE_RATE, clock) for _ in range(2))
         routes = [
@@ -159,7 +162,7 @@ class Console:
             session = self._session(request)
             if session is None:
                 return self._message(request, None, 401, "message.out")
-            asked = Asked(session, self._texts(request), request.path_params)
+            asked = Asked(session, self._texts(request), request.path_params, request.query_params)
             return await self._answered(answer, asked, live=True)
 
         return respond
@@ -174,7 +177,7 @@ class Console:
                 return self._message(request, session, 403, "message.form")
             if session.role is not Role.APPROVER:
                 return self._message(request, session, 403, "message.viewer")
-            asked = Asked(session, self._texts(request), request.path_params, form)
+            asked = Asked(session, self._texts(request), request.path_params, form=form)
             return await self._answered(answer, asked, live=False)
 
         return respond

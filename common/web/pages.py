@@ -42,6 +42,8 @@ def environment(folder: Path) -> Environment:
         "lasted": duration,
         "prose": prose,
     }
+    for name in made.list_templates(["html"]):  # compiled now, and not while somebody waits for the first page
+        made.get_template(name)
     return made
 
 

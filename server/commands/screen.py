@@ -13,7 +13,7 @@ from typing import TextIO
 import typer
 
 from privet.common.progress import folded, ticking
-from privet.server.rounds.watch import CONSENT, Wait, details, sentence
+from privet.server.rounds.wait import CONSENT, Wait, details, sentence
 
 # Seconds: between two looks; until a stage is worth a plain line; and until a plain line is repeated.
 _TICK, _SETTLED, _REPEATED = 0.5, 2.0, 60.0

@@ -258,7 +258,7 @@ def stop(
 ) -> None:
     """Stop a run after its current round; while it waits for consent, at once. `resume` continues it."""
     from privet.server import studies
-    from privet.server.rounds.watch import CONSENT
+    from privet.server.rounds.wait import CONSENT
 
     found = studies.reopen_study(_open(directory, passphrase_file), run)
     wait = found.directory.waiting
@@ -412,7 +412,7 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 def _note_service(made: Coordinator) -> None:
     """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
-    from privet.server.network.service import listens
+    from privet.server.network.nodes import listens
 
     if listens(made.settings):
         return

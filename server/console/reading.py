@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -10,24 +11,24 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from privet.common.errors import PrivetError, ProtocolError
+from privet.common.errors import PrivetError
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.note import parse_note
-from privet.common.pki.certificates import life_of
 from privet.common.web.events import stamps
 from privet.common.web.pages import moment, size
-from privet.server.consortium.candidates import Candidate, candidates
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.consortium.membership import Row
+from privet.server.consortium.membership import Listed, next_quorum
 from privet.server.log.logfile import LogFile
 from privet.server.log.roundlog import log_file
-from privet.server.network.link import Link, RegisteredNode
-from privet.server.network.service import LINK, link_of
-from privet.server.overview import run_paths, run_status
-from privet.server.rounds.state import RunDirectory
-from privet.server.rounds.watch import Wait, details
+from privet.server.network.nodes import LINK, RegisteredNode, flowers_key, listens, registered_in
+from privet.server.rounds.folder import STATE, RunFolder, run_paths, spent
+from privet.server.rounds.quality import quality
+from privet.server.rounds.wait import Wait, details
+
+if TYPE_CHECKING:
+    from privet.server.consortium.candidates import Candidate
 
 _log = logging.getLogger("privet.console")
 _LATE = 6
@@ -38,7 +39,8 @@ _AWAY_SECONDS = 86_400.0
 _FREE_SHARE, _FREE_BYTES = 20, 2 * 10**9
 """Free space below both the disk's size over the one and the other is an alert: updates of a round need it."""
 _GATE_SECONDS = 60.0
-_MOST_ROUNDS = 100
+_FEW, _SHORT = 3, 200
+"""Sites that failed in a round which are named, and characters of a reason that are shown."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ class Site:
         return self.state == "pending" or away or self.late
 
 
-def _site(row: Row, nodes: Mapping[str, RegisteredNode], now: datetime) -> Site:
-    name, days, late, node = row.keys.site, None, False, nodes.get(row.keys.site)
-    if row.certificate is not None and row.state == "member":
-        left = row.certificate.not_valid_after_utc - now
-        days, late = left.days, left < life_of(row.certificate) / _LATE
-    online = row.state == "member" and node is not None and node.online
+def _site(listed: Listed, node: RegisteredNode | None, serving: bool, now: datetime) -> Site:
+    days, late = None, False
+    if listed.certificate is not None and listed.state == "member":
+        begins, ends = listed.certificate
+        days, late = (ends - now).days, ends - now < (ends - begins) / _LATE
+    online = serving and listed.state == "member" and node is not None and node.online
     seen = None if node is None or node.until is None else min(node.until, now.timestamp())
-    return Site(name, row.state, row.since, row.reason, online, days, late, seen)
+    return Site(listed.site, listed.state, listed.since, listed.reason, online, days, late, seen)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Alert:
     """Something that an operator should look at now.
 
     Attributes:
-        kind: `certificate`, `ended`, `away`, `never`, `quorum`, `cosigned` or `disk`.
+        kind: `service`, `certificate`, `ended`, `away`, `never`, `quorum`, `cosigned` or `disk`.
         values: The places of its text.
     """
 
@@ -95,7 +97,7 @@ class Alert:
     values: Mapping[str, object]
 
 
-def alerts(sites: Sequence[Site], head: Head | None, place: Path, now: datetime) -> list[Alert]:
+def alerts(sites: Sequence[Site], head: Head | None, place: Path, now: datetime, *, serving: bool) -> list[Alert]:
     """Return what an operator should look at now.
 
     Args:
@@ -103,10 +105,13 @@ def alerts(sites: Sequence[Site], head: Head | None, place: Path, now: datetime)
         head: The head of the round log; None while it is empty.
         place: The coordinator's directory.
         now: The present time.
+        serving: Whether the coordinator's service runs.
     """
     members, found = [each for each in sites if each.state == "member"], list[Alert]()
     online = sum(each.online for each in members)
-    if head is not None and online < head.needed:
+    if not serving and members:
+        found.append(Alert("service", {}))
+    elif head is not None and online < head.needed:
         found.append(Alert("quorum", {"online": online, "needed": head.needed}))
     if head is not None and len(head.witnesses) < head.needed:
         found.append(Alert("cosigned", {"count": len(head.witnesses), "needed": head.needed}))
@@ -131,6 +136,8 @@ class Gates:
 
     def all(self, now: datetime) -> Mapping[str, Candidate]:
         """Return the candidates by run. Raises as `candidates`."""
+        from privet.server.consortium.candidates import candidates  # the log's writer, which loads NumPy
+
         files = [log_file(self.made.log_directory), self.made.directory / "reviews"]
         seen = stamps([*files, files[0].with_name(f"{files[0].name}-wal")]), now.timestamp() // _GATE_SECONDS
         if self._known is None or self._known[0] != seen:
@@ -144,12 +151,14 @@ class Run:
 
     Attributes:
         name: Its name.
-        status: As `run_status`; empty where the run cannot be read.
+        status: As `Course.status`; empty where the run cannot be read.
+        folder: Its directory; None where the run cannot be read.
         error: Why it cannot be read; None if it can.
     """
 
     name: str
     status: Mapping[str, Any]
+    folder: RunFolder | None = None
     error: PrivetError | None = None
 
     @property
@@ -159,59 +168,148 @@ class Run:
             return "failed"
         if self.status["withdrawn"] is not None:
             return "withdrawn"
-        if self.status["ended"]:
-            return "waiting" if self.status.get("gated") and not self.status["released"] else "finished"
-        return "running" if self.status["waiting"] else "stopped"
+        if self.status["waiting"]:  # also after its last round, until the release is written
+            return "running"
+        if not self.status["ended"]:
+            return "stopped"
+        if self.status["released"] or not self.status["closed"]:
+            return "finished"
+        return "waiting" if self.status["gated"] else "stopped"  # before its release
 
     @property
     def wait(self) -> Wait | None:
         """What it waits for."""
-        found = self.status.get("waiting")
-        return None if found is None else Wait(**{**found, "answered": tuple(found["answered"])})
+        return self.status.get("waiting")
 
     @property
     def reasons(self) -> list[str]:
         """A sentence for each site that it waits for and that gave a reason."""
-        return [] if self.wait is None else [line.strip() for line in details(self.wait)]
+        return [] if self.wait is None else [_cut(line.strip()) for line in details(self.wait)]
+
+
+@dataclass
+class Course:
+    """A run as it was read last: its published rounds, each read once, and whether it has ended.
+
+    Attributes:
+        folder: Its directory.
+        epsilon: What the site that spent most had spent after the newest round; None without privacy.
+    """
+
+    folder: RunFolder
+    epsilon: float | None = None
+    _kinds: dict[int, tuple[object, str]] = field(default_factory=dict)
+    _state: tuple[object, bool] | None = None
+
+    def status(self) -> dict[str, Any]:
+        """Return the status of the run, as `privet.server.overview.run_status`, as far as pages show it.
+
+        Raises:
+            PrivetError: A file of the run cannot be read.
+        """
+        folder, seen = self.folder, stamps([self.folder.path / STATE])
+        if self._state is None or self._state[0] != seen:
+            self._state = seen, folder.standing(sealed=True)[1]
+        self._read()
+        kinds, wait = [kind for _, kind in self._kinds.values()], folder.waiting
+        return {
+            "rounds": folder.study.rounds,
+            "closed": kinds.count("round-close"),
+            "aborted": kinds.count("round-abort"),
+            "ended": self._state[1],
+            "withdrawn": folder.withdrawn,
+            "waiting": wait,
+            "stopping": folder.stopping,
+            "epsilon": self.epsilon,
+            "gated": folder.study.gate is not None,
+            "released": (folder.path / "release").is_dir(),
+        }
+
+    def _read(self) -> None:
+        published = self.folder.rounds()
+        newest = next(iter(published), None)
+        for number, seen in published.items():
+            known = self._kinds.get(number)
+            if known is None or known[0] != seen:
+                statement = self.folder.statement(number)
+                self._kinds[number] = seen, str(statement["type"])
+                if number == newest:
+                    self.epsilon = spent(statement)
 
 
 @dataclass
 class Runs:
-    """The runs of a coordinator. The state of a run is read again when its files have changed."""
+    """The runs of a coordinator. What is read of a file is read again when the file has changed."""
 
     made: Coordinator
-    _known: dict[Path, tuple[object, RunDirectory | None, Run]] = field(default_factory=dict)
+    _known: dict[Path, tuple[object, Course]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self) -> list[Run]:
         """Return all runs: those that are played now first, then the newest."""
-        found = [(path.stat().st_mtime, self._read(path)) for path in run_paths(self.made)]
+        found = [(path.stat().st_mtime, self._read(path)) for path in run_paths(self.made.directory)]
         order = ("running", "stopped", "waiting", "failed", "finished", "withdrawn")
         return [run for _, run in sorted(found, key=lambda each: (order.index(each[1].state), -each[0]))]
 
     def named(self, name: str) -> Run | None:
         """Return a run; None if there is none of this name."""
-        return next((self._read(path) for path in run_paths(self.made) if path.name == name), None)
+        return next((self._read(path) for path in run_paths(self.made.directory) if path.name == name), None)
 
     def _read(self, path: Path) -> Run:
-        files = ("study.json", "state.safetensors", "waiting.json", "withdrawn.json", "release")
-        seen = stamps(path / name for name in files)
-        known, directory, run = self._known.get(path, (None, None, None))
-        # Whether a process plays it can change without a file: one that was killed leaves its note.
-        playing = directory is not None and directory.waiting is not None
-        if run is None or known != (seen, playing):
-            try:
-                directory = RunDirectory.open(path)
-                run = Run(path.name, run_status(path))
-            except PrivetError as error:
-                run = Run(path.name, {}, error)
-            self._known[path] = (seen, bool(run.status.get("waiting"))), directory, run
-        return run
+        seen = stamps([path / "study.json"])
+        try:
+            with self._lock:  # two pages that read one run at a time would count its rounds twice
+                known = self._known.get(path)
+                if known is None or known[0] != seen:
+                    known = self._known[path] = seen, Course(RunFolder.open(path))
+                return Run(path.name, known[1].status(), known[1].folder)
+        except PrivetError as error:
+            return Run(path.name, {}, None, error)
 
 
-def rounds(made: Coordinator, name: str) -> list[Mapping[str, Any]]:
-    """Return the statements about the last 100 rounds of a run, newest first. Raises as `RunDirectory.load`."""
-    statements = RunDirectory.open(made.directory / "runs" / name).load().statements
-    return list(reversed(statements[-_MOST_ROUNDS:]))
+@dataclass(frozen=True)
+class Round:
+    """A round of a run, for a page.
+
+    Attributes:
+        number: Its number.
+        seconds: How long it took.
+        sites: How many sites' updates are in its sum.
+        aborted: Why it was aborted; empty if it was closed.
+        failures: The first sites that failed, each with the reason.
+        more: How many others failed.
+        epsilon: What the site that spent most had spent after it; None without privacy.
+        quality: What the sites measured together, as text.
+    """
+
+    number: int
+    seconds: float
+    sites: int
+    aborted: str
+    failures: Mapping[str, str]
+    more: int
+    epsilon: float | None
+    quality: str
+
+
+def round_of(folder: RunFolder, number: int) -> Round:
+    """Return a round for a page. Raises as `RunFolder.statement`."""
+    statement = folder.statement(number)
+    failures: Mapping[str, str] = statement["failures"]
+    return Round(
+        number=number,
+        seconds=statement["seconds"],
+        sites=len(statement["survivors"]),
+        aborted=_cut(statement["reason"]) if statement["type"] == "round-abort" else "",
+        failures={site: _cut(failures[site]) for site in sorted(failures)[:_FEW]},
+        more=max(len(failures) - _FEW, 0),
+        epsilon=spent(statement),
+        quality=quality(statement.get("metrics")),
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}\u2026"
 
 
 @dataclass(frozen=True)
@@ -233,20 +331,21 @@ class Head:
     needed: int
 
 
-def head(made: Coordinator) -> Head | None:
-    """Return the head of the round log; None while it is empty."""
+def head(made: Coordinator, members: Sequence[str]) -> Head | None:
+    """Return the head of the round log; None while it is empty.
+
+    Args:
+        made: The coordinator.
+        members: The names of the members, who are its witnesses.
+    """
     log = LogFile(made.log_directory)
-    data = log.checkpoint()
-    try:
-        policy = made.members.policy()
-    except ProtocolError:  # more members than a policy of the log can have
-        policy = None
-    if not data or policy is None:
+    data, signed = log.head()
+    if not data or not members:
         return None
-    note = parse_note(data)
-    checkpoint, names = Checkpoint.parse(note.text), {key.name for key in policy.witnesses}
-    signed = sorted({each.name for each in note.signatures} & names)
-    return Head(checkpoint.size, checkpoint.root.hex(), log.size(), tuple(signed), policy.needed)
+    checkpoint = Checkpoint.parse(parse_note(data).text)
+    names = tuple(sorted(set(signed) & set(members)))
+    needed = next_quorum(len(members), made.settings.colluding)
+    return Head(checkpoint.size, checkpoint.root.hex(), log.size(), names, needed)
 
 
 @dataclass
@@ -254,48 +353,61 @@ class People:
     """The sites of a coordinator, and which are connected. The members' file and the log are read when they change."""
 
     made: Coordinator
-    _link: Link | None = None
-    _known: tuple[object, tuple[Row, ...], Head | None] | None = None
+    _listed: tuple[object, tuple[Listed, ...], Mapping[bytes, str]] | None = None
+    _head: tuple[object, Head | None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def serving(self) -> bool:
+        """Whether the coordinator's service runs, as far as this machine can tell. Without it, nobody is connected."""
+        return listens(self.made.settings)
 
     def nodes(self) -> Mapping[str, RegisteredNode]:
         """Return the members' nodes by the member's name; none while the service has not started yet."""
-        with self._lock:
-            # Never made here: the service makes it when it first starts, and two at once would disturb each other.
-            if self._link is None and not (self.made.directory / LINK).exists():
-                return {}
-            if self._link is None:  # opening takes a tenth of a second, as it checks the tables
-                try:
-                    self._link = link_of(self.made.directory)
-                except Exception as error:  # of the database's library, while the service is making the tables
-                    _log.warning("connections are not known yet (%s)", type(error).__name__)
-                    return {}
-            keys = {row.keys.node.encode("ascii"): row.keys.site for row in self._rows() if row.state == "member"}
-            owners = self._link.owners(keys)
-            return {owners[node.id]: node for node in self._link.nodes() if node.id in owners}
+        database = self.made.directory / LINK
+        if not database.exists():
+            return {}
+        owners = self._members()[1]
+        try:
+            return {owners[node.public_key]: node for node in registered_in(database) if node.public_key in owners}
+        except sqlite3.Error as error:  # the service is making the tables
+            _log.warning("connections are not known yet (%s)", type(error).__name__)
+            return {}
 
     def connected(self) -> frozenset[str]:
         """Return the names of the members that are connected now."""
-        return frozenset(name for name, node in self.nodes().items() if node.online)
+        return frozenset(name for name, node in self.nodes().items() if node.online) if self.serving else frozenset()
 
-    def sites(self, now: datetime) -> list[Site]:
+    def sites(self, now: datetime, *, serving: bool) -> list[Site]:
         """Return all sites: those that ask first, then those that are away, then the others, each by name."""
         nodes = self.nodes()
-        found = [_site(row, nodes, now) for row in self._rows()]
+        found = [_site(each, nodes.get(each.site), serving, now) for each in self._members()[0]]
         order = {"pending": 0, "member": 1, "revoked": 3}
         return sorted(found, key=lambda each: (order[each.state] + each.online, each.name))
 
     def head(self) -> Head | None:
         """Return the head of the round log; None while it is empty."""
-        self._rows()
-        return None if self._known is None else self._known[2]
+        names = [each.site for each in self._members()[0] if each.state == "member"]
+        seen = self._seen(log_file(self.made.log_directory)), names
+        if self._head is None or self._head[0] != seen:
+            self._head = seen, head(self.made, names)
+        return self._head[1]
 
-    def _rows(self) -> tuple[Row, ...]:
-        files = [self.made.directory / "members.db", log_file(self.made.log_directory)]
-        seen = stamps([*files, *(file.with_name(f"{file.name}-wal") for file in files)])
-        if self._known is None or self._known[0] != seen:
-            self._known = seen, self.made.members.rows(), head(self.made)
-        return self._known[1]
+    def _members(self) -> tuple[tuple[Listed, ...], Mapping[bytes, str]]:
+        """Return the sites, and the names of the members by their nodes' keys."""
+        with self._lock:
+            seen = self._seen(self.made.members.path)
+            if self._listed is None or self._listed[0] != seen:
+                listed = self.made.members.listed()
+                owners = {
+                    flowers_key(each.node.encode("ascii")): each.site for each in listed if each.state == "member"
+                }
+                self._listed = seen, listed, owners
+            return self._listed[1:]
+
+    @staticmethod
+    def _seen(file: Path) -> object:
+        return stamps([file, file.with_name(f"{file.name}-wal")])
 
 
 def since(began: float) -> float:

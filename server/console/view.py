@@ -16,18 +16,19 @@ from privet.common.errors import PrivetError, StateError
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.web.app import Asked, Shown, View
 from privet.common.web.events import stamps
+from privet.common.web.paging import piece
 from privet.common.web.sessions import Bucket
 from privet.server.console import reading
-from privet.server.console.reading import Gates, People, Run, Runs, alerts
+from privet.server.console.reading import Gates, People, Round, Run, Runs, alerts
 from privet.server.consortium.coordinator import Coordinator, log_due, open_coordinator
-from privet.server.network.link import CLOCK_SECONDS
-from privet.server.overview import run_paths, spent
-from privet.server.rounds.quality import quality
-from privet.server.rounds.state import RunDirectory
+from privet.server.network.nodes import CLOCK_SECONDS
+from privet.server.rounds.folder import RunFolder, run_paths
 
 _TRIES, _TRY_RATE = 5, 1 / 60
 _FEW = 12
 """Sites that the first page lists."""
+_SITES, _ROUNDS = 100, 50
+"""Rows of a page."""
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -45,7 +46,9 @@ class CoordinatorView:
         self._tries = Bucket(_TRIES, _TRY_RATE, time.monotonic)
         self._starting = threading.Lock()
         self._started: dict[str, subprocess.Popen[bytes]] = {}
-        self._people.connected()  # a second for a thousand sites, before anybody waits for a page
+        # A second for a thousand sites and thousands of rounds, before anybody waits for a page.
+        self._people.connected()
+        self._runs.all()
 
     def view(self) -> View:
         """Return its routes."""
@@ -64,8 +67,8 @@ class CoordinatorView:
     def _look(self) -> object:
         made = self._made
         files = [made.directory / "members.db", made.directory / "members.db-wal"]
-        for path in run_paths(made):
-            files += [path, path / "state.safetensors", path / "waiting.json", path / "stop"]
+        for path in run_paths(made.directory):
+            files += [path, path / "rounds", path / "state.safetensors", path / "waiting.json", path / "stop"]
         return stamps(files), self._people.connected()
 
     def _common(self, active: str) -> dict[str, Any]:
@@ -79,10 +82,10 @@ class CoordinatorView:
 
     def _overview(self, asked: Asked, wrong: str = "", token: tuple[str, str] | None = None) -> Shown:
         made = self._made
-        time, head = now(), self._people.head()
-        found = self._people.sites(time)
+        time, head, serving = now(), self._people.head(), self._people.serving
+        found = self._people.sites(time, serving=serving)
         values = {
-            "alerts": alerts(found, head, made.directory, time),
+            "alerts": alerts(found, head, made.directory, time, serving=serving),
             "runs": self._runs.all(),
             "sites": [each for each in found if each.attention][:_FEW],
             "members": sum(each.state == "member" for each in found),
@@ -99,31 +102,27 @@ class CoordinatorView:
         return Shown("overview.html", {**self._common("overview"), **values}, 409 if wrong else 200)
 
     def _sites(self, asked: Asked) -> Shown:
-        found = self._people.sites(now())
-        return Shown(
-            "sites.html",
-            {
-                **self._common("sites"),
-                "sites": found,
-                "guarded": self._made.guarded,
-                "wrong": "",
-                "clock": CLOCK_SECONDS,
-            },
-        )
+        found = self._people.sites(now(), serving=self._people.serving)
+        values = {
+            "listed": piece(found, asked.query, _SITES, lambda each: each.name),
+            "guarded": self._made.guarded,
+            "clock": CLOCK_SECONDS,
+        }
+        return Shown("sites.html", {**self._common("sites"), **values})
 
     def _run(self, asked: Asked) -> Shown:
         run = self._found(asked)
-        rounds = [] if run.error is not None else reading.rounds(self._made, run.name)
-        longest = max((each["seconds"] for each in rounds), default=0.0)
+        numbers = [] if run.folder is None else list(run.folder.rounds())
+        listed = piece(numbers, asked.query, _ROUNDS)
+        rounds: list[Round] = [] if run.folder is None else [reading.round_of(run.folder, each) for each in listed.rows]
+        longest = max((each.seconds for each in rounds), default=0.0)
         values = {
             "run": run,
-            "study": None if run.error else RunDirectory.open(self._made.directory / "runs" / run.name).study,
+            "study": None if run.folder is None else run.folder.study,
             "rounds": rounds,
-            "quality": {each["round"]: quality(each.get("metrics")) for each in rounds},
-            "spent": {each["round"]: spent(each) for each in rounds},
-            "widths": {each["round"]: f"{100 * each['seconds'] / longest:.1f}" for each in rounds if longest},
+            "listed": listed,
+            "widths": {each.number: f"{100 * each.seconds / longest:.1f}" for each in rounds if longest},
             "gate": self._gates.all(now()).get(run.name) if run.status.get("gated") else None,
-            "stopping": (self._made.directory / "runs" / run.name / "stop").exists(),
         }
         return Shown("run.html", {**self._common("overview"), **values})
 
@@ -171,7 +170,7 @@ class CoordinatorView:
 
     def _stop(self, asked: Asked) -> Shown:
         run = self._found(asked)
-        RunDirectory.open(self._made.directory / "runs" / run.name).ask_to_stop()
+        RunFolder.open(self._made.directory / "runs" / run.name).ask_to_stop()
         return Shown(to=f"/run/{run.name}")
 
     def _resume(self, asked: Asked) -> Shown:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,8 +62,11 @@ from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members
 from privet.server.consortium.membership import Consortium, Row
-from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, Journal, Keys, open_journal, read_keys_of, write_keys
+from privet.server.log.keys import COORDINATOR_KEY, LOG_KEY, Keys, read_keys_of, write_keys
 from privet.server.log.roundlog import create_log
+
+if TYPE_CHECKING:
+    from privet.server.log.journal import Journal  # it loads NumPy, and a console opens a coordinator
 
 KEYS, FORMER, NEXT = "keys", "former.txt", "next"
 _ROTATED, _ROOT_KEY = "flower/rotated", "ca/root.key"
@@ -430,6 +433,8 @@ def log_due(made: Coordinator) -> tuple[int, StateError | None]:
     Returns:
         How many were due, and why they wait, if they do: another process has the log open.
     """
+    from privet.server.log.journal import open_journal
+
     due = len(made.members.statements())
     if not due:
         return 0, None

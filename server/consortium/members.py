@@ -15,6 +15,7 @@ the file itself, so threads and processes may share it. The file has no secret: 
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -36,7 +37,15 @@ from privet.common.pki.certificates import read_certificate, to_pem
 from privet.common.pki.enrolment import JoinRequest, KeysRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
 from privet.common.pki.words import mistyped
-from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
+from privet.server.consortium.membership import (
+    NO_TOKEN,
+    Consortium,
+    Listed,
+    Row,
+    check_new_keys,
+    check_token,
+    next_quorum,
+)
 from privet.server.consortium.reasons import Reason
 
 _APPLICATION = 0x70767433
@@ -335,6 +344,12 @@ class Members:
             found = _all(database, f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received")
         return tuple(map(_row, found))
 
+    def listed(self) -> tuple[Listed, ...]:
+        """Return the same sites for a page. Their keys were verified when they came, and are not verified again."""
+        with self._transaction() as database:
+            query = f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received"
+            return tuple(_listed(row) for row in database.execute(query))
+
     def members(self) -> tuple[SiteKeys, ...]:
         """Return the members, ascending by name."""
         return tuple(row.keys for row in self.rows() if row.state == "member")
@@ -467,8 +482,18 @@ def _keys(row: Mapping[str, Any]) -> SiteKeys:
 
 def _row(row: Mapping[str, Any]) -> Row:
     certificate = None if row["pem"] is None else read_certificate(row["pem"])
-    reason = row["reason"] or "" if row["state"] == "revoked" else ""
-    return Row(_keys(row), row["state"], row["decided"] or row["received"], reason, certificate)
+    return Row(_keys(row), row["state"], row["decided"] or row["received"], _reason(row), certificate)
+
+
+def _listed(row: sqlite3.Row) -> Listed:
+    node = str(json.loads(row["keys"])["node"])
+    certificate = None if row["pem"] is None else read_certificate(row["pem"])
+    valid = None if certificate is None else (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+    return Listed(row["site"], row["state"], row["decided"] or row["received"], _reason(row), node, valid)
+
+
+def _reason(row: Mapping[str, Any] | sqlite3.Row) -> str:
+    return row["reason"] or "" if row["state"] == "revoked" else ""
 
 
 def _others(database: sqlite3.Connection, site: str) -> list[SiteKeys]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from cryptography.x509 import Certificate
@@ -69,6 +70,27 @@ class Row:
     since: int
     reason: str
     certificate: Certificate | None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a page lists of a site that has asked to join.
+
+    Attributes:
+        site: Its name.
+        state: As in `Row`.
+        since: As in `Row`.
+        reason: As in `Row`.
+        node: The key of its node, as OpenSSH writes it.
+        certificate: From when until when the newest certificate issued to it is valid; None without one.
+    """
+
+    site: str
+    state: str
+    since: int
+    reason: str
+    node: str
+    certificate: tuple[datetime, datetime] | None
 
 
 def next_quorum(members: int, colluding: int) -> int:

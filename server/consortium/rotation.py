@@ -27,17 +27,8 @@ from privet.common.files import Step, sync_directory, write_durably
 from privet.common.pki.charter import Charter
 from privet.common.pki.keyfile import MLDSA_KEY, public_key, read_key, read_mldsa_key, read_release_key
 from privet.server.consortium.coordinator import FORMER, KEYS, NEXT, Coordinator, log_members, new_keys
-from privet.server.log.journal import (
-    COORDINATOR_KEY,
-    LOG_KEY,
-    RELEASE_KEY,
-    FormerKeysError,
-    Journal,
-    Keys,
-    open_journal,
-    read_keys_of,
-    write_keys,
-)
+from privet.server.log.journal import FormerKeysError, Journal, open_journal
+from privet.server.log.keys import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Keys, read_keys_of, write_keys
 
 # Until the last is in its place, no command opens the log. So the release key, which no history names, is first.
 _NAMES = (RELEASE_KEY, MLDSA_KEY, LOG_KEY, COORDINATOR_KEY)

@@ -13,10 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
-
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
@@ -25,7 +21,7 @@ from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.epochs import RotationPlace, possession_text
 from privet.common.log.mldsa import Use
-from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_lines, parse_note, public_of, verify_note
+from privet.common.log.note import Note, NoteKey, Signature, parse_lines, parse_note, verify_note
 from privet.common.log.proofs import prove
 from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import (
@@ -41,56 +37,17 @@ from privet.common.log.statements import (
     SiteRound,
     Statement,
 )
-from privet.common.pki.keyfile import (
-    KEPT,
-    MLDSA_KEY,
-    public_key,
-    read_key,
-    read_mldsa_key,
-    read_release_key,
-    write_key,
-)
+from privet.common.pki.keyfile import public_key
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
+from privet.server.log.keys import POLICY, Keys
 from privet.server.log.roundlog import RoundLog, create_log, lean, open_log
 
-POLICY, LOG_KEY, COORDINATOR_KEY, RELEASE_KEY = "policy", "log.pem", "coordinator.pem", "release.pem"
 NEWCOMERS = 4
 """Members that a site may have confirmed before the log has them."""
 _VERSION = "run the same version of privet at the site and at the coordinator"
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The coordinator's keys, each with one purpose.
-
-    Attributes:
-        origin: The log's name.
-        log: Signs checkpoints.
-        coordinator: Signs statements.
-        release: P-256 key that signs released files.
-        pq: Signs checkpoints and statements with ML-DSA-65, beside the first two; None in a consortium without it.
-    """
-
-    origin: str
-    log: Ed25519PrivateKey
-    coordinator: Ed25519PrivateKey
-    release: ec.EllipticCurvePrivateKey
-    pq: MLDSA65PrivateKey | None = None
-
-    @property
-    def public(self) -> NoteKey:
-        """The key that verifies checkpoints."""
-        return public_of(self.origin, ED25519, self.log, self.pq)
-
-    def count_for(self, history: Replay) -> bool:
-        """Return whether these are the present keys of a log; so it is before its first leaf."""
-        if not history.epochs:
-            return True
-        present = history.epochs[-1]
-        return (present.log, present.coordinator) == (self.public, self.coordinator.public_key().public_bytes_raw())
 
 
 class FormerKeysError(StateError):
@@ -532,40 +489,3 @@ def open_journal(directory: Path, keys: Keys) -> Iterator[Journal]:
 
 def _now() -> int:
     return int(time.time())
-
-
-def read_keys(directory: Path) -> Keys:
-    """Read the keys beside a log: its policy names the log, three files hold the private keys.
-
-    Raises:
-        StateError: A file is missing, is not a key, or is readable by other users.
-    """
-    try:
-        origin = Policy.parse((directory / POLICY).read_text(encoding="utf-8")).log.name
-    except (OSError, PrivetError) as error:
-        raise StateError(
-            f"{directory / POLICY} cannot be read as the policy of the round log ({type(error).__name__})",
-            "restore it from a backup",
-        ) from None
-    return read_keys_of(directory, origin)
-
-
-def read_keys_of(directory: Path, origin: str) -> Keys:
-    """Read the keys of log, statements and releases in a directory. Raises as `read_keys`."""
-    log, coordinator = (read_key(directory / name, "coordinator", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
-    # A consortium that was created without ML-DSA-65 has none. Where the log names one, other keys do not count.
-    pq = read_mldsa_key(directory / MLDSA_KEY, "coordinator") if (directory / MLDSA_KEY).exists() else None
-    return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY), pq)
-
-
-def write_keys(directory: Path, keys: Keys) -> None:
-    """Write the private keys beside a log. Overwrites nothing.
-
-    Raises:
-        StateError: A file exists already, or cannot be written.
-    """
-    write_key(directory / LOG_KEY, keys.log)
-    write_key(directory / COORDINATOR_KEY, keys.coordinator)
-    write_key(directory / RELEASE_KEY, keys.release)
-    if keys.pq is not None:
-        write_key(directory / MLDSA_KEY, keys.pq)

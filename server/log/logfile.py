@@ -38,6 +38,18 @@ class LogFile:
             rows = database.execute("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", (found[0],))
             return with_cosignatures(parse_note(found[1]), [lines for (lines,) in rows])
 
+    def head(self) -> tuple[bytes, tuple[str, ...]]:
+        """Return the newest checkpoint with its log's signature alone, and who cosigned it, by name.
+
+        Of 1,000 witnesses the cosignatures take 5 MB. Without a checkpoint, both are empty.
+        """
+        with self._open() as database:
+            found = database.execute("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1").fetchone()
+            if found is None:
+                return b"", ()
+            rows = database.execute("SELECT witness FROM cosignatures WHERE size = ? ORDER BY witness", (found[0],))
+            return found[1], tuple(name for (name,) in rows)
+
     def leaves(self, first: int, count: int, most_bytes: int) -> list[bytes]:
         """Return leaves from `first` on: at most `count`, and at most `most_bytes` in total (but one at least)."""
         leaves: list[bytes] = []

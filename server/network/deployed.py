@@ -11,7 +11,8 @@ from privet.server.rounds.rounds import Observer, run_study
 from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.state import RunState
 from privet.server.rounds.timing import PATIENT, Timing
-from privet.server.rounds.watch import Wait, Watch
+from privet.server.rounds.wait import Wait
+from privet.server.rounds.watch import Watch
 
 # Seconds between two looks for replies; without a change in the link state, a look takes microseconds.
 _POLL = 0.005

@@ -22,9 +22,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
@@ -33,7 +30,6 @@ from flwr.common.constant import (
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
     TIMESTAMP_HEADER,
-    TIMESTAMP_TOLERANCE,
     Status,
     SubStatus,
 )
@@ -63,7 +59,7 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
@@ -74,6 +70,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.bundles import GIVE, TAKE, Bundle
 from privet.common.flower.objects import MOST_PARTS, part_names, put_together, take_apart
 from privet.server.network.changes import Changes
+from privet.server.network.nodes import CLOCK_SECONDS, RegisteredNode, flowers_key
 from privet.server.network.store import FileObjectStore, open_state
 
 _log = logging.getLogger("privet.coordinator")
@@ -105,8 +102,6 @@ USED = frozenset({*_CALLS, TAKE, GIVE})
 STORING = frozenset({PUSH_OBJECT, GIVE})
 """The paths of calls that store objects."""
 
-CLOCK_SECONDS: int = TIMESTAMP_TOLERANCE
-"""How far the clock of a node that is let in may be from this machine's."""
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
@@ -172,24 +167,6 @@ class Objection(StrEnum):
     FORGED = "the signature does not verify"
 
 
-@dataclass(frozen=True)
-class RegisteredNode:
-    """A registered node.
-
-    Attributes:
-        id: Its id.
-        public_key: As Flower keeps it.
-        online: Whether it is connected.
-        until: Until when it counts as connected, in Unix seconds; None if it never was. Of one that is not, the time
-            when it went, or when it would have had to call again.
-    """
-
-    id: int
-    public_key: bytes
-    online: bool
-    until: float | None = None
-
-
 class Link:
     """Flower's link state in an SQLite file: the nodes that may connect, and the messages under way."""
 
@@ -210,7 +187,7 @@ class Link:
         Raises:
             StateError: It is not such a key, or was admitted and removed before: Flower never admits it again.
         """
-        public_key = _as_flower_keeps_it(public_key)
+        public_key = flowers_key(public_key)
         known = self._state.get_node_id_by_public_key(public_key)
         if known is not None:
             return known
@@ -228,12 +205,12 @@ class Link:
         Args:
             names: Names by public key (OpenSSH).
         """
-        owned = {_as_flower_keeps_it(key): name for key, name in names.items()}
+        owned = {flowers_key(key): name for key, name in names.items()}
         return {node.id: owned[node.public_key] for node in self.nodes() if node.public_key in owned}
 
     def unregister(self, public_key: bytes) -> None:
         """Remove a node: all its later calls are refused. Does nothing for a key that is not registered."""
-        public_key = _as_flower_keeps_it(public_key)
+        public_key = flowers_key(public_key)
         node = self._state.get_node_id_by_public_key(public_key)
         if node is not None:
             self._state.delete_node(NOOP_FLWR_AID, node)
@@ -296,7 +273,7 @@ class Link:
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
-            if abs(age) >= TIMESTAMP_TOLERANCE:
+            if abs(age) >= CLOCK_SECONDS:
                 return Objection.STALE
             node = self._state.get_node_id_by_public_key(signed.public_key)
             if node is None:
@@ -600,19 +577,6 @@ def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> SignedHeaders | No
         )
     except ValueError:
         return None
-
-
-def _as_flower_keeps_it(public_key: bytes) -> bytes:
-    try:
-        key = load_ssh_public_key(public_key)
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise StateError(
-            "node key: expected an OpenSSH public key on the curve P-384",
-            "use the node key in the site's request to join",
-        )
-    return public_key_to_bytes(key)
 
 
 def _is_one_of_ours(push: PushMessagesRequest) -> bool:

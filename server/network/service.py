@@ -12,7 +12,6 @@ process ends, so that it is started anew: a revoked site must not stay admitted.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -50,9 +49,9 @@ from privet.server.consortium.service import (
 from privet.server.log.journal import open_journal
 from privet.server.network.gate import Limits
 from privet.server.network.link import Link
+from privet.server.network.nodes import LINK
 from privet.server.network.superlink import Endpoint, FleetServer
 
-LINK = "flower/link.db"
 _CHAIN, _KEY = "flower/service.pem", "flower/service.key"
 _DAYS = 7.0
 _SECONDS = 1.0
@@ -294,19 +293,6 @@ def _certify(made: Coordinator, clock: Clock) -> None:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_durably(made.directory / _KEY, private, 0o600)
     write_durably(made.directory / _CHAIN, to_pem(certificate).encode("ascii"))
-
-
-def listens(settings: Settings) -> bool:
-    """Whether something listens where sites connect for studies, or it is another machine that does. Sends nothing."""
-    host, port = split_address(settings.fleet)
-    try:
-        family, kind, *_, address = socket.getaddrinfo(settings.bind or host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError:  # it is in use, or is an address of another machine, such as a gateway
-        return True
-    return False
 
 
 def link_of(directory: Path) -> Link:

@@ -18,7 +18,8 @@ from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.server.rounds.participants import Participant
 from privet.server.rounds.run_log import RunLog, Unlogged
-from privet.server.rounds.watch import CONSENT, Wait, Watch
+from privet.server.rounds.wait import CONSENT, Wait
+from privet.server.rounds.watch import Watch
 
 _POLL = 0.5
 # Seconds for which one look waits for answers, before connections and refusals are looked at again.

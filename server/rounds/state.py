@@ -17,13 +17,9 @@ that is killed at any point therefore continues from the last closed round.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -35,19 +31,14 @@ from safetensors.numpy import save
 from privet.common.audit.bundle import SOFTWARE
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import beside, inside, no_directory, staged, why_not, write_durably, write_whole
+from privet.common.files import staged, write_durably
 from privet.common.progress import in_directory
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.average import AVERAGED, Mean, averaged_name
 from privet.common.study.counts import check_measured
-from privet.common.study.study import Study, kept_study
-from privet.server.rounds.watch import Wait
+from privet.common.study.study import Study
+from privet.server.rounds.folder import CONFIG, RESTORE, STATE, STUDY, RunFolder
 
-_STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
-_WAITING, _WITHDRAWN = "waiting.json", "withdrawn.json"
-STOP = "stop"
-"""Name of the file that asks the process which plays a run to stop."""
-_RESTORE = "restore the newest backup of the run directory"
 TAKEN = "choose another directory with --out, or continue the run with --resume"
 """What to do where the directory of a new run exists already, for a command with these options."""
 
@@ -77,13 +68,8 @@ class RunState:
     part: Adapter | None = None
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """An existing run directory."""
-
-    path: Path
-    study: Study
-    peft_config: str = field(repr=False)
+class RunDirectory(RunFolder):
+    """An existing run directory, with its adapter."""
 
     @classmethod
     def create(cls, path: Path, study: Study, adapter: Adapter, peft_config: str, taken: str = TAKEN) -> RunDirectory:
@@ -112,69 +98,15 @@ class RunDirectory:
             StudyError: The study measures another adapter.
         """
         check_measured(study, adapter)
-        (path / _STUDY).write_bytes(canonical_json(study.document()))
+        (path / STUDY).write_bytes(canonical_json(study.document()))
         (path / "adapter").mkdir()
-        (path / "adapter" / _CONFIG).write_text(peft_config, encoding="utf-8")
+        (path / "adapter" / CONFIG).write_text(peft_config, encoding="utf-8")
         cls(path, study, peft_config).commit(RunState(0, adapter))
-
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """Open an existing run directory.
-
-        Raises:
-            StateError: It is not one.
-        """
-        if why := no_directory(path):
-            raise StateError(
-                f"{path} is not a run directory: {why}",
-                f"name the directory that the run was written to{beside(path, _STUDY)}; "
-                "`privet simulate STUDY` trains a study and writes one",
-            )
-        try:
-            study = kept_study(path / _STUDY)
-            config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
-        except (OSError, ValueError, AttributeError) as error:
-            parts = (_STUDY, f"adapter/{_CONFIG}")
-            damaged = any((path / part).exists() for part in (*parts, _STATE))
-            name = f"name the directory that the run was written to{inside(path, _STUDY) or beside(path, _STUDY)}"
-            raise StateError(
-                f"{path} is not a run directory: {why_not(path, parts, error)}",
-                f"{_RESTORE}, if it is one; otherwise {name}" if damaged else name,
-            ) from None
-        return cls(path, study, config)
-
-    @property
-    def simulated(self) -> bool:
-        """Whether sites are simulated, with noise from a public seed: `privet simulate` keeps its study file here."""
-        return (self.path / "study.toml").is_file()
 
     @property
     def deployed(self) -> bool:
         """Whether real sites run it: a coordinator has begun it, and keeps its software's list here."""
         return not self.simulated and (self.path / SOFTWARE).is_file()
-
-    @contextmanager
-    def locked(self, busy: str = "wait until it ends, or stop it") -> Iterator[None]:
-        """Lock the run for this process.
-
-        Args:
-            busy: What to do where another process has locked it.
-
-        Raises:
-            StateError: Another process has locked it.
-        """
-        with (self.path / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StateError(f"another process is using the run directory {self.path}", busy) from None
-            yield
-
-    @property
-    def withdrawn(self) -> str | None:
-        """Why the coordinator withdrew the run; None if it did not."""
-        found = self._withdrawal()
-        return None if found is None else str(found.get("reason", ""))
 
     @property
     def withdrawn_begun(self) -> bool:
@@ -183,56 +115,6 @@ class RunDirectory:
         # An earlier version wrote no `begun`. The state counts no plain round that was aborted.
         return found is not None and (bool(found.get("begun")) or bool(self.load().statements))
 
-    def _withdrawal(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self.path / _WITHDRAWN).read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise StateError(f"{self.path / _WITHDRAWN} cannot be read ({type(error).__name__})", _RESTORE) from None
-
-    def withdraw(self, reason: str, *, begun: bool = False) -> None:
-        """Mark the run as withdrawn; `begun`: after a round may have reached sites. Durable on return."""
-        document = {"reason": reason, "time": int(time.time()), "begun": begun}
-        write_durably(self.path / _WITHDRAWN, json.dumps(document).encode())
-
-    @property
-    def waiting(self) -> Wait | None:
-        """What the process that plays the run waits for; None if no process of this machine plays it."""
-        try:
-            found = json.loads((self.path / _WAITING).read_bytes())
-            os.kill(found.pop("process"), 0)
-            return Wait(**{**found, "answered": tuple(found["answered"])})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-    @property
-    def stopping(self) -> bool:
-        """Whether somebody has asked the process that plays the run to stop."""
-        return (self.path / STOP).exists()
-
-    def ask_to_stop(self) -> None:
-        """Ask the process that plays the run to stop after the current round; between rounds, at once.
-
-        Raises:
-            StateError: The run has ended.
-        """
-        if self.standing()[1]:
-            raise StateError(
-                f"run {self.path.name} has ended, so there is nothing to stop",
-                "`privet coordinator status` lists all runs",
-            )
-        (self.path / STOP).touch()
-
-    def note_wait(self, wait: Wait | None) -> None:
-        """Note for readers what this process waits for; None at its end."""
-        with suppress(OSError):  # a full disk must not end the run here, where nothing is lost by it
-            if wait is None:
-                (self.path / _WAITING).unlink(missing_ok=True)
-            else:
-                document = {**asdict(wait), "process": os.getpid()}
-                write_whole(self.path / _WAITING, json.dumps(document).encode())
-
     def load(self) -> RunState:
         """Read the state of the last closed round.
 
@@ -240,15 +122,15 @@ class RunDirectory:
             StateError: The state cannot be read.
             VerificationError: It belongs to another study.
         """
-        file = self.path / _STATE
+        file = self.path / STATE
         try:
             with safe_open(file, framework="numpy") as opened:
                 text, seal = opened.metadata()["state"], opened.metadata()["seal"]
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
+            raise StateError(f"{file} cannot be read ({type(error).__name__})", RESTORE) from None
         if seal != _seal(text, arrays):
-            raise StateError(f"{file} is damaged: its content does not match the digest in it", _RESTORE)
+            raise StateError(f"{file} is damaged: its content does not match the digest in it", RESTORE)
         meta = json.loads(text)
         if meta["study"] != self.study.digest:
             raise VerificationError(
@@ -270,20 +152,6 @@ class RunDirectory:
             stopped=meta["stopped"],
             mean=None if meta.get("mean") is None else Mean(float(meta["mean"]), _part(arrays, "mean/")),
         )
-
-    def standing(self) -> tuple[int, bool]:
-        """Return the last closed round, and whether the run has ended, without reading the adapter.
-
-        Raises:
-            StateError: The state cannot be read.
-        """
-        file = self.path / _STATE
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                meta = json.loads(opened.metadata()["state"])
-            return int(meta["round"]), bool(meta["stopped"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
 
     def commit(self, state: RunState) -> None:
         """Make a closed round durable, then publish it."""
@@ -318,7 +186,7 @@ class RunDirectory:
         # Contiguous, so that the seal is computed over the bytes that the file gets.
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         text = json.dumps(meta)
-        write_durably(self.path / _STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
+        write_durably(self.path / STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
 
     def publish(self, state: RunState, *, every: bool) -> None:
         """Write the files for readers from the committed state: the last statement, or with `every` all of them."""
@@ -330,7 +198,7 @@ class RunDirectory:
         lines = [json.dumps(metrics_of(statement)) + "\n" for statement in state.statements]
         write_durably(self.path / "metrics.jsonl", "".join(lines).encode())
         # The weights last: readers that see a new adapter find its statement.
-        write_durably(self.path / "adapter" / _CONFIG, self.peft_config.encode())
+        write_durably(self.path / "adapter" / CONFIG, self.peft_config.encode())
         write_durably(self.path / "adapter" / "adapter_model.safetensors", state.adapter.data)
 
 

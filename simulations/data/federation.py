@@ -31,7 +31,8 @@ from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.common.study.study import Study
 from privet.server.app import LOG
-from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
+from privet.server.log.journal import create_journal
+from privet.server.log.keys import POLICY, Keys, write_keys
 from privet.simulations.data.clinical_notes import generate_notes, scaled_hospitals, write_site
 from privet.simulations.data.pool import (
     PARTS,

@@ -33,7 +33,7 @@ from privet.common.study.sections import CohortSection, SecureAggregationSection
 from privet.common.study.study import Study
 from privet.server.app import LOG, PUBLIC, opened_log
 from privet.server.exchange import Exchange
-from privet.server.log.journal import POLICY
+from privet.server.log.keys import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import TAKEN, RunDirectory, RunState

@@ -113,9 +113,9 @@ def test_a_site_without_limit_or_with_a_changed_ledger_says_so_and_shows_the_res
         path.write_bytes(b"broken")
     found = page_of(file)
     assert "This part cannot be read" in found
-    assert "Withdrawals Nobody was withdrawn." in found
+    assert "Withdrawals This site has recorded no withdrawal." in found
     # The promise stands in the round log; what this site paid does not.
-    assert "the statement is that of the promise" in found
+    assert "so this repeats what the study promised" in found
 
 
 # Statements
@@ -134,7 +134,7 @@ def test_a_finished_run_has_a_statement_in_plain_words(file: Path) -> None:
     assert float(said.factor) >= 2.718**said.epsilon
     found = page_of(file)
     assert f"differs by a factor of at most {said.factor}, and by at most {said.delta} more" in found
-    assert ("holds for sums over sites" if said.shared else "holds against everybody outside the site") in found
+    assert ("holds for the sum over sites" if said.shared else "holds against everybody outside the site") in found
     assert statements(history, "nobody", dataset.spending) == []
     assert statements(Replay(), site.name, dataset.spending) == []
 
@@ -193,7 +193,7 @@ def test_releases_say_who_signed_and_who_refused(world: World, monkeypatch: pyte
     assert late["flu"] == "expired"
     monkeypatch.setattr(officer.Story, "history", lambda *_: history)
     page = page_of(world.folder / "berlin/site.toml")
-    assert "Signed by 2 of 2 needed: berlin, lyon" in page
+    assert "2 of 2 needed signatures: berlin, lyon" in page
     assert f"lyon refuses: {HOSTILE.replace('<', '&lt;').replace('>', '&gt;')} (membership)" in page
     assert "The study had no gate" in page
 
@@ -225,9 +225,9 @@ class _Claim:
 def test_figures_have_intervals_and_a_broken_test_hides_no_other_part(file: Path) -> None:
     keep_test(file, "first", failed=["repeated"])
     found = page_of(file)
-    assert "ε is at least 0.7; 60 of 100 guesses about 500 canaries are right" in found
-    assert "AUC 0.500 (0.400 to 0.550); upper end of all attacks 0.550" in found
-    assert "1 of 64 answers; upper end 0.080" in found
+    assert "ε is at least 0.7; 60 of 100 guesses about 500 canaries were right" in found
+    assert "AUC 0.500 (0.400 to 0.550); at most 0.550 over all attacks" in found
+    assert "1 of 64 answers repeat training text; at most a share of 0.080" in found
     assert "not refuted" in found
     wrong: list[dict[str, object]] = [
         {"figures": {"canary": {}}},
@@ -271,3 +271,23 @@ def test_a_console_loads_no_model_and_no_library_before_it_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_console_has_epsilons_computed_apart_and_stays_small(file: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from unittest import mock;"
+        "from privet.client.commands.console import _view; from privet.common.web.app import Asked;"
+        "from privet.common.web.sessions import Role, Session; from privet.common.web.texts import Texts;"
+        "view = _view(Path(sys.argv[1])); asked = Asked(Session(Role.VIEWER, 0, 0), Texts('en'));"
+        "shown = {path: view.pages[path](asked).values for path in ('/', '/left', '/budget', '/privacy', '/checks')};"
+        "print(shown['/budget']['books'].spending.epsilon);"
+        "print(*sorted({'torch', 'transformers', 'peft', 'scipy', 'flwr', 'tokenizers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    told, loaded = done.stdout.splitlines()
+    site = load_site(file)
+    ledger, limit = open_ledger(site), limit_of(site)
+    assert limit is not None
+    assert float(told) == ledger.statement(str(site.dataset), limit).epsilon
+    ledger.close()
+    assert loaded == ""

@@ -197,7 +197,7 @@ def test_a_key_is_encrypted_and_opens_with_its_passphrase_alone(file: Path) -> N
     line, pem = key.read_bytes().split(b"\n", 1)
     assert line.startswith(b"scrypt-65536-8-1 ")  # no guess is cheap for a process that reads the file
     assert b"ENCRYPTED" in pem
-    with pytest.raises(ValueError, match="password"):
+    with pytest.raises(ValueError, match=r"password|deserialize"):  # one time in 256, what a wrong key gives has a form
         load_pem_private_key(pem, PASSPHRASE.encode())
     assert key.stat().st_mode & 0o777 == 0o600
     for passphrase in (b"", b"correct horse", b"x" * 500):
@@ -261,7 +261,7 @@ def test_without_the_coordinator_or_a_study_the_page_says_so(file: Path) -> None
     view = SiteView(file, silent, lambda: (Check("data", False, HOSTILE, "mend it"),))
     visitor = Visitor(Console(view.view(), {HOST}))
     page = visitor.get("/").text
-    assert 'The coordinator cannot be asked now. <span lang="en">it does not answer' in page
+    assert 'The coordinator does not answer now. <span lang="en">it does not answer' in page
     assert "No study is proposed" in page
     assert "<img" not in visitor.get("/checks").text
 
@@ -320,7 +320,7 @@ def test_what_left_is_shown_with_its_proof_in_the_log(finished: Path) -> None:
     page = visitor.get("/left").text
     rounds = re.findall(r"<tr><th scope=\"row\"", page)
     assert len(rounds) == 4
-    proven = re.compile("✓ leaf [0-9]+, cosigned")
+    proven = re.compile("✓ leaf [0-9]+, cosigned by this site")
     assert len(proven.findall(page)) == 4
     assert "4</b><span>rounds that left" in page
     budget = visitor.get("/budget").text

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -25,8 +27,10 @@ from privet.server.console import reading
 from privet.server.console.reading import Head, People, Run, Site, alerts
 from privet.server.console.view import CoordinatorView
 from privet.server.consortium.coordinator import encrypt_root, open_coordinator
-from privet.server.network.link import CLOCK_SECONDS
+from privet.server.consortium.membership import Listed
+from privet.server.network.nodes import CLOCK_SECONDS
 from privet.server.network.service import link_of
+from privet.server.rounds.wait import Wait
 from tests.client.test_adapters import play, study_of
 from tests.client.test_candidates import GATE, said_by
 from tests.support.browser import browsing, look_at
@@ -38,6 +42,8 @@ from tests.support.synthetic import start_adapter
 
 WORLD = ROOT / "tests/compat/data/world.tar.xz"
 PASSPHRASE = "correct horse battery"
+HEAVY = {"numpy", "flwr", "grpc", "sqlalchemy", "scipy", "torch", "transformers", "peft", "safetensors", "google"}
+"""Libraries that take more memory than the rest of a console."""
 HOSTILE = "<img src=x onerror=alert(1)>\u202e"
 
 
@@ -195,6 +201,69 @@ def test_a_run_is_stopped_and_continued_by_a_process_of_its_own(home: Path, monk
         assert visit(home, Role.VIEWER).post(path, {"site": "oslo"}).status_code == 403
 
 
+def test_a_run_of_many_rounds_and_sites_is_read_in_pages(home: Path) -> None:
+    rounds = home / "runs/first/rounds"
+    statement = json.loads((rounds / "0002.json").read_text())
+    for number in range(3, 121):
+        failures = {f"site-{each:03}": f"{HOSTILE} {'x' * 900}" for each in range(40)} if number == 120 else {}
+        changed = statement | {"round": number, "failures": failures}
+        changed |= {"type": "round-abort", "reason": HOSTILE} if number % 2 else {}
+        (rounds / f"{number:04d}.json").write_text(json.dumps(changed))
+    visitor = visit(home)
+    assert "61 of 2 rounds closed, 59 aborted" in visitor.get("/").text
+    page, last = visitor.get("/run/first"), visitor.get("/run/first?page=3")
+    assert len(page.content) < 60_000
+    assert re.findall(r'class="n" data-name="Round">(\d+)', page.text)[:2] == ["120", "119"]
+    assert "and 37 more sites" in page.text
+    assert f"{'x' * 900}" not in page.text
+    assert "<img" not in page.text
+    assert "1 to 50 of 120" in page.text
+    assert '<a href="?page=2" rel="next">' in page.text
+    assert 'rel="prev"' not in page.text
+    assert re.findall(r'class="n" data-name="Round">(\d+)', last.text) == [str(number) for number in range(20, 0, -1)]
+    assert 'rel="next"' not in last.text
+    for odd in ("0", "-1", "99999999999", "x", "²"):
+        assert visitor.get(f"/run/first?page={odd}").status_code == 200
+    # A statement is read once, and again when it has changed.
+    (rounds / "0120.json").write_text(json.dumps(statement | {"round": 120, "type": "round-abort", "reason": "late"}))
+    assert "60 of 2 rounds closed, 60 aborted" in visitor.get("/").text
+
+
+def test_many_sites_are_listed_in_pages_and_found_by_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [Listed(f"site-{number:04}", "member", 0, "", "", None) for number in range(1000)]
+    monkeypatch.setattr(People, "_members", lambda _: (tuple(listed), {}))
+    visitor = visit(home)
+    page = visitor.get("/sites").text
+    assert len(page.encode()) < 60_000
+    assert page.count('scope="row"') == 100
+    assert "1 to 100 of 1000" in page
+    found = visitor.get("/sites?search=SITE-0%0A9&page=1").text
+    assert "0 of 1000 have this in their name" in found
+    found = visitor.get("/sites?search=-09").text
+    assert "100 of 1000 have this in their name" in found
+    assert 'value="-09"' in found
+    assert "page=2" not in found
+    found = visitor.get("/sites?search=site-0&page=2").text
+    assert '<a href="?search=site-0&amp;page=3" rel="next">' in found
+    assert "<img" not in visitor.get(f"/sites?search={HOSTILE}").text
+
+
+def test_a_coordinators_console_loads_neither_numpy_nor_flower_for_any_page(home: Path) -> None:
+    waiting(home, os.getpid())
+    code = (
+        "import sys; from pathlib import Path; import privet.server.commands.console, privet.common.web.serving;"
+        "from privet.common.web.app import Asked, Console; from privet.common.web.sessions import Role, Session;"
+        "from privet.common.web.pages import page; from privet.common.web.texts import Texts;"
+        "from privet.server.console.view import CoordinatorView; view = CoordinatorView(Path(sys.argv[1])).view();"
+        "asked = Asked(Session(Role.APPROVER, 0, 0), Texts('de'), {'run': 'first'});"
+        "shown = [each(asked) for each in view.pages.values()]; view.look();"
+        "[page(view.templates, each.template, asked.texts, asked.session, each.values) for each in shown];"
+        f"print(*sorted({HEAVY!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(home)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def member(name: str, **changes: Any) -> Site:
     return replace(Site(name, "member", 0, "", online=True, days=5, seen=1e9), **changes)
 
@@ -203,8 +272,8 @@ def test_alerts_name_what_an_operator_has_to_look_at(tmp_path: Path, monkeypatch
     space, at = [10**12, 10**12], datetime.fromtimestamp(1e9, UTC)
     monkeypatch.setattr(reading, "disk_usage", lambda _: SimpleNamespace(total=space[0], free=space[1]))
 
-    def found(*sites: Site, head: Head | None = None) -> list[str]:
-        return [each.kind for each in alerts(sites, head, tmp_path, at)]
+    def found(*sites: Site, head: Head | None = None, serving: bool = True) -> list[str]:
+        return [each.kind for each in alerts(sites, head, tmp_path, at, serving=serving)]
 
     well, head = [member("a"), member("b")], Head(9, "", 9, ("a", "b"), 2)
     assert found(*well, head=head) == []
@@ -217,6 +286,8 @@ def test_alerts_name_what_an_operator_has_to_look_at(tmp_path: Path, monkeypatch
     assert found(*well, replace(away, state="revoked", seen=None, late=True)) == []
     assert found(well[0], away, head=head) == ["quorum"]
     assert found(*well, head=replace(head, witnesses=("a",))) == ["cosigned"]
+    assert found(well[0], away, head=head, serving=False) == ["service"]  # and so no quorum
+    assert found(serving=False) == []
     assert found(member("a", late=True), member("b", late=True, days=-1)) == ["certificate", "ended"]
     space[1] = 10**9
     assert found() == ["disk"]
@@ -224,7 +295,9 @@ def test_alerts_name_what_an_operator_has_to_look_at(tmp_path: Path, monkeypatch
     assert "The disk has 1 GB of 1e+03 GB left" in page
 
 
-def test_a_site_that_is_away_was_seen_until_it_went(tmp_path: Path) -> None:
+def test_a_site_that_is_away_was_seen_until_it_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = [True]
+    monkeypatch.setattr(reading, "listens", lambda _: serving[0])
     with running(tmp_path) as world:
         world.found("berlin", "lyon")
         made = world.coordinator
@@ -235,15 +308,21 @@ def test_a_site_that_is_away_was_seen_until_it_went(tmp_path: Path) -> None:
         assert f"within {CLOCK_SECONDS} s of this machine" in page
         state = link._state
         assert state.activate_node(nodes[0], 30.0)
-        sites = People(made).sites(now())
+        sites = People(made).sites(now(), serving=True)
         assert [each.online for each in sites] == [False, True]
+        assert len(People(made).connected()) == 1
+        # Without the service nobody is connected, whatever its table says until a minute has passed.
+        serving[0] = False
+        assert People(made).connected() == frozenset()
+        assert "does not run on this machine, so no site is connected" in visit(made.directory).get("/").text
+        serving[0] = True
         assert state.deactivate_node(nodes[0])
-        seen = [each.seen for each in People(made).sites(now()) if each.seen is not None]
+        seen = [each.seen for each in People(made).sites(now(), serving=True) if each.seen is not None]
         assert seen == [pytest.approx(time.time(), abs=60)]
         assert "last seen" in visit(made.directory).get("/sites").text
         # A new certificate of seven days is no fault; one that should have been renewed is.
         assert not any(each.late for each in sites)
-        assert all(each.late for each in People(made).sites(now() + timedelta(days=6.5)))
+        assert all(each.late for each in People(made).sites(now() + timedelta(days=6.5), serving=True))
 
 
 def test_a_candidate_shows_what_its_gate_lacks(tmp_path: Path) -> None:
@@ -251,18 +330,22 @@ def test_a_candidate_shows_what_its_gate_lacks(tmp_path: Path) -> None:
         made = world.coordinator
         play(world, "flu", start_adapter(0), study_of("flu", gate=GATE))
         visitor = visit(made.directory)
-        status = {"withdrawn": None, "ended": True, "gated": True, "released": False}
-        assert Run("flu", status).state == "waiting"
-        assert (
-            Run("flu", status | {"released": True}).state == Run("flu", status | {"gated": False}).state == "finished"
-        )
+        status = {"withdrawn": None, "waiting": None, "ended": True, "closed": 2, "gated": True, "released": False}
+        for change, state in (
+            ({}, "waiting"),
+            ({"released": True}, "finished"),
+            ({"gated": False, "closed": 0}, "finished"),  # without a result: there is nothing to release
+            ({"gated": False}, "stopped"),  # before its release, which `resume` makes
+            ({"gated": False, "waiting": Wait("train")}, "running"),
+        ):
+            assert Run("flu", status | change).state == state
         page = visitor.get("/run/flu").text
-        assert "Signed by 0 of 2 needed" in page
+        assert "0 of 2 needed signatures" in page
         assert "signatures: 0 sites have signed, 2 are needed" in page
         for site in ("berlin", "lyon"):
             world.service(site).review(said_by(world, site, "flu"))
         page = visitor.get("/run/flu").text  # told by the reviews that wait for the log
-        assert "Signed by 2 of 2 needed: berlin, lyon" in page
+        assert "2 of 2 needed signatures: berlin, lyon" in page
         assert "privet gate decide flu" in page
 
 

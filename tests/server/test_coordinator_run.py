@@ -21,11 +21,13 @@ from privet.common.study.study import load_study
 from privet.server import studies
 from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
-from privet.server.log.journal import Keys, open_journal
+from privet.server.log.journal import open_journal
+from privet.server.log.keys import Keys
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, unfinished
 from privet.server.rounds.timing import Timing
-from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch
+from privet.server.rounds.wait import CONSENT, Wait
+from privet.server.rounds.watch import COSIGN, TRAIN, Watch
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running

@@ -14,10 +14,10 @@ import pytest
 from privet.common.log.statements import StatedFloor
 from privet.server.commands import service
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.network.link import RegisteredNode
+from privet.server.network.nodes import RegisteredNode
 from privet.server.overview import as_lines, consortium_status
 from privet.server.rounds.state import RunDirectory, RunState
-from privet.server.rounds.watch import Wait
+from privet.server.rounds.wait import Wait
 from tests.support.consortium_world import make_coordinator, run, running
 from tests.support.synthetic import PEFT_CONFIG, start_adapter, study_of
 

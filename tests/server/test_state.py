@@ -27,6 +27,8 @@ from privet.common.files import staged, write_durably
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
+from privet.server.rounds import sealed
+from privet.server.rounds.folder import RunFolder
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import TAKEN, RunDirectory, RunState
@@ -292,6 +294,11 @@ def with_state(finished: Path, directory: Path, data: bytes) -> RunDirectory:
     return RunDirectory(directory, run.study, run.peft_config)
 
 
+def without_adapter(run: RunDirectory) -> tuple[int, bool]:
+    """Read all of a state, as whoever shows a run does."""
+    return run.standing(sealed=True)
+
+
 @given(st.data())
 def test_any_flipped_bit_is_noticed(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -299,24 +306,27 @@ def test_any_flipped_bit_is_noticed(
     state = bytearray((finished / STATE).read_bytes())
     state[data.draw(st.integers(0, len(state) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     directory = tmp_path_factory.getbasetemp() / "flipped"
-    with pytest.raises(StateError, match="state") as caught:
-        with_state(finished, directory, bytes(state)).load()
-    assert caught.value.hint == "restore the newest backup of the run directory"
+    for read in (RunDirectory.load, without_adapter):
+        with pytest.raises(StateError, match="state") as caught:
+            read(with_state(finished, directory, bytes(state)))
+        assert caught.value.hint == "restore the newest backup of the run directory"
 
 
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_truncated_state_is_noticed(finished: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     state = (finished / STATE).read_bytes()
     directory = tmp_path_factory.getbasetemp() / "truncated"
-    with pytest.raises(StateError, match="cannot be read"):
-        with_state(finished, directory, state[: int(share * len(state))]).load()
+    for read in (RunDirectory.load, without_adapter):
+        with pytest.raises(StateError, match="cannot be read"):
+            read(with_state(finished, directory, state[: int(share * len(state))]))
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"state": "{}"}, {"state": "[]", "seal": "x"}])
 def test_a_file_that_is_no_state_is_noticed(finished: Path, tmp_path: Path, metadata: dict[str, str] | None) -> None:
     data = safetensors.numpy.save({"adapter/x": np.zeros(2, np.float32)}, metadata)
-    with pytest.raises(StateError):
-        with_state(finished, tmp_path, data).load()
+    for read in (RunDirectory.load, without_adapter):
+        with pytest.raises(StateError):
+            read(with_state(finished, tmp_path, data))
 
 
 def test_a_missing_state_is_noticed(tmp_path: Path) -> None:
@@ -329,6 +339,8 @@ def test_a_missing_state_is_noticed(tmp_path: Path) -> None:
 def test_the_state_of_another_study_is_refused(tmp_path: Path) -> None:
     one, other = create(tmp_path / "one", plan("fedavg")), create(tmp_path / "other", plan("fedsvd"))
     (other.path / STATE).write_bytes((one.path / STATE).read_bytes())
+    with pytest.raises(VerificationError, match=f"the run directory has study {other.study.digest}"):
+        without_adapter(RunDirectory.open(other.path))
     with pytest.raises(VerificationError, match=f"the run directory has study {other.study.digest}") as caught:
         run_study(Unlogged(RunDirectory.open(other.path)), quadratic(other.study))
     assert one.study.digest in caught.value.message
@@ -564,3 +576,29 @@ def test_nothing_is_written_through_a_link_that_somebody_placed(tmp_path: Path) 
     with pytest.raises(OSError, match="symbolic"):
         write_durably(tmp_path / "file", b"new")
     assert (tmp_path / "other").read_bytes() == b"other"
+
+
+# Read without the adapter
+
+
+def test_a_state_is_read_in_pieces_as_it_is_read_whole(finished: Path) -> None:
+    folder = RunFolder.open(finished)
+    assert folder.standing() == folder.standing(sealed=True) == (ROUNDS, True)
+    assert list(folder.rounds()) == list(range(ROUNDS, 0, -1))
+    stated = RunDirectory.open(finished).load().statements
+    assert [folder.statement(number) for number in range(1, ROUNDS + 1)] == [*stated]
+
+
+@pytest.mark.parametrize(
+    "reason", [', "stopped": false}', '", "stopped": false}', '\\", "stopped": false}\\', "\u2028\\\\", '{"round": 9']
+)
+def test_what_a_site_says_ends_no_text_and_names_no_field(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(tmp_path / "run", study_of(), start_adapter(), PEFT_CONFIG)
+    said = {"round": 1, "type": "round-abort", "reason": reason, "metrics": None}
+    run.store(RunState(1, start_adapter(), statements=(said,) * 3, stopped=True))
+    assert run.load().stopped
+    for size in range(1, 60):  # pieces end anywhere
+        monkeypatch.setattr(sealed, "_PIECE", size)
+        assert run.standing(sealed=True) == (1, True)

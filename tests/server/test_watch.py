@@ -32,7 +32,8 @@ from privet.server.commands.screen import Screen
 from privet.server.rounds.consent import _why
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory
-from privet.server.rounds.watch import _SECURED, CONSENT, COSIGN, TRAIN, Wait, Watch, details, sentence, several
+from privet.server.rounds.wait import CONSENT, Wait, details, sentence, several
+from privet.server.rounds.watch import _SECURED, COSIGN, TRAIN, Watch
 from privet.simulations.scenarios import network
 from tests.support.logged_world import QUICK, LoggedWorld, world_of
 from tests.support.masked_world import masked_study

@@ -17,7 +17,7 @@ from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, StudyError
 from privet.common.log.checkpoint import Policy
 from privet.server.app import LOG, PUBLIC
-from privet.server.log.journal import POLICY
+from privet.server.log.keys import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.dossier.evidence import gather as evidence_of

@@ -14,7 +14,7 @@ from privet.common.log.checkpoint import Policy
 from privet.common.privacy.accounting import epsilon, plan
 from privet.common.study.average import extended
 from privet.server.app import LOG, PUBLIC
-from privet.server.log.journal import POLICY
+from privet.server.log.keys import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.reporting.gather import gather

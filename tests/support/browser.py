@@ -39,9 +39,9 @@ class Browser(Tab):
                 found.append(f"{name}: {json.dumps(given)[:200]}")
         return found
 
-    def until(self, script: str) -> None:
+    def until(self, script: str, seconds: float = 30.0) -> None:
         """Wait until an expression in the page is true, also while another page is loaded."""
-        self.wait(f"(() => {{ try {{ return !!({script}) }} catch {{ return false }} }})()")
+        self.wait(f"(() => {{ try {{ return !!({script}) }} catch {{ return false }} }})()", seconds)
 
     def text(self) -> str:
         """Return the text of the page."""
@@ -62,15 +62,15 @@ class Browser(Tab):
         """Mark the present page, so that `arrived` can tell the next one."""
         self.run("window.leaving = true")
 
-    def arrived(self) -> None:
+    def arrived(self, seconds: float = 30.0) -> None:
         """Wait for the page that follows the marked one."""
-        self.until(_LOADED)
+        self.until(_LOADED, seconds)
 
-    def follow(self, selector: str) -> None:
+    def follow(self, selector: str, seconds: float = 30.0) -> None:
         """Click, and wait for the page that follows."""
         self.leave()
         self.run(f"document.querySelector({json.dumps(selector)}).click()")
-        self.arrived()
+        self.arrived(seconds)
 
     def faults(self) -> list[str]:
         """Return what keeps somebody from using the page, in light and in dark colours (`faults.js`)."""

@@ -41,7 +41,8 @@ from privet.common.log.statements import (
     Statement,
 )
 from privet.common.log.tiles import bundle_bytes, read_leaves, tile_bytes, tiles
-from privet.server.log.journal import Keys, rotation
+from privet.server.log.journal import rotation
+from privet.server.log.keys import Keys
 from privet.server.rounds.archive import bundle_files
 from tests.support.log_world import ORIGIN, World, private, public, second
 from tests.support.logged_world import RELEASE_KEY, pass_gate, world_of

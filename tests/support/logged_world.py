@@ -36,7 +36,8 @@ from privet.common.log.statements import (
 from privet.common.privacy.accounting import plan
 from privet.common.study.messages import Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
-from privet.server.log.journal import Journal, Keys, create_journal, open_journal
+from privet.server.log.journal import Journal, create_journal, open_journal
+from privet.server.log.keys import Keys
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState

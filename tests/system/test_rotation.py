@@ -38,7 +38,8 @@ from privet.server.commands import service as commands
 from privet.server.consortium import coordinator as owner
 from privet.server.consortium.coordinator import Coordinator, log_members, new_keys, open_coordinator
 from privet.server.consortium.rotation import Rotation, rotate_keys
-from privet.server.log.journal import FormerKeysError, Keys, open_journal, rotation
+from privet.server.log.journal import FormerKeysError, open_journal, rotation
+from privet.server.log.keys import Keys
 from privet.server.log.logfile import LogFile
 from tests.support.consortium_world import World, make_coordinator, run, running
 from tests.support.log_world import World as Said

@@ -67,10 +67,19 @@ async function showProgress(done, all) {
 
 // The verdict
 
-function setVerdict(mood, word, text) {
+/** The verdict that is easily taken for a pass, in the languages of the consoles: the first that the reader asks for. */
+const OPEN = {
+  en: ["Not yet verified: consistent with itself", "Every check of this page passed, but a log that was made up for you would pass them as well. Compare the log below with a site."],
+  de: ["Noch nicht gepr\u00fcft: in sich stimmig", "Alle Pr\u00fcfungen dieser Seite sind bestanden. Ein Protokoll, das f\u00fcr Sie erfunden wurde, best\u00fcnde sie aber auch. Vergleichen Sie das Protokoll unten mit einem Standort."],
+  zh: ["\u5c1a\u672a\u9a8c\u8bc1\uff1a\u4ec5\u81ea\u8eab\u4e00\u81f4", "\u672c\u9875\u7684\u68c0\u67e5\u5168\u90e8\u901a\u8fc7\uff0c\u4f46\u4e13\u4e3a\u60a8\u4f2a\u9020\u7684\u65e5\u5fd7\u4e5f\u80fd\u901a\u8fc7\u3002\u8bf7\u5728\u4e0b\u65b9\u4e0e\u4e00\u4e2a\u7ad9\u70b9\u6838\u5bf9\u65e5\u5fd7\u3002"],
+};
+const language = () => navigator.languages.map((each) => each.slice(0, 2)).find((each) => each in OPEN) ?? "en";
+
+function setVerdict(mood, word, text, rest = "", lang = "en") {
   at("verdict").className = mood;
-  at("verdict-word").textContent = { good: "\u2713 ", bad: "\u2717 ", even: "" }[mood] + word;
-  at("verdict-text").textContent = text;
+  at("verdict-word").textContent = { good: "\u2713 ", bad: "\u2717 ", open: "", even: "" }[mood] + word;
+  at("verdict-text").replaceChildren(make("span", { lang }, text), ...(rest ? [" ", rest] : []));
+  at("verdict-word").lang = lang;
 }
 
 const leafCount = (number) => (number === 1 ? "1 leaf" : `${plain.format(number)} leaves`);
@@ -91,7 +100,7 @@ function showVerdict() {
     const by = told.policy ? "your policy file" : "the site that you compared with";
     setVerdict("good", "Consistent, and compared", `Every check of this page passed, and the log is the one of ${by}. ${notChecked()}`);
   } else {
-    setVerdict("even", "Consistent with itself", `Every check of this page passed. That proves nothing yet: compare the log below with a site. ${notChecked()}`);
+    setVerdict("open", ...OPEN[language()], notChecked(), language());
   }
   document.title = `${at("verdict-word").textContent}: ${bundle.title}`;
 }
