@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
-from privet.common.audit.privacy_text import rounded_up
 from privet.common.audit.release import PRIVACY
 from privet.common.errors import StateError
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen
@@ -16,7 +13,9 @@ from privet.common.progress import number_of
 from privet.common.study.terms import terms_text
 from privet.simulations.attacks.labels import label
 from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.gate import candidate
 from privet.simulations.dossier.sources import Claim, OfFile, Section, Sentence, Source, missing
+from privet.simulations.dossier.words import day_of, factor_of, quoted, shown
 
 PAGE = "docs/dossier.md"
 CONTROLLER = "the controller"
@@ -24,11 +23,6 @@ PROVIDER = "the provider"
 EACH_SITE = "each site"
 
 _UNBOUNDED = "Nothing bounds what is learnt about one person, as there is no differential privacy."
-_MOST_EXPONENT, _LONG = 700.0, 14.0
-"""An exponent whose power is a float64, and one from which on the power is too long to read."""
-_MARKS = str.maketrans("“”„«»", "'''''")
-_EGRESS = "egress-decision"
-"""Type of a statement that an adapter may leave, or may not. Of its fields, all are shown."""
 _ATTACKS = {
     "canaries": "planted records (a lower bound on epsilon)",
     "membership": "membership inference",
@@ -76,16 +70,6 @@ def aborted_to_the_end(evidence: Evidence) -> bool:
     return any(each.round == evidence.study.rounds for _, each in evidence.all(RoundAbort))
 
 
-def day_of(time: float) -> str:
-    """Return the day of a time in seconds since 1970, in UTC."""
-    return datetime.fromtimestamp(min(time, 253_402_300_799), UTC).strftime("%Y-%m-%d")
-
-
-def quoted(text: str) -> str:
-    """Return others' words between quotation marks that they cannot close: what follows them is privet's statement."""
-    return f"“{text.translate(_MARKS)}”"
-
-
 def purpose(evidence: Evidence) -> list[Sentence]:
     """Return purpose, legal basis and contacts in the study's own words."""
     found = evidence.study.purpose
@@ -112,7 +96,7 @@ def release(evidence: Evidence) -> list[Sentence]:
     study = evidence.study
     exports = evidence.all(Export)
     if not exports:
-        return [Sentence(f"The log exports no adapter of run {evidence.run}.", evidence.log)]
+        return candidate(evidence)
     leaf, export = exports[-1]
     said = [
         Sentence(
@@ -143,20 +127,6 @@ def release(evidence: Evidence) -> list[Sentence]:
                 )
             )
     return said
-
-
-def egress(evidence: Evidence) -> list[Sentence]:
-    """Return the decisions about letting the adapter out, as the log states them."""
-    said = list[Sentence]()
-    for leaf, statement in evidence.told:
-        if str(statement.type) == _EGRESS:
-            fields = statement.model_dump(mode="json")
-            stated = "; ".join(f"{name}: {value}" for name, value in fields.items() if name not in ("type", "format"))
-            said.append(Sentence(f"The log holds a decision on egress. {stated}.", evidence.at(leaf, statement)))
-    return said or [
-        Sentence("The log holds no decision on egress of this adapter.", evidence.log),
-        missing("who decided that the adapter may leave, and why"),
-    ]
 
 
 def course(evidence: Evidence) -> list[Sentence]:
@@ -242,17 +212,6 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             claim,
         ),
     ]
-
-
-def shown(epsilon: float) -> str:
-    """Return an epsilon as text, rounded up; it may be infinite."""
-    return rounded_up(epsilon) if math.isfinite(epsilon) else "infinite"
-
-
-def factor_of(epsilon: float) -> tuple[float, str]:
-    """Return exp(epsilon), as far as a float holds it, and as text, rounded up."""
-    factor = math.exp(min(epsilon, _MOST_EXPONENT))
-    return factor, rounded_up(factor) if epsilon < _LONG else f"exp({rounded_up(epsilon)})"
 
 
 def not_covered(evidence: Evidence) -> list[Sentence]:

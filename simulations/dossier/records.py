@@ -12,6 +12,7 @@ from privet.common.progress import number_of
 from privet.simulations.dossier import parts
 from privet.simulations.dossier.evidence import Evidence
 from privet.simulations.dossier.sources import Claim, Document, OfLeaf, Section, Sentence, missing
+from privet.simulations.dossier.words import day_of, quoted, shown
 
 
 def nist(evidence: Evidence) -> Document:
@@ -52,8 +53,8 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     source = parts.last_end(evidence)
     said = [
         Sentence(
-            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {parts.shown(cost['epsilon'])}, rounded "
-            f"up; {parts.shown(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
+            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {shown(cost['epsilon'])}, rounded "
+            f"up; {shown(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
             source,
             evidence.log,
             rounds=cost["rounds"],
@@ -65,7 +66,7 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     if costs.get("at_every_site") is not None:
         said.append(
             Sentence(
-                f"A unit with data at every site: epsilon {parts.shown(costs['at_every_site'])} at most.",
+                f"A unit with data at every site: epsilon {shown(costs['at_every_site'])} at most.",
                 source,
                 Claim("docs/privacy.md", "the-guarantee"),
                 at_every_site=costs["at_every_site"],
@@ -94,8 +95,7 @@ def _replaced(evidence: Evidence) -> list[Sentence]:
         text, figures = f"At delta {costs['delta']:g}, nothing is promised for replacing one {unit} by another.", {}
     else:
         text, figures = (
-            f"Replacing one {unit} by another is both: epsilon {parts.shown(same)} at most, at delta "
-            f"{costs['delta']:g}.",
+            f"Replacing one {unit} by another is both: epsilon {shown(same)} at most, at delta {costs['delta']:g}.",
             {"replacing": float(same)},
         )
     return [Sentence(text, parts.last_end(evidence), Claim("docs/privacy.md", "the-guarantee"), **figures)]
@@ -154,8 +154,8 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
             limit = "no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
             said.append(
                 Sentence(
-                    f"{cost.site}'s account over all rounds of this log: epsilon {parts.shown(cost.computed)} at delta "
-                    f"{cost.delta:g}, computed; the site states {parts.shown(cost.stated)} and {limit}.",
+                    f"{cost.site}'s account over all rounds of this log: epsilon {shown(cost.computed)} at delta "
+                    f"{cost.delta:g}, computed; the site states {shown(cost.stated)} and {limit}.",
                     own[cost.site],
                     evidence.log,
                     computed=cost.computed,
@@ -182,7 +182,7 @@ def _shares(evidence: Evidence) -> list[Sentence]:
     ]
     if said:
         alone = trust["own_share_epsilon"]
-        left = "nothing that counts" if alone is None else f"epsilon {parts.shown(alone)}, at the same delta"
+        left = "nothing that counts" if alone is None else f"epsilon {shown(alone)}, at the same delta"
         said.append(
             Sentence(
                 f"If every other site is corrupt, a site's own share of the noise leaves: {left}.",
@@ -314,10 +314,10 @@ def _sheets(evidence: Evidence) -> list[Section]:
     joins: list[tuple[OfLeaf, Genesis | Join]] = [*evidence.all(Genesis), *evidence.all(Join)]
     for leaf, joined in joins:
         for member in joined.joining:
-            text = f"A member of the consortium since {parts.day_of(joined.time)}."
+            text = f"A member of the consortium since {day_of(joined.time)}."
             sites[member.site].membership.append(Sentence(text, leaf))
     for leaf, revoked in evidence.all(Revoke):
-        text = f"Revoked on {parts.day_of(revoked.time)}: {parts.quoted(revoked.reason)}."
+        text = f"Revoked on {day_of(revoked.time)}: {quoted(revoked.reason)}."
         sites[revoked.site].membership.append(Sentence(text, leaf))
     for leaf, opened in evidence.all(RoundOpened):
         for site in opened.cohort:
@@ -349,7 +349,7 @@ def _sheet(evidence: Evidence, site: str, shown: _Shown) -> list[Sentence]:
             limit = "it states no limit" if last.charge.limit is None else f"its limit is {last.charge.limit:g}"
             said.append(
                 Sentence(
-                    f"Its account has spent epsilon {parts.shown(last.charge.epsilon)} at delta {last.charge.delta:g}, "
+                    f"Its account has spent epsilon {shown(last.charge.epsilon)} at delta {last.charge.delta:g}, "
                     f"by its own word; {limit}.",
                     leaf,
                     epsilon=last.charge.epsilon,

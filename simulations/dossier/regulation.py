@@ -12,8 +12,10 @@ from privet.common.progress import number_of
 from privet.common.study.terms import permit_asked
 from privet.simulations.dossier import parts
 from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.gate import egress
 from privet.simulations.dossier.parts import CONTROLLER, EACH_SITE, PAGE, PROVIDER
 from privet.simulations.dossier.sources import Claim, Document, Section, Sentence, missing
+from privet.simulations.dossier.words import day_of, factor_of, quoted
 
 
 def annex_iv(evidence: Evidence) -> Document:
@@ -118,7 +120,7 @@ def _development(evidence: Evidence) -> list[Sentence]:
             Claim("SECURITY.md", "what-is-claimed"),
             Claim("SECURITY.md", "what-is-not-claimed"),
         ),
-        *parts.egress(evidence),
+        *egress(evidence),
     ]
 
 
@@ -173,7 +175,7 @@ def dpia(evidence: Evidence) -> Document:
                     *parts.privacy(evidence),
                     *parts.hidden_sums(evidence),
                     *_policies(evidence),
-                    *parts.egress(evidence),
+                    *egress(evidence),
                     *_withdrawal(evidence),
                     missing("measures at the sites' machines, and the training of their staff", EACH_SITE),
                 ),
@@ -313,7 +315,7 @@ def anonymity(evidence: Evidence) -> Document:
                 "Design: outputs of the model",
                 (
                     missing("which measures limit what a deployed model answers", "the deployer"),
-                    *parts.egress(evidence),
+                    *egress(evidence),
                 ),
             ),
             Section(
@@ -350,7 +352,7 @@ def _bound_alone(evidence: Evidence) -> list[Sentence]:
     """Return what the bound of differential privacy says about the question, and what it leaves open."""
     if not evidence.study.private:
         return parts.privacy(evidence)
-    factor, shown = parts.factor_of(evidence.privacy["epsilon"]["run"])
+    factor, shown = factor_of(evidence.privacy["epsilon"]["run"])
     return [
         Sentence(
             f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}. The larger the "
@@ -375,18 +377,18 @@ def hipaa_activity(evidence: Evidence) -> Document:
     """Return the events that an activity review looks at, in order of the log."""
     said = []
     for leaf, each in evidence.told:
-        when, at = parts.day_of(each.time), evidence.at(leaf, each)
+        when, at = day_of(each.time), evidence.at(leaf, each)
         if isinstance(each, Genesis):
             names = ", ".join(member.site for member in each.members)
             said.append(Sentence(f"{when}: the consortium {each.consortium} begins with {names}.", at))
         elif isinstance(each, Join):
             said.append(Sentence(f"{when}: {each.member.site} joins.", at))
         elif isinstance(each, Revoke):
-            said.append(Sentence(f"{when}: {each.site} is revoked ({parts.quoted(each.reason)}).", at))
+            said.append(Sentence(f"{when}: {each.site} is revoked ({quoted(each.reason)}).", at))
         elif isinstance(each, RunOpen):
             said.append(Sentence(f"{when}: the coordinator opens run {each.run}.", at))
         elif isinstance(each, RoundAbort):
-            said.append(Sentence(f"{when}: round {each.round} is aborted: {parts.quoted(each.reason)}", at))
+            said.append(Sentence(f"{when}: round {each.round} is aborted: {quoted(each.reason)}", at))
         elif isinstance(each, Refusal):
             what = f"round {each.round}" if each.round else "the run"
             said.append(Sentence(f"{when}: {each.site} refuses {what} with {each.code}.", at))
@@ -424,8 +426,7 @@ def _sent(evidence: Evidence) -> list[Sentence]:
         (first, began), (last, ended) = own[0], own[-1]
         said.append(
             Sentence(
-                f"{site} states {number_of(len(own), 'update')}, from {parts.day_of(began.time)} to "
-                f"{parts.day_of(ended.time)}.",
+                f"{site} states {number_of(len(own), 'update')}, from {day_of(began.time)} to {day_of(ended.time)}.",
                 first,
                 *([last] if last != first else []),
                 evidence.log,
@@ -472,13 +473,13 @@ def permit(evidence: Evidence) -> Document | None:
     if found is None:
         return None
     said = [
-        Sentence(f"Number: {parts.quoted(found.number)}.", evidence.field("purpose.permit.number")),
-        Sentence(f"Permitted purpose: {parts.quoted(found.purpose)}", evidence.field("purpose.permit.purpose")),
+        Sentence(f"Number: {quoted(found.number)}.", evidence.field("purpose.permit.number")),
+        Sentence(f"Permitted purpose: {quoted(found.purpose)}", evidence.field("purpose.permit.purpose")),
         Sentence(f"Last day: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
     ]
     times = parts.rounds_in_time(evidence)
     if times is not None:
-        days = [parts.day_of(time) for time in times]
+        days = [day_of(time) for time in times]
         within = days[1] <= found.expires
         said.append(
             Sentence(
