@@ -299,7 +299,7 @@ def data_sheets(evidence: Evidence) -> Document:
 
 
 @dataclass
-class _Shown:
+class _Seen:
     """What the log shows of one site: leaves by what they say of it, each in order."""
 
     asked: list[OfLeaf] = field(default_factory=list)
@@ -310,7 +310,7 @@ class _Shown:
 
 def _sheets(evidence: Evidence) -> list[Section]:
     """Return the section of each site that was asked into a round, in one pass over the log."""
-    sites: defaultdict[str, _Shown] = defaultdict(_Shown)
+    sites: defaultdict[str, _Seen] = defaultdict(_Seen)
     joins: list[tuple[OfLeaf, Genesis | Join]] = [*evidence.all(Genesis), *evidence.all(Join)]
     for leaf, joined in joins:
         for member in joined.joining:
@@ -327,24 +327,24 @@ def _sheets(evidence: Evidence) -> list[Section]:
     for leaf, closed in evidence.all(RoundClose):
         for site in closed.survivors:
             sites[site].summed.append(leaf)
-    return [Section(site, tuple(_sheet(evidence, site, shown))) for site, shown in sorted(sites.items()) if shown.asked]
+    return [Section(site, tuple(_sheet(evidence, site, seen))) for site, seen in sorted(sites.items()) if seen.asked]
 
 
-def _sheet(evidence: Evidence, site: str, shown: _Shown) -> list[Sentence]:
+def _sheet(evidence: Evidence, site: str, seen: _Seen) -> list[Sentence]:
     said = [
-        *shown.membership,
+        *seen.membership,
         Sentence(
-            f"Asked into {number_of(len(shown.asked), 'round')}; it stated {len(shown.stated)}; its update is in "
-            f"{len(shown.summed)} sums.",
-            *_ends(shown.asked),
+            f"Asked into {number_of(len(seen.asked), 'round')}; it stated {len(seen.stated)}; its update is in "
+            f"{len(seen.summed)} sums.",
+            *_ends(seen.asked),
             evidence.log,
-            asked=len(shown.asked),
-            stated=len(shown.stated),
-            summed=len(shown.summed),
+            asked=len(seen.asked),
+            stated=len(seen.stated),
+            summed=len(seen.summed),
         ),
     ]
-    if shown.stated:
-        leaf, last = shown.stated[-1]
+    if seen.stated:
+        leaf, last = seen.stated[-1]
         if last.charge is not None:
             limit = "it states no limit" if last.charge.limit is None else f"its limit is {last.charge.limit:g}"
             said.append(
