@@ -122,8 +122,16 @@ def gate_conditions(study: Study) -> list[str]:
     return [
         f"{gate.signatures} sites sign it after tests of their own, each for {gate.days} days",
         *([] if study.privacy.epsilon is None else ["the rounds cost no more than the study promises"]),
-        *([] if gate.canaries is None else [f"{gate.canaries} canaries or more show an epsilon of at most {claim:g}"]),
-        *([] if gate.membership is None else [f"members are told apart with an AUC of at most {gate.membership:g}"]),
+        *(
+            []
+            if gate.canaries is None
+            else [f"an audit with {gate.canaries} planted canaries or more shows no epsilon above {claim:g}"]
+        ),
+        *(
+            []
+            if gate.membership is None
+            else [f"membership inference has an AUC of at most {gate.membership:g}, where 0.5 is guessing"]
+        ),
         *([] if gate.repeated is None else [f"at most {gate.repeated:.0%} of training answers are repeated"]),
         *([] if gate.metric is None else [f"{gate.metric} is at least {gate.least:g}"]),
     ]

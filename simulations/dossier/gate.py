@@ -8,7 +8,7 @@ from privet.common.progress import number_of
 from privet.common.study.terms import gate_conditions
 from privet.simulations.dossier.evidence import Evidence
 from privet.simulations.dossier.sources import Claim, OfLeaf, Sentence, missing
-from privet.simulations.dossier.words import day_of, quoted
+from privet.simulations.dossier.words import day_of, quoted, spoken
 
 _CLAIM = Claim("docs/decisions/0023-a-release-passes-a-gate.md", "conditions")
 _TESTS = {
@@ -34,8 +34,8 @@ def egress(evidence: Evidence) -> list[Sentence]:
     leaf, _ = evidence.all(RunOpen)[-1]
     said = [
         Sentence(
-            f"The study has an egress gate: without it, the adapter is a candidate, for tests alone. It leaves only if "
-            f"{'; '.join(conditions)}.",
+            "The study has an egress gate: when a run ends, its adapter is a candidate, for tests alone. The adapter "
+            f"leaves only if {'; '.join(conditions)}.",
             evidence.field("gate"),
             leaf,
             _CLAIM,
@@ -77,8 +77,7 @@ def _reviews(evidence: Evidence) -> list[Sentence]:
 def _decisions(evidence: Evidence) -> list[Sentence]:
     said = []
     for leaf, each in evidence.all(EgressDecision):
-        names = ", ".join(each.signed) or "nobody"
-        against = f", and refused by {', '.join(each.refused)}" if each.refused else ""
+        against = f", and refused by {spoken(each.refused)}" if each.refused else ""
         how = (
             f"accepted the candidate. It may be released until {day_of(each.expires or each.time)}"
             if each.verdict == "accepted"
@@ -86,7 +85,8 @@ def _decisions(evidence: Evidence) -> list[Sentence]:
         )
         said.append(
             Sentence(
-                f"On {day_of(each.time)}, the coordinator {how}. It was signed by {names}{against}." + _figures(each),
+                f"On {day_of(each.time)}, the coordinator {how}. It was signed by {spoken(each.signed)}{against}."
+                + _figures(each),
                 leaf,
                 signed=len(each.signed),
                 refused=len(each.refused),
