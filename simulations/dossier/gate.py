@@ -31,7 +31,7 @@ def egress(evidence: Evidence) -> list[Sentence]:
             missing("who decided that the adapter may leave, and why"),
         ]
     conditions = gate_conditions(evidence.study)
-    leaf, _ = evidence.all(RunOpen)[-1]
+    leaf, opened = evidence.all(RunOpen)[-1]
     said = [
         Sentence(
             "The study has an egress gate: when a run ends, its adapter is a candidate, for tests alone. The adapter "
@@ -39,9 +39,18 @@ def egress(evidence: Evidence) -> list[Sentence]:
             evidence.field("gate"),
             leaf,
             _CLAIM,
+            **_terms(opened),
         )
     ]
     return said + _reviews(evidence) + _decisions(evidence)
+
+
+def _terms(opened: RunOpen) -> dict[str, float]:
+    """Return the numbers in the conditions, as the log states them."""
+    if opened.gate is None:
+        return {}
+    stated = opened.gate.model_dump(mode="json")
+    return {name: float(value) for name, value in stated.items() if isinstance(value, int | float)}
 
 
 def _reviews(evidence: Evidence) -> list[Sentence]:
@@ -120,6 +129,7 @@ def candidate(evidence: Evidence) -> list[Sentence]:
             "has not passed the gate of its study, and was not released.",
             leaf,
             evidence.log,
+            round=last.round,
         ),
         Sentence(
             f"Its gate needs the signatures of {number_of(evidence.study.gate.signatures, 'site')}.",

@@ -116,6 +116,7 @@ def release(evidence: Evidence) -> list[Sentence]:
             f"Run {evidence.run} of study {study.name} released the adapter {export.adapter} after round "
             f"{export.round}, on {day_of(export.time)} by the coordinator's clock.",
             leaf,
+            round=export.round,
         )
     ]
     if study.release is None:
@@ -403,6 +404,7 @@ def measured(evidence: Evidence) -> list[Sentence]:
             f"before round {end.round}: {values}.{noise} What the last round added was not measured.",
             leaf,
             Claim("docs/privacy.md", "why-it-holds"),
+            round=end.round,
             **{name: float(value) for name, value in metrics.items()},
         )
     ]
@@ -422,6 +424,7 @@ def training(evidence: Evidence) -> list[Sentence]:
             evidence.field("lora.rank"),
             evidence.field("lora.targets"),
             evidence.field("task.kind"),
+            **({"rank": float(study.lora.ranks_text)} if study.lora.ranks_text.isdecimal() else {}),
         ),
         Sentence(
             f"Training has {number_of(study.training.rounds, 'round')} of {number_of(study.training.steps, 'step')} "

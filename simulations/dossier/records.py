@@ -102,7 +102,7 @@ def _replaced(evidence: Evidence) -> list[Sentence]:
         text, figures = (
             f"Replacing one {unit} by another is removing one and adding one, and costs more: epsilon {shown(same)} at "
             f"most, at delta {plain(costs['delta'])}.",
-            {"replacing": float(same)},
+            {"replacing": float(same), "delta": float(costs["delta"])},
         )
     return [Sentence(text, parts.last_end(evidence), Claim("docs/privacy.md", "the-guarantee"), **figures)]
 
@@ -167,6 +167,7 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
                     f"{shown(cost.stated)}, and {limit}.",
                     own[cost.site],
                     evidence.log,
+                    delta=cost.delta,
                     computed=cost.computed,
                     stated=cost.stated,
                 )
@@ -363,6 +364,7 @@ def _sheet(evidence: Evidence, site: str, seen: _Seen) -> list[Sentence]:
                     f"{plain(last.charge.delta)} on these records up to then, and {limit}.",
                     leaf,
                     epsilon=last.charge.epsilon,
+                    delta=last.charge.delta,
                 )
             )
         if last.commitments:
