@@ -210,7 +210,7 @@ QUOTED = re.compile(r"“[^”]*”|`[^`]*`|sha256:[0-9a-f]{64}|[0-9]{4}-[0-9]{2
 """Others' words, commands, digests, days and names, whose digits are no figures."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FIXED: Mapping[str, tuple[str, ...]] = {
-    "With a factor of 1,": ("1",),
+    "The closer the factor is to 1,": ("1",),
     "where 0.5 is guessing": ("0.5",),
     "each for ": (),
     "lattice of 2^-40 deviations": ("2", "40"),

@@ -223,8 +223,8 @@ def privacy(evidence: Evidence) -> list[Sentence]:
         ),
         Sentence(
             f"That means: a site releases something with or without one {unit} in its files. The probability of "
-            f"whatever {seen} differs by a factor of at most {power}, and by at most {delta} more. With a factor of 1, "
-            f"nothing at all would be learnt about the {unit}.",
+            f"whatever {seen} differs by a factor of at most {power}, and by at most {delta} more. The closer the "
+            f"factor is to 1, the less anybody can learn about the {unit}.",
             last_end(evidence),
             claim,
             factor=factor,
@@ -244,7 +244,9 @@ def privacy(evidence: Evidence) -> list[Sentence]:
 
 def not_covered(evidence: Evidence) -> list[Sentence]:
     """Return what the guarantee does not cover."""
-    return _listed(evidence, "not_covered", "Not covered", Claim("docs/privacy.md", "what-local-privacy-cannot-do"))
+    return _listed(
+        evidence, "not_covered", "Epsilon does not cover this", Claim("docs/privacy.md", "what-local-privacy-cannot-do")
+    )
 
 
 def side_channels(evidence: Evidence) -> list[Sentence]:
@@ -262,7 +264,7 @@ def _listed(evidence: Evidence, field: str, lead: str, claim: Claim, *more: Clai
     said = []
     for point, text in evidence.privacy.get(field, {}).items():
         held = [evidence.file(name)] if released.get(point) == text else []
-        said.append(Sentence(f"{lead}, {point}: {text}", claim, *more, *held))
+        said.append(Sentence(f"{lead} ({point}): {text}", claim, *more, *held))
     return said
 
 

@@ -6,8 +6,11 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -495,3 +498,19 @@ def test_a_run_that_has_not_ended_says_so_and_so_does_its_permit(
     assert "NOT all of them while the permit held" in stated
     released = [each["text"] for each in said["model-card"]["sections"][1]["sentences"]]
     assert "No adapter of run run was released." in released
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/medquad").is_dir(), reason="needs MedQuAD")
+def test_the_dossier_of_a_study_on_real_texts_holds_against_its_log() -> None:
+    """The quick run of the benchmark: three institutions, another accountant, and a parser of pages of its own."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "dossier.py"), "--quick", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [check["name"] for check in found["checks"] if check["met"] is False] == [], found["details"]["wrong"]
+    assert sum(check["met"] is True for check in found["checks"]) == 8
