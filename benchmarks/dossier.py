@@ -132,7 +132,7 @@ class Log:
         """Return how many sites of the first round may help the coordinator."""
         terms = self.study["secure_aggregation"]
         sites = len(self.all("round-open")[0]["cohort"])
-        return max(terms["corrupt"], math.floor((terms.get("corrupt_fraction") or 0) * sites))
+        return max(int(terms["corrupt"]), math.floor((terms.get("corrupt_fraction") or 0) * sites))
 
     def composed(self, history: list[tuple[float, float, int]], accountant: Any = "prv") -> float:
         """Return the epsilon of mechanisms together."""
@@ -155,7 +155,7 @@ class Log:
         sums = [each for each in self.all("round-close") if site in each["survivors"]]
         stated = [each for each in self.all("site-round") if each["site"] == site]
         delta = {"delta": terms["delta"]}
-        known: dict[frozenset[str], dict[str, float]] = {
+        known: dict[frozenset[str], dict[str, Any]] = {
             frozenset(each): each
             for each in (
                 {"leaves": self.size},

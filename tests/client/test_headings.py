@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 HEADER = ("name", "note", "case_id")
 
 
-def write(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Path:
+def write(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Path:
     """Write a file as a program does that takes `header` for the names of columns."""
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
