@@ -11,8 +11,8 @@ Two studies are run, each without privacy and at epsilon 8:
 
 * `demo`: `simulations/studies/demo.toml` as it is. In its 16 steps a record is drawn once on average.
 * `demo, longer`: the same hospitals, base, task, columns, clipping and aggregation. 120 steps draw a record 30 times on
-  average, at ten times the learning rates, so that a model learns records by heart. Notes are cut at 16 tokens and the
-  adapter sits on the base's last layer, which makes the run shorter.
+  average, at five to ten times the learning rates, so that a model learns records by heart. Notes are cut at 16 tokens,
+  and the adapter sits on the base's last layer, which makes the run shorter.
 """
 
 from __future__ import annotations

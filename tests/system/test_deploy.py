@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -280,42 +279,6 @@ def passed_by_all(made: Deployment, run: Path, at: tuple[object, ...]) -> None:
     assert json.loads(made.privet("gate", "status", run.name, *at, "--json"))["gates"][0]["state"] == "released"
 
 
-BARE = {
-    "training.rounds": 1, "training.local_steps": 40, "training.sampling_rate": 1.0, "training.learning_rate": 0.1,
-    "training.head_learning_rate": 0.3, "privacy": {"mode": "none"}, "seed": 2,
-    "gate": {"signatures": 2, "canaries": 500, "epsilon": 3.0},
-}  # fmt: skip
-"""A study without privacy that learns by heart: canaries show it."""
-
-
-def unlimited(made: Deployment, name: str) -> None:
-    """Let a dataset have no limit: one with a limit admits private studies alone. Site alpha plants more canaries."""
-    site = made.site(name)
-    text = re.sub(r"\[limit\]\n(?:\w+ = .*\n)+", "", site.read_text())
-    site.write_text(text.replace("canaries = 40", "canaries = 600"))
-    restarted(made, name)
-
-
-def stopped_by_canaries(made: Deployment, run: Path, at: tuple[object, ...]) -> None:
-    """Let a site find that the candidate of a run without privacy has learnt its canaries: it is never released."""
-    name, alpha = run.name, made.site("alpha")
-    tested = json.loads(made.privet("gate", "test", alpha, name, "--json"))
-    assert (tested["failed"], tested["canary"]["canaries"]) == (["canary"], 600)
-    assert tested["canary"]["epsilon"] > 3
-    with pytest.raises(StateError, match="failed this site's test of canary"):
-        made.privet("gate", "sign", alpha, name)
-    assert "naming canary" in made.privet("gate", "refuse", alpha, name, "--reason", "canaries are learnt by heart")
-    for site in ("beta", "gamma"):
-        made.privet("gate", "test", made.site(site), name)
-        made.privet("gate", "sign", made.site(site), name)
-    with pytest.raises(StateError, match=r"canary: (canaries show an epsilon of at least [3-9]|failed in the test)"):
-        made.privet("gate", "decide", name, *at)
-    made.privet("coordinator", "resume", name, *at, "--gather", 300)
-    assert not (run / "release").exists()
-    with pytest.raises(StateError, match="for tests alone"):
-        made.privet("export", run, run.parent / "out")
-
-
 @pytest.mark.slow
 def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path, forks: Forks) -> None:
     study = study_of(tmp_path, bert, "first", **{"training.rounds": 6, "gate": GATE})
@@ -357,16 +320,6 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
         passed_by_all(made, made.coordinator / "runs" / "again", at)
         verdict, story = audit(made, made.coordinator / "runs" / "again", tmp_path)
         assert verdict["verdict"] == "verified", verdict
-        bare = study_of(tmp_path, bert, "bare", **BARE)
-        for name in SITES:
-            policy = made.site(name).parent / "policy.toml"
-            rules = policy.read_text().replace("required = true", "required = false", 1)
-            policy.write_text(rules.replace("max_studies_per_day = 2", "max_studies_per_day = 3"))
-            unlimited(made, name)
-            made.privet("site", "approve", made.site(name), bare)
-        begun = (*at, "--gather", 300, "--adapter", start_of(made, bare))
-        assert "with a candidate" in made.privet("coordinator", "run", bare, "--name", "bare", *begun)
-        stopped_by_canaries(made, made.coordinator / "runs" / "bare", at)
         assert "gamma REFUSES the candidate" in story
         assert "is refused: one of three hospitals refuses" in story
         assert "is accepted" in story
