@@ -513,4 +513,4 @@ def test_the_dossier_of_a_study_on_real_texts_holds_against_its_log() -> None:
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert [check["name"] for check in found["checks"] if check["met"] is False] == [], found["details"]["wrong"]
-    assert sum(check["met"] is True for check in found["checks"]) == 8
+    assert sum(check["met"] is True for check in found["checks"]) == 7
