@@ -355,9 +355,9 @@ def test_words_have_the_meanings_of_the_glossary() -> None:
     assert len(said) > 20
     for text in said:
         term, _, meaning = text.partition(": ")
-        assert re.search(
-            rf"^\| {re.escape(term)} \| {re.escape(meaning)} \|$", rows, re.MULTILINE | re.IGNORECASE
-        ), text
+        assert re.search(rf"^\| {re.escape(term)} \| {re.escape(meaning)} \|$", rows, re.MULTILINE | re.IGNORECASE), (
+            text
+        )
 
 
 # Bills of materials
