@@ -15,6 +15,7 @@ from privet.client.commands.guide import Guide
 from privet.client.commands.labels import asked_studies
 from privet.client.scan.patterns import may_be_name
 from privet.client.training.glance import columns_of, lacking_columns
+from privet.client.training.headings import believed
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
 
@@ -29,7 +30,7 @@ def take_columns(guide: Guide, given: Mapping[str, str]) -> None:
     mapped = {} if site.format is None else site.format.columns
     own = {study: column for column, study in mapped.items()}
     found = dict.fromkeys(own.get(name, name) for path in site.train for name in columns_of(site, path))
-    shown = ", ".join(_shown([*found])) or "others"
+    shown = ", ".join(_shown([*found]) if believed(found, own) else []) or "others"
     for column in given:
         if column not in found:
             raise StudyError(

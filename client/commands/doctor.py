@@ -31,7 +31,7 @@ from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
-from privet.client.training.glance import columns_of
+from privet.client.training.glance import columns_named, columns_of
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
@@ -343,7 +343,7 @@ def _patients(site: SiteConfig) -> Check:
     for path in (path for path in site.train if path.is_file() and site.patient_column is not None):
         columns = columns_of(site, path)
         if site.patient_column not in columns:
-            text = f"{path.name} has no column {site.patient_column}; found {', '.join(columns)}"
+            text = f"{path.name} has no column {site.patient_column}; found {columns_named(site, path, columns)}"
             return Check("patients", False, text, "`privet site setup SITE --patient-column COLUMN`")
     hint = "name the column that identifies patients: `privet site setup SITE --patient-column COLUMN`"
     return Check("patients", well, explain_patients(site), hint)

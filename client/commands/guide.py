@@ -301,17 +301,17 @@ def _column(guide: Guide, given: str | None) -> str | None:
     """Return the column that identifies patients: the given one, or what a person chooses; None if there is none."""
     if given is not None:
         return _one_of_columns(guide, given)
-    from privet.client.training.glance import columns_of
+    from privet.client.training.glance import columns_named, columns_of
 
     site = guide.site
-    found = columns_of(site, site.train[0])
+    found = columns_named(site, site.train[0], columns_of(site, site.train[0]))
     guide.explain(
         "Who a patient is",
         "A promise to a patient covers all rows of that patient, so the site has to know which rows these are. "
         "Choose the column that identifies patients. If no column does, type - : each row then counts by itself, "
         "and a patient with many rows is protected less.",
     )
-    guide.say(f"Columns of {site.train[0].name}: {', '.join(found)}")
+    guide.say(f"Columns of {site.train[0].name}: {found}")
     return guide.ask(
         "Column of patients",
         "--patient-column COLUMN, or --unit record",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 from privet.client.formats import FileFormat
 from privet.client.training.files import PLAIN, Row, read_rows
+from privet.client.training.headings import listed
 from privet.common.errors import DataError, StateError, StudyError
 
 Write = Callable[[Sequence[Row]], None]
@@ -62,9 +63,8 @@ def survey(path: Path, wanted: Sequence[str], kept: str | None, form: FileFormat
     column = next((name for name in wanted if name in found), None)
     if column is None or (kept is not None and kept not in found):
         missing = " or ".join(wanted) if column is None else kept
-        shown = ", ".join(name[:64] for name in list(found)[:20])
         raise DataError(
-            f"{path}: expected the column {missing}, found only {shown}",
+            f"{path}: expected the column {missing}, found only {listed(list(found), wanted)}",
             "rename the column in the file, or name it with --column (texts) or --id",
         )
     names = tuple(found) if kept is None else (kept,)

@@ -11,10 +11,17 @@ from privet.client.pages.html import Child, bullets, element, paragraph, table
 from privet.client.pages.suppression import SMALLEST
 from privet.client.scan.kinds import ANY, FAULTS, KINDS
 from privet.client.scan.scanning import Places, Scan
+from privet.client.training.headings import is_number
 
 LIMITS = (
     "Patterns miss names without a salutation or label, misspelt identifiers and identifiers in pictures. "
     "A scan without findings does not show that texts are anonymous."
+)
+
+
+NUMBERED = (
+    "Columns are shown by number where their names may be contents of a record. With `--study STUDY`, the names of the "
+    "study are shown."
 )
 
 
@@ -63,7 +70,12 @@ def lines_of(scan: Scan, places: Places, faults: Sequence[str], *, exact: bool) 
     lines += [f"  {name:<14} {count}: {what}" for name, count, what in faults_of(scan, exact=exact)]
     if not scan.texts.complete:
         lines.append(f"  only the first {scan.texts.compared} texts were compared with each other")
+    lines += [NUMBERED] if _numbered(scan) else []
     return [*lines, *(f"BROKEN: {each}" for each in faults), LIMITS]
+
+
+def _numbered(scan: Scan) -> bool:
+    return any(is_number(column) for file in scan.files for column in file.columns)
 
 
 def json_of(scan: Scan, places: Places, faults: Sequence[str], *, exact: bool) -> dict[str, Any]:
@@ -111,6 +123,7 @@ def page_of(scan: Scan, faults: Sequence[str]) -> str:
         element("h1", {}, "Scan of data files"),
         paragraph(f"Made at {scan.time}. Counts of fewer than {SMALLEST} records are not shown."),
         paragraph(LIMITS),
+        *([paragraph(NUMBERED)] if _numbered(scan) else []),
         table("Direct identifiers, in records", ("Kind", "What it is", "Column", "File", "Records"), rows)
         if rows
         else paragraph("No identifier was found."),

@@ -20,6 +20,7 @@ from privet.client.scan.patterns import kinds_in, may_be_name
 from privet.client.scan.twins import Twins
 from privet.client.training.decoding import kind_of
 from privet.client.training.files import Row, left_out, read_rows
+from privet.client.training.headings import believed, numbered
 from privet.common.canonical import canonical_json
 from privet.common.errors import DataError, StateError, StudyError
 from privet.common.study.sections import Section
@@ -177,7 +178,7 @@ def _file(
     places: Places,
     progress: Callable[[int], None],
 ) -> FileCounts:
-    before, number, skipped = sha256_of(path), 0, 0
+    before, number, skipped, order = sha256_of(path), 0, 0, dict[str, None]()
     gone = _left_out(source, path)
     counts: dict[str, Counter[str]] = {}
     present = Counter[str]()
@@ -189,6 +190,7 @@ def _file(
         if source.study is None:
             _check_header(path, texts, counts)
             present.update(texts.keys())
+            order.update(dict.fromkeys(row))
         for column, text in texts.items():
             counted = counts.setdefault(column, Counter())
             if not text.strip():
@@ -214,6 +216,7 @@ def _file(
     _join_rare(
         path, [column for column, rows in present.items() if rows < min(SMALLEST, number - skipped)], counts, places
     )
+    counts = _named(source, path, [*order], counts, places)
     columns = {
         column: ColumnCounts(records=found.pop("", 0), kinds=dict(sorted(found.items())))
         for column, found in counts.items()
@@ -264,6 +267,19 @@ def _join_rare(path: Path, rare: Sequence[str], counts: dict[str, Counter[str]],
             there = places.get((str(path), RARE, kind), [])
             if rows:
                 places[str(path), RARE, kind] = sorted({*there, *rows})[:_ROWS]
+
+
+def _named(
+    source: Source, path: Path, order: Sequence[str], counts: dict[str, Counter[str]], places: Places
+) -> dict[str, Counter[str]]:
+    """Return the counts by the names of their columns; by their numbers where the names may be a record."""
+    given = [*source.form_of(path).columns.values(), *([] if source.unit is None else [source.unit])]
+    if source.study is not None or believed(order, given):
+        return counts
+    numbers = {name: numbered(place) for place, name in enumerate(order)}
+    for at, column, kind in [key for key in places if key[0] == str(path) and key[1] in numbers]:
+        places[at, numbers[column], kind] = places.pop((at, column, kind))
+    return {numbers.get(column, column): found for column, found in counts.items()}
 
 
 def _check_header(path: Path, texts: Mapping[str, str], known: Mapping[str, Counter[str]]) -> None:

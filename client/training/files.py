@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from privet.client.budget.withdrawals import Withdrawn
 from privet.client.formats import Delimiter, FileFormat
 from privet.client.training.csvrows import Body, check_length, read_body
 from privet.client.training.decoding import check_file, kind_of, text_of
+from privet.client.training.headings import FEWEST, believed, listed
 from privet.client.training.ids import names_by_rule
 from privet.client.training.proposals import hint_for
 from privet.common.errors import DataError
@@ -27,7 +29,6 @@ from privet.common.study.study import Study
 
 PLAIN = FileFormat()
 """How a file is written if nobody says otherwise."""
-_LISTED = 20
 _SHOWN = 5
 _T = TypeVar("_T")
 Columns = dict[str, list[Any]]
@@ -171,14 +172,15 @@ def _read_columns(path: Path, study: Study, names: Sequence[str], form: FileForm
         return _csv_columns(path, names, form)
     lines: list[int] = []
     columns: Columns = {name: [] for name in names}
-    found: dict[str, None] = {}
+    found: Counter[str] = Counter()
     for line, row in _objects(path, form):
         lines.append(line)
-        found.update(dict.fromkeys(row))
+        found.update(row.keys())
         for name in names:
             columns[name].append(row.get(name))
     if found:
-        _check_columns(path, list(found), names, form)
+        usual = [name for name, rows in found.items() if rows >= min(FEWEST, len(lines))]
+        _check_columns(path, list(found), names, form, usual)
     return Table(kind.text, columns, lines if kind.name == "jsonl" else None)
 
 
@@ -358,14 +360,16 @@ def check_exact(path: Path, column: str, form: FileFormat = PLAIN) -> None:
 # --- the contract ----------------------------------------------------------------------------------------
 
 
-def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form: FileFormat) -> None:
+def _check_columns(
+    path: Path, found: Sequence[str], needed: Sequence[str], form: FileFormat, usual: Sequence[str] | None = None
+) -> None:
+    """Check that a file has the needed columns, once. Of others, the error names the `usual` ones, if it may."""
     missing = [name for name in needed if name not in found]
     if missing:
-        shown = [name[:64] for name in found[:_LISTED]]
-        other = [name for name in found if name not in needed]
-        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        usual = found if usual is None else usual
+        other = [name for name in usual if name not in needed] if believed(usual, needed) else []
         raise DataError(
-            f"{path}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
+            f"{path}: expected the columns {', '.join(missing)}, found only {listed(usual, needed)}"
             + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),
             hint_for(path, needed, form)

@@ -5,12 +5,14 @@ For the set-up of a site, whose operator is asked for what follows from it. `pri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from privet.client.site import IdRule, SiteConfig
 from privet.client.training.files import read_rows
+from privet.client.training.headings import believed, listed
 from privet.client.training.ids import unit_names, units_by_rule
 from privet.common.errors import DataError, StudyError
 from privet.common.study.study import Study
@@ -34,15 +36,21 @@ def check_column(site: SiteConfig, path: Path, column: str, mend: str) -> None:
     found = columns_of(site, path)
     if column not in found:
         raise StudyError(
-            f"{path.name} has no column {column!r}; found {', '.join(found)}",
+            f"{path.name} has no column {column!r}; found {columns_named(site, path, found)}",
             f"{mend}; if the columns look wrong, `[format]` in the site file says how the file is written",
         )
+
+
+def columns_named(site: SiteConfig, path: Path, found: Sequence[str]) -> str:
+    """Return in words which columns of a site's file there are: by name, unless the names may be a record."""
+    given = [*site.form_of(path).columns.values(), *([site.patient_column] if site.patient_column else [])]
+    return listed(found, given)
 
 
 def lacking_columns(site: SiteConfig, study: Study) -> tuple[list[str], list[str]]:
     """Return the columns of a study that a site's files lack, and the others of the first file that lacks one.
 
-    Nothing of a file that cannot be read.
+    Nothing of a file that cannot be read, and no names that may be a record.
     """
     needed = [*study.data.columns.values(), *([study.data.unit] if study.data.unit else [])]
     lacking: dict[str, None] = {}
@@ -51,7 +59,7 @@ def lacking_columns(site: SiteConfig, study: Study) -> tuple[list[str], list[str
         with suppress(DataError):
             found = columns_of(site, path)
             if missing := [name for name in needed if name not in found]:
-                others = others or [name for name in found if name not in needed]
+                others = others or [name for name in found if name not in needed and believed(found, needed)]
                 lacking |= dict.fromkeys(missing)
     return list(lacking), others
 

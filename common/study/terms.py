@@ -113,21 +113,35 @@ def terms_text(study: Study) -> str:
     return f"The adapter is for {who}{purpose}{until}."
 
 
-def gate_text(study: Study) -> str:
-    """Return the conditions of a study's gate in words; empty where it has none."""
+def gate_conditions(study: Study) -> list[str]:
+    """Return the conditions of a study's gate in words; none where it has no gate."""
     gate = study.gate
     if gate is None:
-        return ""
+        return []
     claim = gate.epsilon or study.privacy.epsilon
-    conditions = [
+    return [
         f"{gate.signatures} sites sign it after tests of their own, each for {gate.days} days",
         *([] if study.privacy.epsilon is None else ["the rounds cost no more than the study promises"]),
-        *([] if gate.canaries is None else [f"{gate.canaries} canaries or more show an epsilon of at most {claim:g}"]),
-        *([] if gate.membership is None else [f"members are told apart with an AUC of at most {gate.membership:g}"]),
+        *(
+            []
+            if gate.canaries is None
+            else [f"an audit with {gate.canaries} planted canaries or more shows no epsilon above {claim:g}"]
+        ),
+        *(
+            []
+            if gate.membership is None
+            else [f"membership inference has an AUC of at most {gate.membership:g}, where 0.5 is guessing"]
+        ),
         *([] if gate.repeated is None else [f"at most {gate.repeated:.0%} of training answers are repeated"]),
         *([] if gate.metric is None else [f"{gate.metric} is at least {gate.least:g}"]),
     ]
+
+
+def gate_text(study: Study) -> str:
+    """Return the conditions of a study's gate for who approves it; empty where it has none."""
+    if study.gate is None:
+        return ""
     return (
-        f"The adapter leaves only if {'; '.join(conditions)}. This site's figures about its records stay here; whether "
-        "it signs is seen by all."
+        f"The adapter leaves only if {'; '.join(gate_conditions(study))}. This site's figures about its records stay "
+        "here; whether it signs is seen by all."
     )

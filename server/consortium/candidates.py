@@ -1,8 +1,7 @@
 """Candidates at their gates: given to sites for tests, their reviews, and the coordinator's egress decision.
 
 As with the registry, there is no database that could differ from the log. A review that a site has sent waits in a file
-until it is in the log, because a process that plays a run holds the log. The process that opens the log next writes it
-there (`log_reviews`).
+until it is in the log (`privet.server.consortium.waiting`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pydantic import ValidationError
 
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, StudyError, VerificationError
-from privet.common.files import write_durably
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
 from privet.common.log.gate import Facts, Gate, stated_bound
@@ -29,6 +27,7 @@ from privet.common.pki.enrolment import ReleasedReply, ReleasedRequest
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.consortium.registry import history_in, logged_history
 from privet.server.consortium.releases import part_of
+from privet.server.consortium.waiting import Waiting
 from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
@@ -170,8 +169,8 @@ def keep_review(made: Coordinator, site: str, data: bytes, now: datetime) -> Egr
         raise RefusedError(f"site {site} sent a review of site {review.site}", "each site sends its own")
     if abs(review.time - now.timestamp()) > SKEW.total_seconds():
         raise RefusedError("the review's time is too far from the service's clock", "set both clocks, then try again")
-    path = _folder(made) / f"{review.time:012d}.{site}.{review.run}.json"
-    if path.exists() and path.read_bytes() == data:
+    name, waiting = f"{review.time:012d}.{site}.{review.run}", _reviews(made)
+    if waiting.holds(name, data):
         return review
     # The log is replayed for a review, so not for those who have nothing to review.
     if site not in _testers(made.log_directory, LogFile(made.log_directory).size()).get(review.run, ()):
@@ -186,8 +185,7 @@ def keep_review(made: Coordinator, site: str, data: bytes, now: datetime) -> Egr
         raise RefusedError(
             error.message, error.hint or "see where the candidate is: `privet site adapters SITE`"
         ) from None
-    _folder(made).mkdir(exist_ok=True)
-    write_durably(path, data)
+    waiting.keep(name, data)
     return review
 
 
@@ -197,22 +195,19 @@ def log_reviews(made: Coordinator, journal: Journal) -> int:
     Raises:
         StateError: The log or a review's file could not be written.
     """
-    waiting = _waiting(made)
-    for path, data in waiting:
+
+    def say(data: bytes) -> bool:
         review = _review_in(data)
         run = journal.history.runs.get(review.run)
-        known = run is not None and run.gate is not None and run.gate.reviews.get(review.site) == review
+        if run is not None and run.gate is not None and run.gate.reviews.get(review.site) == review:
+            return True
         try:
-            if not known:  # a crash may have come between the log's write and the removal of the file
-                journal.hear(data, review.site)
+            journal.hear(data, review.site)
         except (VerificationError, ProtocolError):
-            # Another statement came first, such as a decision. Who sent it sees that in the log.
-            path.rename(path.with_suffix(".late"))
-    if waiting:
-        journal.sign_head()
-    for path, _ in waiting:
-        path.unlink(missing_ok=True)
-    return len(waiting)
+            return False  # another statement came first, such as a decision: who sent it sees that in the log
+        return True
+
+    return _reviews(made).settle(journal, say)
 
 
 def decide_egress(
@@ -277,29 +272,20 @@ def decide_egress(
     return decision
 
 
-def _folder(made: Coordinator) -> Path:
-    return made.directory / "reviews"
+def _reviews(made: Coordinator) -> Waiting[bytes]:
+    """Return the reviews that are not known to be in the log, oldest first, as their sites signed them."""
 
+    def read(data: bytes) -> bytes:
+        _review_in(data)
+        return data
 
-def _waiting(made: Coordinator) -> list[tuple[Path, bytes]]:
-    """Return the reviews that are not known to be in the log, oldest first."""
-    found = []
-    for path in sorted(_folder(made).glob("*.json")):
-        try:
-            found.append((path, path.read_bytes()))
-        except FileNotFoundError:  # another process has logged it in between
-            continue
-        except OSError as error:
-            raise StateError(
-                f"{path} cannot be read ({error.strerror})", "mend the disk, or let the site send its review again"
-            ) from None
-    return found
+    return Waiting(made.directory / "reviews", read, "mend the disk, or let the site send its review again")
 
 
 def _with_waiting(made: Coordinator) -> Replay:
     """Return the history of the log, and of the waiting reviews as if they were in it."""
     history = logged_history(made)
-    for _, data in _waiting(made):
+    for _, data in _reviews(made).all():
         try:
             _admit(history, made, data)
         except PrivetError:  # it is in the log, or comes too late

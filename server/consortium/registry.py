@@ -1,8 +1,8 @@
 """The registry of released adapters: what the round log and run directories say of each, and what is decided of it.
 
 The registry has no database of its own, which could differ from the log: which adapters were released, from which
-adapter each began and what became of it are leaves. A decision waits in a file until it is in the log, because a
-process that plays a run holds the log. The process that opens the log next writes it there.
+adapter each began and what became of it are leaves. A decision waits in a file until it is in the log
+(`privet.server.consortium.waiting`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
 from privet.common.clock import now
 from privet.common.errors import PrivetError, StateError, StudyError
-from privet.common.files import write_durably
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.replay import STATES, LoggedRun, Released, Replay, admit
 from privet.common.log.statements import AdapterState
 from privet.server.consortium.coordinator import Coordinator
+from privet.server.consortium.waiting import Waiting
 from privet.server.log.journal import Journal
 from privet.server.log.logfile import LogFile
 from privet.server.rounds.state import RunDirectory
@@ -122,14 +122,12 @@ def entries(made: Coordinator) -> tuple[Entry, ...]:
 
 def _decided(made: Coordinator, history: Replay) -> tuple[Entry, ...]:
     """Return the entries as far as log and decisions tell them. No run's state is read, which holds whole adapters."""
-    waiting = _waiting(made)
+    waiting = sorted((change for _, change in _decisions(made).all()), key=_place)
     owners = {each.statement.adapter: name for name, run in history.runs.items() for each in run.releases}
     found = []
     for name, run in history.runs.items():
         for each in run.releases[-1:]:
-            decided = [
-                change for _, change in waiting if (change.run, change.adapter) == (name, each.statement.adapter)
-            ]
+            decided = [change for change in waiting if (change.run, change.adapter) == (name, each.statement.adapter)]
             found.append(Entry(run, each, owners.get(run.statement.adapter), decided[-1] if decided else None))
     runs = {entry.name: entry for entry in found}
     found = [replace(entry, tainted=_tainted(entry, runs)) for entry in found]
@@ -221,9 +219,8 @@ def decide(
         raise StudyError(
             "--reason: expected 1 to 300 printable ASCII characters", "write such a reason in one line"
         ) from None
-    _folder(made).mkdir(exist_ok=True)
     # The file's name is the decision's, so that the same decision, made twice, is one.
-    write_durably(_folder(made) / f"{name}.{state}.json", canonical_json(change.model_dump(mode="json")))
+    _decisions(made).keep(f"{name}.{state}", canonical_json(change.model_dump(mode="json")))
     return change
 
 
@@ -233,23 +230,20 @@ def log_decisions(made: Coordinator, journal: Journal) -> int:
     Raises:
         StateError: The log or a decision's file could not be written.
     """
-    waiting = _waiting(made)
-    for _, change in waiting:
+
+    def say(change: AdapterState) -> bool:
         run = journal.history.runs.get(change.run)
         now = [each.state for each in (run.releases if run else ()) if each.statement.adapter == change.adapter]
-        # It is in the log already if a crash came between the log's write and the removal of its file.
-        if now and STATES.index(now[-1]) < STATES.index(change.state):
+        if now and STATES.index(now[-1]) < _place(change):
             journal.say(change)
-    if waiting:
-        journal.sign_head()
-    for path, _ in waiting:
-        path.unlink(missing_ok=True)
-    return len(waiting)
+        return True
+
+    return _decisions(made).settle(journal, say, _place)
 
 
 def waits(made: Coordinator) -> bool:
     """Return whether a decision is not known to be in the log."""
-    return any(_folder(made).glob("*.json"))
+    return _decisions(made).any()
 
 
 def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) -> None:
@@ -274,24 +268,18 @@ def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) ->
         say(f"note: {said}")
 
 
-def _folder(made: Coordinator) -> Path:
-    return made.directory / "decisions"
+def _decisions(made: Coordinator) -> Waiting[AdapterState]:
+    """Return the decisions that are not known to be in the log."""
+    return Waiting(
+        made.directory / "decisions",
+        AdapterState.model_validate_json,
+        "remove the file, and decide again with `privet registry revoke`, `retire` or `supersede`",
+    )
 
 
-def _waiting(made: Coordinator) -> list[tuple[Path, AdapterState]]:
-    """Return the decisions that are not known to be in the log, in the order of their states."""
-    found = []
-    for path in sorted(_folder(made).glob("*.json")):
-        try:
-            found.append((path, AdapterState.model_validate_json(path.read_bytes())))
-        except FileNotFoundError:  # another process has logged it in between
-            continue
-        except (OSError, ValidationError) as error:
-            raise StateError(
-                f"{path} cannot be read ({type(error).__name__})",
-                "remove the file, and decide again with `privet registry revoke`, `retire` or `supersede`",
-            ) from None
-    return sorted(found, key=lambda each: STATES.index(each[1].state))
+def _place(change: AdapterState) -> int:
+    """Return the place of a decision in the order of states."""
+    return STATES.index(change.state)
 
 
 def _told(entry: Entry, path: Path) -> Entry:

@@ -17,7 +17,8 @@ from privet.common.canonical import canonical_json
 from privet.common.log.statements import Export, RoundClose, RunOpen
 from privet.common.study.terms import terms_text
 from privet.simulations.dossier.evidence import Evidence
-from privet.simulations.dossier.parts import attacks, day_of
+from privet.simulations.dossier.parts import attacks
+from privet.simulations.dossier.words import day_of
 
 SBOM, MLBOM = "sbom.cdx.json", "ml-bom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "privet.dossier")

@@ -26,6 +26,7 @@ from privet.common.log.checkpoint import LeafProof
 from privet.simulations.dossier import records, regulation
 from privet.simulations.dossier.bom import MLBOM, SBOM, ml_bom, sbom
 from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.glossary import words
 from privet.simulations.dossier.sources import (
     Claim,
     Document,
@@ -37,6 +38,17 @@ from privet.simulations.dossier.sources import (
     Sentence,
     Source,
 )
+
+_READING = "reading"
+_KINDS = (
+    ("leaf 7", "an entry of the log: what its author signed. The page of leaves shows it; its proof is beside it"),
+    ("log of 68 leaves", "all entries together: what was counted or computed over them, or is in none of them"),
+    ("a file name", "a file of the run; this folder holds a copy"),
+    ("study: privacy.epsilon", "a field of the study, to which every site that took part has agreed"),
+    ("docs/privacy.md#accounting", "a section of privet's documentation, in the version that wrote this dossier"),
+    ("gap: the controller", "nothing: privet does not know it. This is who has to state it"),
+)
+"""How sources are shown, and what they are."""
 
 INDEX, LEAVES, WHOLE, SOURCES = "index.html", "leaves.html", "dossier.json", "sources/"
 _CHECKPOINT, _STUDY = "checkpoint", "study.json"
@@ -55,6 +67,7 @@ def documents(evidence: Evidence) -> list[Document]:
         regulation.hipaa_activity(evidence),
         regulation.hipaa_expert(evidence),
         *([] if permit is None else [permit]),
+        words(),
     ]
 
 
@@ -118,9 +131,15 @@ def _page(made: Document) -> str:
         )
         for each in made.sections
     ]
-    return document(
-        made.title, [element("h1", {}, made.title), element("p", {}, link(INDEX, "All documents")), *sections]
+    lead = element(
+        "p",
+        {},
+        link(INDEX, "All documents"),
+        ". In brackets after a sentence stands its source: ",
+        link(f"{INDEX}#{_READING}", "how to read it"),
+        ".",
     )
+    return document(made.title, [element("h1", {}, made.title), lead, *sections])
 
 
 def _item(said: Sentence) -> Html:
@@ -212,11 +231,14 @@ def _index(evidence: Evidence, made: Sequence[Document]) -> str:
                 joined([link(LEAVES, "cited leaves"), ": as their authors signed them, with proofs"]),
             ]
         ),
+        element("h2", {"id": _READING}, "How to read the sources"),
+        table("In brackets after each sentence", ["source", "what it is"], _KINDS),
         element("h2", {}, "Verified"),
         bullets([_first_upper(each) for each in evidence.report.checked]),
         element("h2", {}, "Not verified"),
-        bullets(list(evidence.report.unchecked) or ["Nothing is left out."]),
+        bullets([_first_upper(each) for each in evidence.report.unchecked] or ["Nothing is left out."]),
         element("h2", {}, "Gaps: what others have to state"),
+        paragraph("privet does not know these points. A review needs them from whom a heading names."),
         *_gaps(made),
     ]
     return document(f"Dossier of {evidence.run}", parts)
@@ -233,10 +255,10 @@ def _gaps(made: Iterable[Document]) -> list[Html]:
     for each in made:
         for said in each.sentences():
             if said.gap is not None:
-                gaps.setdefault(said.gap.who, {})[said.text] = None
+                gaps.setdefault(said.gap.who, {})[said.gap.what] = None
     parts = []
     for who, texts in gaps.items():
-        parts += [element("h3", {}, _first_upper(who)), bullets([prose(text) for text in texts])]
+        parts += [element("h3", {}, _first_upper(who)), bullets([prose(_first_upper(text)) for text in texts])]
     return parts
 
 

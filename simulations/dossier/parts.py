@@ -3,64 +3,71 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
-from privet.common.audit.privacy_text import rounded_up
 from privet.common.audit.release import PRIVACY
 from privet.common.errors import StateError
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen
+from privet.common.masking.groups import corrupt_sites
 from privet.common.progress import number_of
 from privet.common.study.terms import terms_text
 from privet.simulations.attacks.labels import label
 from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.gate import candidate
 from privet.simulations.dossier.sources import Claim, OfFile, Section, Sentence, Source, missing
+from privet.simulations.dossier.words import day_of, factor_of, plain, quoted, sentence, shown, spoken
 
 PAGE = "docs/dossier.md"
 CONTROLLER = "the controller"
 PROVIDER = "the provider"
 EACH_SITE = "each site"
 
+_METHODS = {
+    "ffa": "The coordinator averages one of the adapter's two parts; the other stays as it began",
+    "fedsvd": "The coordinator averages one of the adapter's two parts, and then writes both anew",
+    "fedavg": "The coordinator averages both parts of the adapter",
+}
 _UNBOUNDED = "Nothing bounds what is learnt about one person, as there is no differential privacy."
-_MOST_EXPONENT, _LONG = 700.0, 14.0
-"""An exponent whose power is a float64, and one from which on the power is too long to read."""
-_MARKS = str.maketrans("“”„«»", "'''''")
-_EGRESS = "egress-decision"
-"""Type of a statement that an adapter may leave, or may not. Of its fields, all are shown."""
 _ATTACKS = {
-    "canaries": "planted records (a lower bound on epsilon)",
-    "membership": "membership inference",
-    "reconstruction": "reconstruction of words from an update",
-    "poisoning": "poisoning by malicious sites",
+    "canaries": "an audit with planted records, which bounds epsilon from below",
+    "membership": "an attack that tells training records from others (membership inference)",
+    "reconstruction": "an attack that reads words from a site's update (reconstruction)",
+    "poisoning": "an attack by malicious sites on what the adapter answers (poisoning)",
 }
 
 
 def head(evidence: Evidence, anchor: str) -> Section:
     """Return the section with which each document begins: what it is, and that its evidence was verified."""
     report = evidence.report
-    names = ", ".join(report.verdict.cosigners)
     said = [
+        Sentence(
+            "privet is a program by which several sites, such as hospitals, train one model together. The records stay "
+            "at their sites. A coordinator adds up what the sites send. A log that the sites witness holds each step.",
+            Claim("docs/architecture.md", "one-round"),
+            Claim(PAGE, "words"),
+        ),
         Sentence(
             "This document collects what privet can show, and names what it cannot. It is input for people who decide, "
             "and a measure of readiness. It is no finding of conformity with any law.",
             Claim(PAGE, "what-it-is-and-what-it-is-not"),
             Claim(PAGE, anchor),
-        )
+        ),
     ]
     if evidence.simulated:
         said.append(
             Sentence(
                 "The run is a SIMULATION. Its sites were simulated on one machine, and its noise came from a public "
-                "seed, which protects nobody. The figures are those that sites with noise of their own would have.",
+                "seed, which protects nobody. What is said of protection holds for sites with noise of their own, and "
+                "not for this run.",
                 evidence.log,
             )
         )
     said.append(
         Sentence(
-            f"Before a sentence was written, run {evidence.run} was verified: {report.verdict.size} leaves of the log, "
-            f"which {names} cosigned, then study, rounds and release against the log.",
+            f"Before a sentence was written, run {evidence.run} was verified: all {report.verdict.size} entries "
+            f"(leaves) of the log; the signatures of its witnesses, {spoken(report.verdict.cosigners)}; and the study, "
+            "the rounds and any release against the log.",
             evidence.log,
             Claim("docs/audit.md", "the-verdict"),
             leaves=report.verdict.size,
@@ -76,32 +83,22 @@ def aborted_to_the_end(evidence: Evidence) -> bool:
     return any(each.round == evidence.study.rounds for _, each in evidence.all(RoundAbort))
 
 
-def day_of(time: float) -> str:
-    """Return the day of a time in seconds since 1970, in UTC."""
-    return datetime.fromtimestamp(min(time, 253_402_300_799), UTC).strftime("%Y-%m-%d")
-
-
-def quoted(text: str) -> str:
-    """Return others' words between quotation marks that they cannot close: what follows them is privet's statement."""
-    return f"“{text.translate(_MARKS)}”"
-
-
 def purpose(evidence: Evidence) -> list[Sentence]:
     """Return purpose, legal basis and contacts in the study's own words."""
     found = evidence.study.purpose
     if found is None:
         return [missing("the purpose, the legal basis and contacts, as the study has no table [purpose]")]
     return [
-        Sentence(f"Purpose, in the study's words: {quoted(found.text)}", evidence.field("purpose.text")),
+        Sentence(f"Purpose, in the study's words: {sentence(found.text)}", evidence.field("purpose.text")),
         Sentence(
-            f"Legal basis, in the study's words: {quoted(found.legal_basis)}", evidence.field("purpose.legal_basis")
+            f"Legal basis, in the study's words: {sentence(found.legal_basis)}", evidence.field("purpose.legal_basis")
         ),
         Sentence(
             f"Contacts, in the study's words: {', '.join(map(quoted, found.contacts))}.",
             evidence.field("purpose.contacts"),
         ),
         Sentence(
-            "privet checks none of these statements. Sites are shown them before they approve the study.",
+            "privet shows these statements to the sites before they approve the study, and checks none of them.",
             Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
         ),
     ]
@@ -112,13 +109,14 @@ def release(evidence: Evidence) -> list[Sentence]:
     study = evidence.study
     exports = evidence.all(Export)
     if not exports:
-        return [Sentence(f"The log exports no adapter of run {evidence.run}.", evidence.log)]
+        return candidate(evidence)
     leaf, export = exports[-1]
     said = [
         Sentence(
             f"Run {evidence.run} of study {study.name} released the adapter {export.adapter} after round "
             f"{export.round}, on {day_of(export.time)} by the coordinator's clock.",
             leaf,
+            round=export.round,
         )
     ]
     if study.release is None:
@@ -145,20 +143,6 @@ def release(evidence: Evidence) -> list[Sentence]:
     return said
 
 
-def egress(evidence: Evidence) -> list[Sentence]:
-    """Return the decisions about letting the adapter out, as the log states them."""
-    said = list[Sentence]()
-    for leaf, statement in evidence.told:
-        if str(statement.type) == _EGRESS:
-            fields = statement.model_dump(mode="json")
-            stated = "; ".join(f"{name}: {value}" for name, value in fields.items() if name not in ("type", "format"))
-            said.append(Sentence(f"The log holds a decision on egress. {stated}.", evidence.at(leaf, statement)))
-    return said or [
-        Sentence("The log holds no decision on egress of this adapter.", evidence.log),
-        missing("who decided that the adapter may leave, and why"),
-    ]
-
-
 def course(evidence: Evidence) -> list[Sentence]:
     """Return which rounds there were."""
     (leaf, opened) = evidence.all(RunOpen)[-1]
@@ -170,8 +154,13 @@ def course(evidence: Evidence) -> list[Sentence]:
             leaf,
         ),
         Sentence(
-            f"Of {number_of(opened.rounds, 'round')}, {len(closed)} closed and {len(aborted)} were aborted. Updates of "
-            f"{number_of(len(sites), 'site')} entered the sums" + (f": {', '.join(sites)}." if sites else "."),
+            f"Of {number_of(opened.rounds, 'planned round')}, {len(closed)} ended with a result and {len(aborted)} "
+            "without one. "
+            + (
+                f"Updates of {number_of(len(sites), 'site')} are in the results: {spoken(sites)}."
+                if sites
+                else "No site's update is in a result."
+            ),
             leaf,
             evidence.log,
             rounds=opened.rounds,
@@ -201,16 +190,23 @@ def privacy(evidence: Evidence) -> list[Sentence]:
         ]
     costs, unit = document["epsilon"], study.privacy.unit
     factor, power = factor_of(costs["run"])
+    delta = plain(costs["delta"])
     whom = {
-        "record": "one record, which is one row of a site's files",
+        "record": "one record, which is one row of a site's files. A person with several rows is protected less",
         "patient": f"one patient, which is all rows of a site that share a value of column {study.data.unit}",
     }[unit]
     shared = study.privacy.mode == "distributed"
     claim = Claim("docs/privacy.md", "noise-in-shares" if shared else "the-guarantee")
-    seen = "whatever the coordinator and corrupt sites make of the sums" if shared else "whatever anybody makes of that"
+    seen = "the coordinator and corrupt sites conclude from the sums" if shared else "anybody concludes from that"
     return [
         Sentence(
-            f"The study promises epsilon {costs['target']:g} at delta {costs['delta']:g} for {whom}.",
+            "Differential privacy is noise by which results hardly depend on any one "
+            f"{unit}. Epsilon and delta say how much they still depend on it: the smaller, the better protected.",
+            claim,
+            Claim("docs/glossary.md", "privacy"),
+        ),
+        Sentence(
+            f"The study promises epsilon {costs['target']:g} at delta {delta} for {whom}.",
             evidence.field("privacy.epsilon"),
             evidence.field("privacy.delta"),
             evidence.field("privacy.unit"),
@@ -218,19 +214,21 @@ def privacy(evidence: Evidence) -> list[Sentence]:
             delta=costs["delta"],
         ),
         Sentence(
-            f"Spent in this run, by any one site: epsilon {shown(costs['run'])} at most, rounded up. It was "
-            "computed again from the log's rounds.",
+            f"Spent in this run, by any one site: epsilon {shown(costs['run'])} at most, rounded up. For this dossier "
+            "it was computed again from the rounds in the log.",
             last_end(evidence),
             evidence.log,
             Claim("docs/privacy.md", "accounting"),
             spent=costs["run"],
         ),
         Sentence(
-            f"With or without one {unit} in what a site released, the probability of {seen} differs by a factor of at "
-            f"most {power}, and by at most {costs['delta']:g} more.",
+            f"That means: a site releases something with or without one {unit} in its files. The probability of "
+            f"whatever {seen} differs by a factor of at most {power}, and by at most {delta} more. The closer the "
+            f"factor is to 1, the less anybody can learn about the {unit}.",
             last_end(evidence),
             claim,
             factor=factor,
+            delta=costs["delta"],
         ),
         Sentence(
             "The guarantee holds against the coordinator together with some corrupt sites, if the other sites add "
@@ -244,20 +242,11 @@ def privacy(evidence: Evidence) -> list[Sentence]:
     ]
 
 
-def shown(epsilon: float) -> str:
-    """Return an epsilon as text, rounded up; it may be infinite."""
-    return rounded_up(epsilon) if math.isfinite(epsilon) else "infinite"
-
-
-def factor_of(epsilon: float) -> tuple[float, str]:
-    """Return exp(epsilon), as far as a float holds it, and as text, rounded up."""
-    factor = math.exp(min(epsilon, _MOST_EXPONENT))
-    return factor, rounded_up(factor) if epsilon < _LONG else f"exp({rounded_up(epsilon)})"
-
-
 def not_covered(evidence: Evidence) -> list[Sentence]:
     """Return what the guarantee does not cover."""
-    return _listed(evidence, "not_covered", "Not covered", Claim("docs/privacy.md", "what-local-privacy-cannot-do"))
+    return _listed(
+        evidence, "not_covered", "Epsilon does not cover this", Claim("docs/privacy.md", "what-local-privacy-cannot-do")
+    )
 
 
 def side_channels(evidence: Evidence) -> list[Sentence]:
@@ -275,7 +264,7 @@ def _listed(evidence: Evidence, field: str, lead: str, claim: Claim, *more: Clai
     said = []
     for point, text in evidence.privacy.get(field, {}).items():
         held = [evidence.file(name)] if released.get(point) == text else []
-        said.append(Sentence(f"{lead}, {point}: {text}", claim, *more, *held))
+        said.append(Sentence(f"{lead} ({point}): {text}", claim, *more, *held))
     return said
 
 
@@ -285,14 +274,18 @@ def hidden_sums(evidence: Evidence) -> list[Sentence]:
     mode = evidence.field("secure_aggregation.mode")
     if study.secure_aggregation.mode != "masked":
         return [Sentence("Updates are not masked: the coordinator sees the update of each site by itself.", mode)]
+    sizes = sorted({len(each.cohort) for _, each in evidence.all(RoundOpened)}) or [study.cohort.min_sites]
+    least = corrupt_sites(study, sizes[0])
     return [
         Sentence(
-            "Updates are masked: the coordinator sees sums over sites, and no single update, as long as at most "
-            f"{number_of(study.secure_aggregation.corrupt, 'site')}, or the fraction that the study allows for, helps "
-            "it against the others.",
+            "Updates are masked: the coordinator sees sums over sites, and no single update, as long as no more than "
+            f"{least} of the {sizes[0]} sites in a round help it against the others.",
             mode,
             evidence.field("secure_aggregation.corrupt"),
+            evidence.log,
             Claim("docs/secure-aggregation.md", "1-parties-and-claims"),
+            corrupt=least,
+            asked=sizes[0],
         )
     ]
 
@@ -306,7 +299,7 @@ def attacks(evidence: Evidence) -> list[Sentence]:
     said = []
     for name, what in _ATTACKS.items():
         if name not in evidence.attacks:
-            said.append(missing(f"the result of {what} on this adapter", "whoever tests the adapter"))
+            said.append(missing(f"the result of {what}", "whoever tests the adapter"))
             continue
         try:
             said += _RESULTS[name](evidence.attacks[name], evidence.file(f"attacks/{name}.json"))
@@ -409,10 +402,11 @@ def measured(evidence: Evidence) -> list[Sentence]:
     noise = " The figures carry the sites' noise." if evidence.study.private else ""
     return [
         Sentence(
-            f"On units that all sites together hold out, before round {end.round}: {values}.{noise} The adapter of the "
-            "last round is not validated.",
+            f"Measured on {evidence.study.privacy.unit}s that the sites hold out from training, all sites together, "
+            f"before round {end.round}: {values}.{noise} What the last round added was not measured.",
             leaf,
             Claim("docs/privacy.md", "why-it-holds"),
+            round=end.round,
             **{name: float(value) for name, value in metrics.items()},
         )
     ]
@@ -426,27 +420,34 @@ def training(evidence: Evidence) -> list[Sentence]:
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
     return [
         Sentence(
-            f"Sites train a LoRA adapter of rank {study.lora.ranks_text} on the layers "
-            f"{', '.join(study.lora.targets)}{full}, for {study.task.kind}.",
+            "What is trained is an adapter (LoRA): a small set of numbers that is added to a base model, which itself "
+            f"does not change. Its rank, which sets its size, is {study.lora.ranks_text}; it changes the layers "
+            f"{spoken(study.lora.targets)}{full}. Its task is {study.task.kind}.",
             evidence.field("lora.rank"),
             evidence.field("lora.targets"),
             evidence.field("task.kind"),
+            **({"rank": float(study.lora.ranks_text)} if study.lora.ranks_text.isdecimal() else {}),
         ),
         Sentence(
-            f"{number_of(study.training.rounds, 'round')} of {number_of(study.training.steps, 'step')} each; a step "
-            f"draws a unit with probability {study.training.sampling_rate:g}. The coordinator combines updates by "
-            f"{study.aggregation.method}.",
+            f"Training has {number_of(study.training.rounds, 'round')} of {number_of(study.training.steps, 'step')} "
+            f"each. In a step, a site uses each {study.privacy.unit} with a probability of "
+            f"{100 * study.training.sampling_rate:.3g} %. {_METHODS[study.aggregation.method]} "
+            f"({study.aggregation.method}).",
             evidence.field("training.rounds"),
             evidence.field("training.sampling_rate"),
             evidence.field("aggregation.method"),
             Claim("docs/architecture.md", "one-round"),
+            rounds=study.training.rounds,
+            steps=study.training.steps,
+            sampling_rate=study.training.sampling_rate,
         ),
         Sentence(
-            f"The base model is {study.model.base}. The study pins {number_of(len(study.model.sha256), 'file')} of it "
-            "by SHA-256, and a site refuses others.",
+            f"The base model is {study.model.base}. The study names {number_of(len(study.model.sha256), 'file')} of it "
+            "with their SHA-256, and a site refuses others.",
             evidence.field("model.sha256"),
             evidence.all(RunOpen)[-1][0],
             Claim("docs/bases.md", "pin-a-base"),
+            files=len(study.model.sha256),
         ),
         missing("the base model's own training data, its licence and its terms", PROVIDER),
     ]

@@ -12,6 +12,7 @@ from privet.common.progress import number_of
 from privet.simulations.dossier import parts
 from privet.simulations.dossier.evidence import Evidence
 from privet.simulations.dossier.sources import Claim, Document, OfLeaf, Section, Sentence, missing
+from privet.simulations.dossier.words import day_of, plain, quoted, shown
 
 
 def nist(evidence: Evidence) -> Document:
@@ -52,8 +53,8 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     source = parts.last_end(evidence)
     said = [
         Sentence(
-            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {parts.shown(cost['epsilon'])}, rounded "
-            f"up; {parts.shown(cost['epsilon_rdp'])} by Rényi accounting, which is looser.",
+            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {shown(cost['epsilon'])} at most. As a "
+            f"check, another method (Rényi), which is less exact, gives {shown(cost['epsilon_rdp'])}.",
             source,
             evidence.log,
             rounds=cost["rounds"],
@@ -65,7 +66,8 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
     if costs.get("at_every_site") is not None:
         said.append(
             Sentence(
-                f"A unit with data at every site: epsilon {parts.shown(costs['at_every_site'])} at most.",
+                f"If the same {evidence.study.privacy.unit} were in the files of every site, all of them together: "
+                f"epsilon {shown(costs['at_every_site'])} at most.",
                 source,
                 Claim("docs/privacy.md", "the-guarantee"),
                 at_every_site=costs["at_every_site"],
@@ -77,7 +79,8 @@ def _by_site(evidence: Evidence) -> list[Sentence]:
 def _unit(evidence: Evidence) -> list[Sentence]:
     return [
         Sentence(
-            f"The unit is a {evidence.study.privacy.unit}. Neighbouring data sets differ by adding or removing one.",
+            f"The unit of privacy is a {evidence.study.privacy.unit}: the promise compares results with one "
+            f"{evidence.study.privacy.unit} and without it.",
             evidence.field("privacy.unit"),
             Claim("docs/privacy.md", "the-guarantee"),
         )
@@ -91,12 +94,15 @@ def _replaced(evidence: Evidence) -> list[Sentence]:
         return []
     same, unit = costs["replacing"]["epsilon_at_same_delta"], evidence.study.privacy.unit
     if same is None:
-        text, figures = f"At delta {costs['delta']:g}, nothing is promised for replacing one {unit} by another.", {}
+        text, figures = (
+            f"Nothing is promised for replacing one {unit} by another, at delta {plain(costs['delta'])}.",
+            {},
+        )
     else:
         text, figures = (
-            f"Replacing one {unit} by another is both: epsilon {parts.shown(same)} at most, at delta "
-            f"{costs['delta']:g}.",
-            {"replacing": float(same)},
+            f"Replacing one {unit} by another is removing one and adding one, and costs more: epsilon {shown(same)} at "
+            f"most, at delta {plain(costs['delta'])}.",
+            {"replacing": float(same), "delta": float(costs["delta"])},
         )
     return [Sentence(text, parts.last_end(evidence), Claim("docs/privacy.md", "the-guarantee"), **figures)]
 
@@ -115,8 +121,10 @@ def _mechanism(evidence: Evidence) -> list[Sentence]:
         if each is not None:
             said.append(
                 Sentence(
-                    f"{name}: mechanism {each.mechanism}, noise multiplier {each.noise_multiplier:.6g}, sampling rate "
-                    f"{each.sampling_rate:g}, {number_of(each.steps, 'step')} in a round.",
+                    f"{name}: {number_of(each.steps, 'step')} in a round, in which each {each.unit} is used with a "
+                    f"probability of {100 * each.sampling_rate:.3g} %. The noise has {each.noise_multiplier:.6g} times "
+                    f"the size of the largest term of one {each.unit} (noise multiplier; mechanism "
+                    f"{each.mechanism}).",
                     leaf,
                     claim,
                     noise_multiplier=each.noise_multiplier,
@@ -126,8 +134,8 @@ def _mechanism(evidence: Evidence) -> list[Sentence]:
             )
     said.append(
         Sentence(
-            f"Before noise, the gradient or the counts of one {evidence.study.privacy.unit} have an L2 norm of at most "
-            f"{opened.privacy.clip_norm:g}, by {evidence.study.privacy.clipping} clipping.",
+            f"Before noise is added, what one {evidence.study.privacy.unit} adds to a sum is cut to a length (L2 norm) "
+            f"of at most {opened.privacy.clip_norm:g}, by {evidence.study.privacy.clipping} clipping.",
             evidence.field("privacy.clip_norm"),
             evidence.field("privacy.clipping"),
             claim,
@@ -142,8 +150,8 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
     accountant = "" if opened.privacy is None else opened.privacy.accountant
     said = [
         Sentence(
-            f"Accountant: {accountant}. The scope is this run: every round that a site was asked into counts, also if "
-            "its update was lost.",
+            f"Epsilon was computed by the method and library `{accountant}`. It is the cost of this run: every round "
+            "that a site was asked into counts, also if its update was lost.",
             leaf,
             Claim("docs/privacy.md", "accounting"),
         )
@@ -151,13 +159,15 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
     own = {each.site: leaf for leaf, each in evidence.all(SiteRound)}
     for cost in evidence.report.costs:
         if cost.site in own:
-            limit = "no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
+            limit = "that it has set no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
             said.append(
                 Sentence(
-                    f"{cost.site}'s account over all rounds of this log: epsilon {parts.shown(cost.computed)} at delta "
-                    f"{cost.delta:g}, computed; the site states {parts.shown(cost.stated)} and {limit}.",
+                    f"What {cost.site} has spent in all runs of this log: epsilon {shown(cost.computed)} at delta "
+                    f"{plain(cost.delta)}, as computed for this dossier. The site itself states "
+                    f"{shown(cost.stated)}, and {limit}.",
                     own[cost.site],
                     evidence.log,
+                    delta=cost.delta,
                     computed=cost.computed,
                     stated=cost.stated,
                 )
@@ -182,7 +192,7 @@ def _shares(evidence: Evidence) -> list[Sentence]:
     ]
     if said:
         alone = trust["own_share_epsilon"]
-        left = "nothing that counts" if alone is None else f"epsilon {parts.shown(alone)}, at the same delta"
+        left = "nothing that counts" if alone is None else f"epsilon {shown(alone)}, at the same delta"
         said.append(
             Sentence(
                 f"If every other site is corrupt, a site's own share of the noise leaves: {left}.",
@@ -199,8 +209,8 @@ def _randomness(evidence: Evidence) -> list[Sentence]:
         return [Sentence("No noise is drawn.", evidence.field("privacy.mode"))]
     return [
         Sentence(
-            f"Sampling and noise come from {found['stream']}, keyed by the {found['key']}; the noise is a "
-            f"{found['noise']}.",
+            f"The random numbers for sampling and noise come from {found['stream']}, whose key is from the "
+            f"{found['key']}. The noise is a {found['noise']}.",
             evidence.log,
             Claim("docs/privacy.md", "noise-and-floating-point"),
         )
@@ -232,7 +242,7 @@ def model_card(evidence: Evidence) -> Document:
                 (
                     missing("how well it does on data unlike the sites'", parts.PROVIDER),
                     Sentence(
-                        "Whether the sites trained as they say is not shown: the log holds who said what.",
+                        "The log shows who stated what. It does not show whether the sites trained as they state.",
                         Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
                     ),
                 ),
@@ -285,8 +295,9 @@ def data_sheets(evidence: Evidence) -> Document:
                 "All sites",
                 (
                     Sentence(
-                        "Here is what the log shows of each site. It holds no count of records. Commitments to counts "
-                        f"can be opened by the site alone. Counts below {SMALLEST} are not shown.",
+                        "Here is what the log shows of each site. The log holds no count of records. A site may commit "
+                        "to a count: the log then has a hash of it, which the site alone can open."
+                        + (f" Counts below {SMALLEST} are not shown." if evidence.study.counts else ""),
                         evidence.log,
                         Claim("docs/dossier.md", "small-counts"),
                     ),
@@ -299,7 +310,7 @@ def data_sheets(evidence: Evidence) -> Document:
 
 
 @dataclass
-class _Shown:
+class _Seen:
     """What the log shows of one site: leaves by what they say of it, each in order."""
 
     asked: list[OfLeaf] = field(default_factory=list)
@@ -310,14 +321,14 @@ class _Shown:
 
 def _sheets(evidence: Evidence) -> list[Section]:
     """Return the section of each site that was asked into a round, in one pass over the log."""
-    sites: defaultdict[str, _Shown] = defaultdict(_Shown)
+    sites: defaultdict[str, _Seen] = defaultdict(_Seen)
     joins: list[tuple[OfLeaf, Genesis | Join]] = [*evidence.all(Genesis), *evidence.all(Join)]
     for leaf, joined in joins:
         for member in joined.joining:
-            text = f"A member of the consortium since {parts.day_of(joined.time)}."
+            text = f"A member of the consortium since {day_of(joined.time)}."
             sites[member.site].membership.append(Sentence(text, leaf))
     for leaf, revoked in evidence.all(Revoke):
-        text = f"Revoked on {parts.day_of(revoked.time)}: {parts.quoted(revoked.reason)}."
+        text = f"Revoked on {day_of(revoked.time)}: {quoted(revoked.reason)}."
         sites[revoked.site].membership.append(Sentence(text, leaf))
     for leaf, opened in evidence.all(RoundOpened):
         for site in opened.cohort:
@@ -327,37 +338,44 @@ def _sheets(evidence: Evidence) -> list[Section]:
     for leaf, closed in evidence.all(RoundClose):
         for site in closed.survivors:
             sites[site].summed.append(leaf)
-    return [Section(site, tuple(_sheet(evidence, site, shown))) for site, shown in sorted(sites.items()) if shown.asked]
+    return [Section(site, tuple(_sheet(evidence, site, seen))) for site, seen in sorted(sites.items()) if seen.asked]
 
 
-def _sheet(evidence: Evidence, site: str, shown: _Shown) -> list[Sentence]:
+def _sheet(evidence: Evidence, site: str, seen: _Seen) -> list[Sentence]:
     said = [
-        *shown.membership,
+        *seen.membership,
         Sentence(
-            f"Asked into {number_of(len(shown.asked), 'round')}; it stated {len(shown.stated)}; its update is in "
-            f"{len(shown.summed)} sums.",
-            *_ends(shown.asked),
+            f"It was asked into {number_of(len(seen.asked), 'round')}, signed a statement in {len(seen.stated)}, and "
+            f"its update is in the result of {len(seen.summed)}.",
+            *_ends(seen.asked),
             evidence.log,
-            asked=len(shown.asked),
-            stated=len(shown.stated),
-            summed=len(shown.summed),
+            asked=len(seen.asked),
+            stated=len(seen.stated),
+            summed=len(seen.summed),
         ),
     ]
-    if shown.stated:
-        leaf, last = shown.stated[-1]
+    if seen.stated:
+        leaf, last = seen.stated[-1]
         if last.charge is not None:
-            limit = "it states no limit" if last.charge.limit is None else f"its limit is {last.charge.limit:g}"
+            limit = "has set no limit" if last.charge.limit is None else f"has set a limit of {last.charge.limit:g}"
             said.append(
                 Sentence(
-                    f"Its account has spent epsilon {parts.shown(last.charge.epsilon)} at delta {last.charge.delta:g}, "
-                    f"by its own word; {limit}.",
+                    f"By its own statement, it has spent epsilon {shown(last.charge.epsilon)} at delta "
+                    f"{plain(last.charge.delta)} on these records up to then, and {limit}.",
                     leaf,
                     epsilon=last.charge.epsilon,
+                    delta=last.charge.delta,
                 )
             )
         if last.commitments:
-            said.append(Sentence(f"It committed to values of: {', '.join(sorted(last.commitments))}.", leaf))
-        said.append(Sentence(f"It names its policy by the digest {last.policy}.", leaf))
+            said.append(Sentence(f"It has committed to values of: {', '.join(sorted(last.commitments))}.", leaf))
+        said.append(
+            Sentence(
+                "The policy by which it admitted the study stays at the site. It can be asked for, and compared with "
+                f"its digest: {last.policy}.",
+                leaf,
+            )
+        )
     return [
         *said,
         missing("the count that it declares, and the dates between which its records lie", f"site {site}"),

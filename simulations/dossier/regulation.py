@@ -7,13 +7,32 @@ Headings name the points of the text; each point has sentences or a gap. What a 
 
 from __future__ import annotations
 
-from privet.common.log.statements import Export, Genesis, Join, Refusal, Revoke, RoundAbort, RunOpen, SiteRound
+from privet.common.log.statements import (
+    AdapterState,
+    EgressDecision,
+    EgressReview,
+    Export,
+    Genesis,
+    Join,
+    Refusal,
+    Renew,
+    Revoke,
+    Rotate,
+    RoundAbort,
+    RoundClose,
+    RoundOpened,
+    RunOpen,
+    SiteRound,
+    Statement,
+)
 from privet.common.progress import number_of
 from privet.common.study.terms import permit_asked
 from privet.simulations.dossier import parts
 from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.gate import egress
 from privet.simulations.dossier.parts import CONTROLLER, EACH_SITE, PAGE, PROVIDER
 from privet.simulations.dossier.sources import Claim, Document, Section, Sentence, missing
+from privet.simulations.dossier.words import day_of, factor_of, period, quoted, sentence, spoken
 
 
 def annex_iv(evidence: Evidence) -> Document:
@@ -85,7 +104,7 @@ def _general(evidence: Evidence) -> list[Sentence]:
             evidence.file("software.json"),
             evidence.all(RunOpen)[-1][0],
         ),
-        missing("the versions of the software at the sites, and the hardware that the system runs on", EACH_SITE),
+        missing("the versions of the software at the site, and the hardware that the system runs on", EACH_SITE),
         missing("the user interface, and the instructions for use", PROVIDER),
     ]
 
@@ -98,10 +117,11 @@ def _development(evidence: Evidence) -> list[Sentence]:
         *parts.privacy(evidence),
         *parts.hidden_sums(evidence),
         Sentence(
-            f"Records stay at their sites. A site's files hold these columns: {columns}. A record has at most "
-            f"{study.data.max_length} tokens; longer ones are cut.",
+            f"Records stay at their sites. Of a site's files, these columns are used: {columns}. The model reads at "
+            f"most {study.data.max_length} tokens (words or parts of words) of a record; what is longer is cut.",
             evidence.field("data.columns"),
             evidence.field("data.max_length"),
+            max_length=study.data.max_length,
         ),
         missing(
             "where the records come from, how they were selected, labelled and cleaned, and for whom they stand",
@@ -118,7 +138,7 @@ def _development(evidence: Evidence) -> list[Sentence]:
             Claim("SECURITY.md", "what-is-claimed"),
             Claim("SECURITY.md", "what-is-not-claimed"),
         ),
-        *parts.egress(evidence),
+        *egress(evidence),
     ]
 
 
@@ -128,7 +148,8 @@ def _functioning(evidence: Evidence) -> list[Sentence]:
         missing("foreseeable unintended outcomes, and the oversight that meets them", PROVIDER),
         *parts.not_covered(evidence),
         Sentence(
-            "Each step of the run is a signed entry of a log that the sites witness, and that can be verified offline.",
+            "Each step of the run is a signed entry of a log that the sites witness. Anybody can verify it later, "
+            "without asking the coordinator.",
             evidence.log,
             Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
         ),
@@ -138,9 +159,9 @@ def _functioning(evidence: Evidence) -> list[Sentence]:
 def _later(evidence: Evidence) -> list[Sentence]:
     if any(each.type == "adapter-state" for _, each in evidence.told):
         return []  # told with the release
-    return [
-        Sentence("The log states no change of the adapter's state: it is in use, if it was released.", evidence.log)
-    ]
+    if not evidence.all(Export):
+        return [Sentence("No adapter was released, so there is none whose state could change.", evidence.log)]
+    return [Sentence("The log states no change since the release: the adapter is in use.", evidence.log)]
 
 
 def dpia(evidence: Evidence) -> Document:
@@ -173,7 +194,7 @@ def dpia(evidence: Evidence) -> Document:
                     *parts.privacy(evidence),
                     *parts.hidden_sums(evidence),
                     *_policies(evidence),
-                    *parts.egress(evidence),
+                    *egress(evidence),
                     *_withdrawal(evidence),
                     missing("measures at the sites' machines, and the training of their staff", EACH_SITE),
                 ),
@@ -190,14 +211,15 @@ def dpia(evidence: Evidence) -> Document:
 
 
 def _processing(evidence: Evidence) -> list[Sentence]:
-    counts = " the study's counts" if evidence.study.counts else " an update of the adapter"
-    noisy = " with noise" if evidence.study.private else ""
+    counts = " the study's counts" if evidence.study.counts else " a change of the adapter (an update)"
+    noisy = ", with noise" if evidence.study.private else ""
     return [
         *parts.purpose(evidence),
         *parts.course(evidence),
         Sentence(
-            f"In each round a site sends{counts}{noisy}, and a signed statement for the log. With its consent, it "
-            "declares a count of units in the clear. No record and no id of a unit leaves a site.",
+            f"In each round a site sends{counts}{noisy}, and a signed statement for the log. Once, when it agrees to "
+            f"the study, it declares a number of {evidence.study.privacy.unit}s, which others can read. No record "
+            "leaves a site, and no identifier of a record or patient.",
             evidence.file("study.json"),
             Claim("docs/architecture.md", "one-round"),
             Claim("SECURITY.md", "privacy-of-records"),
@@ -207,17 +229,20 @@ def _processing(evidence: Evidence) -> list[Sentence]:
             "categories of data subjects and of data, recipients outside the consortium, and transfers", CONTROLLER
         ),
         missing(
-            "how long records, log, ledgers and this dossier are kept (`privet site retention SITE` says)", EACH_SITE
+            "how long records, log, ledgers and this dossier are kept (`privet site retention SITE` prints the "
+            "periods of the site's policy)",
+            EACH_SITE,
         ),
     ]
 
 
 def _minimal(evidence: Evidence) -> list[Sentence]:
     study = evidence.study
+    read = spoken(sorted(set(study.data.columns.values())))
     said = [
         Sentence(
-            f"Of a site's files, {number_of(len(set(study.data.columns.values())), 'column')} are read"
-            + (f", and column {study.data.unit}, which names units." if study.data.unit else "."),
+            f"Of a site's files, these columns are read: {read}"
+            + (f"; and {study.data.unit}, which says what rows belong together." if study.data.unit else "."),
             evidence.field("data"),
         )
     ]
@@ -236,11 +261,12 @@ def _policies(evidence: Evidence) -> list[Sentence]:
     refusals = evidence.all(Refusal)
     if not rounds:
         return [Sentence("No site has stated a round.", evidence.log)]
-    policies = {(each.site, each.policy) for _, each in rounds}
+    policies = {each.policy for _, each in rounds}
     return [
         Sentence(
-            "Each site judges a study by its own policy before it opens a file. Each statement of a site names the "
-            f"digest of its policy: {len(policies)} in all. The policies stay at the sites.",
+            "Each site judges a study by its own policy before it opens a file. The policies stay at the sites; each "
+            "statement of a site names the policy by a digest. Number of different policies that the sites named: "
+            f"{len(policies)}.",
             rounds[0][0],
             rounds[-1][0],
             evidence.log,
@@ -248,7 +274,7 @@ def _policies(evidence: Evidence) -> list[Sentence]:
             policies=len(policies),
         ),
         Sentence(
-            f"The log holds {number_of(len(refusals), 'refusal')} of sites in this run.",
+            f"Refusals of sites in this run: {len(refusals) or 'none'}.",
             evidence.log,
             *(leaf for leaf, _ in refusals[:8]),
             refusals=len(refusals),
@@ -259,13 +285,14 @@ def _policies(evidence: Evidence) -> list[Sentence]:
 def _withdrawal(evidence: Evidence) -> list[Sentence]:
     bound = {
         "patient": "Differential privacy bounds what this run's results tell about one patient of a site.",
-        "record": "Differential privacy bounds what this run's results tell about one record, and less about a person "
-        "with several.",
+        "record": "Differential privacy bounds what this run's results tell about one record. It protects a person "
+        "with several records less.",
     }
     study = evidence.study
     return [
         Sentence(
-            "A site can withdraw a person from all later studies. What earlier studies released stays released.",
+            "A person can withdraw: the site leaves their records out of all later rounds and studies. What was "
+            "released before stays released.",
             Claim("docs/operate-site.md", "a-person-withdraws"),
         ),
         Sentence(
@@ -287,9 +314,9 @@ def anonymity(evidence: Evidence) -> Document:
                 "The question",
                 (
                     Sentence(
-                        "By the Opinion, a model is anonymous only if it is insignificantly likely that personal data "
-                        "of training are extracted from it, and that queries obtain them. privet measures, and does "
-                        "not answer the question.",
+                        "By the Opinion, a model is anonymous only if two things are insignificantly likely: that "
+                        "personal data from training are extracted from it, and that queries obtain them. privet "
+                        "measures; it does not answer the question.",
                         Claim(PAGE, "anonymity-assessment"),
                     ),
                     *_bound_alone(evidence),
@@ -313,7 +340,7 @@ def anonymity(evidence: Evidence) -> Document:
                 "Design: outputs of the model",
                 (
                     missing("which measures limit what a deployed model answers", "the deployer"),
-                    *parts.egress(evidence),
+                    *egress(evidence),
                 ),
             ),
             Section(
@@ -350,7 +377,7 @@ def _bound_alone(evidence: Evidence) -> list[Sentence]:
     """Return what the bound of differential privacy says about the question, and what it leaves open."""
     if not evidence.study.private:
         return parts.privacy(evidence)
-    factor, shown = parts.factor_of(evidence.privacy["epsilon"]["run"])
+    factor, shown = factor_of(evidence.privacy["epsilon"]["run"])
     return [
         Sentence(
             f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}. The larger the "
@@ -367,31 +394,21 @@ def _further_tests() -> list[Sentence]:
         missing(
             "what the model repeats of its training records, as `privet evaluate RUN --train FILE` counts it", EACH_SITE
         ),
-        missing("tests of attribute inference and of model inversion: privet has none", "whoever tests the adapter"),
+        missing(
+            "the results of attribute inference and of model inversion, for which privet has no test",
+            "whoever tests the adapter",
+        ),
     ]
 
 
 def hipaa_activity(evidence: Evidence) -> Document:
     """Return the events that an activity review looks at, in order of the log."""
-    said = []
-    for leaf, each in evidence.told:
-        when, at = parts.day_of(each.time), evidence.at(leaf, each)
-        if isinstance(each, Genesis):
-            names = ", ".join(member.site for member in each.members)
-            said.append(Sentence(f"{when}: the consortium {each.consortium} begins with {names}.", at))
-        elif isinstance(each, Join):
-            said.append(Sentence(f"{when}: {each.member.site} joins.", at))
-        elif isinstance(each, Revoke):
-            said.append(Sentence(f"{when}: {each.site} is revoked ({parts.quoted(each.reason)}).", at))
-        elif isinstance(each, RunOpen):
-            said.append(Sentence(f"{when}: the coordinator opens run {each.run}.", at))
-        elif isinstance(each, RoundAbort):
-            said.append(Sentence(f"{when}: round {each.round} is aborted: {parts.quoted(each.reason)}", at))
-        elif isinstance(each, Refusal):
-            what = f"round {each.round}" if each.round else "the run"
-            said.append(Sentence(f"{when}: {each.site} refuses {what} with {each.code}.", at))
-        elif isinstance(each, Export):
-            said.append(Sentence(f"{when}: the coordinator releases the adapter in {len(each.files)} files.", at))
+    said = [
+        Sentence(f"{day_of(each.time)}: {what}", evidence.at(leaf, each))
+        for leaf, each in evidence.told
+        if (what := _event(each))
+    ]
+    said.append(_rounds(evidence))
     return Document(
         "hipaa-activity-review",
         "Input for a review of information system activity (45 CFR 164.308(a)(1)(ii)(D), 164.312(b))",
@@ -409,10 +426,54 @@ def hipaa_activity(evidence: Evidence) -> Document:
                         "A site's application log holds what it answered and what it refused. It stays at the site.",
                         Claim("docs/operate-site.md", "day-by-day"),
                     ),
-                    missing("that documentation is kept for six years (164.316(b)(2)(i))", EACH_SITE),
+                    missing("whether documentation is kept for six years (164.316(b)(2)(i))", EACH_SITE),
                 ),
             ),
         ),
+    )
+
+
+def _event(each: Statement) -> str:
+    """Return what happened, as a sentence; empty for what happens in every round."""
+    match each:
+        case Genesis():
+            return f"the consortium {each.consortium} begins with {spoken([member.site for member in each.members])}."
+        case Join():
+            return f"{each.member.site} joins."
+        case Revoke():
+            return f"{each.site} is revoked ({quoted(each.reason)})."
+        case Renew():
+            return f"{each.member.site} renews its keys."
+        case Rotate():
+            return "the coordinator replaces the keys of the log, and its own."
+        case RunOpen():
+            return f"the coordinator opens run {each.run}."
+        case RoundAbort():
+            return f"round {each.round} ends without a result: {sentence(each.reason)}"
+        case Refusal():
+            what = f"round {each.round}" if each.round else "the run"
+            return f"{each.site} refuses {what}, with the code {each.code}."
+        case EgressReview():
+            return f"{each.site} {'signs' if each.verdict == 'signed' else 'REFUSES'} the candidate."
+        case EgressDecision():
+            return f"the coordinator decides about the candidate: {each.verdict}."
+        case Export():
+            return f"the coordinator releases the adapter in {len(each.files)} files."
+        case AdapterState():
+            return f"the coordinator states that the adapter is {each.state}: {sentence(each.reason)}"
+    return ""
+
+
+def _rounds(evidence: Evidence) -> Sentence:
+    """Return how many statements about rounds are not listed one by one."""
+    opened, stated, closed = (len(evidence.all(kind)) for kind in (RoundOpened, SiteRound, RoundClose))
+    return Sentence(
+        f"Not listed one by one are the entries about rounds: {number_of(opened, 'opening')}, "
+        f"{number_of(stated, 'signed statement')} of sites, {number_of(closed, 'ending')} with a result.",
+        evidence.log,
+        opened=opened,
+        stated=stated,
+        closed=closed,
     )
 
 
@@ -424,8 +485,7 @@ def _sent(evidence: Evidence) -> list[Sentence]:
         (first, began), (last, ended) = own[0], own[-1]
         said.append(
             Sentence(
-                f"{site} states {number_of(len(own), 'update')}, from {parts.day_of(began.time)} to "
-                f"{parts.day_of(ended.time)}.",
+                f"{site} states that it sent {number_of(len(own), 'update')}, {period(began.time, ended.time)}.",
                 first,
                 *([last] if last != first else []),
                 evidence.log,
@@ -472,17 +532,17 @@ def permit(evidence: Evidence) -> Document | None:
     if found is None:
         return None
     said = [
-        Sentence(f"Number: {parts.quoted(found.number)}.", evidence.field("purpose.permit.number")),
-        Sentence(f"Permitted purpose: {parts.quoted(found.purpose)}", evidence.field("purpose.permit.purpose")),
+        Sentence(f"Number: {quoted(found.number)}.", evidence.field("purpose.permit.number")),
+        Sentence(f"Permitted purpose: {sentence(found.purpose)}", evidence.field("purpose.permit.purpose")),
         Sentence(f"Last day: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
     ]
     times = parts.rounds_in_time(evidence)
     if times is not None:
-        days = [parts.day_of(time) for time in times]
+        days = [day_of(time) for time in times]
         within = days[1] <= found.expires
         said.append(
             Sentence(
-                f"By the coordinator's clock, rounds began from {days[0]} to {days[1]}: "
+                f"By the coordinator's clock, rounds began {period(*times)}: "
                 + ("all of them while the permit held." if within else "NOT all of them while the permit held."),
                 evidence.log,
                 evidence.field("purpose.permit.expires"),
@@ -496,7 +556,9 @@ def permit(evidence: Evidence) -> Document | None:
             evidence.field("purpose.permit.expires"),
             Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
         ),
-        missing("that the permit was issued as the study says, its conditions, and the secure environment", CONTROLLER),
+        missing(
+            "whether the permit was issued as the study says, its conditions, and the secure environment", CONTROLLER
+        ),
     ]
     return Document(
         "ehds-permit",

@@ -92,10 +92,12 @@ class Gap:
 
     Attributes:
         who: Who has to state it.
+        what: What has to be stated.
     """
 
     kind: ClassVar[str] = "gap"
     who: str
+    what: str = ""
 
 
 Source = OfLeaf | OfLog | OfFile | OfStudy | Claim | Gap
@@ -137,7 +139,7 @@ class Sentence:
 
 def missing(what: str, who: str = "the consortium") -> Sentence:
     """Return the sentence about something that privet does not know."""
-    return Sentence(f"Not known to privet: {what}. {who[0].upper()}{who[1:]} has to state it.", Gap(who))
+    return Sentence(f"Not known to privet: {what}. {who[0].upper()}{who[1:]} has to state it.", Gap(who, what))
 
 
 @dataclass(frozen=True)

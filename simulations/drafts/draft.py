@@ -18,6 +18,7 @@ from privet.client.site import IdRule
 from privet.client.training.data import DataReport, Records, concatenate, load_records
 from privet.client.training.decoding import kind_of
 from privet.client.training.files import PLAIN, read_rows
+from privet.client.training.headings import believed, listed
 from privet.client.training.ids import check_spellings
 from privet.client.training.proposals import letters_of, merged, proposed
 from privet.common.errors import DataError, StudyError
@@ -210,7 +211,9 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     sites = sites_of(files)
     forms = {file: _form_of(file, say) for file in files}
     tables = {file: _table_of(file, form) for file, form in forms.items()}
-    drafting = _Drafting(in_common(tables), sites, forms, wishes, root, ask, say, tables)
+    table = in_common(tables)
+    _check_names(files[0], [*table], [*wishes.columns.values(), *([wishes.patient] if wishes.patient else [])])
+    drafting = _Drafting(table, sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)
 
 
@@ -258,6 +261,16 @@ def _table_of(file: Path, form: FileFormat) -> Table:
             f"are names, shorten them to {LONGEST_NAME} characters",
         )
     return table
+
+
+def _check_names(file: Path, names: Sequence[str], known: Collection[str]) -> None:
+    """Check that names of columns may be said, and enter a study. Raises `DataError` where they may be a record."""
+    if not believed(names, known):
+        raise DataError(
+            f"{file}: expected names of columns, found {listed(names)}",
+            "if these are names, say which column is which, as in `privet new FILES --column text=NAME --column "
+            "label=NAME`; if not, write the names of the columns into a line above the rows",
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.training.forms import read_list
+from privet.client.training.headings import believed, listed
 from privet.common.errors import StudyError
 from privet.common.files import close_to
 from privet.common.study.sections import FORMS, Form
@@ -152,6 +153,7 @@ def lacking(column: str, tables: Mapping[Path, Table]) -> list[str]:
         shared = {name: len(values & {str(value) for value in table[name] if value is not None}) for name in own}
         if not near and shared and max(shared.values()):
             near = max(shared, key=lambda name: shared[name])
+        near = near if believed([*table], usual) else ""
         found.append(f"{file} lacks the column {column}" + (f"; did you mean {near}?" if near else ""))
     return found
 
@@ -164,6 +166,8 @@ def differences(tables: Mapping[Path, Table]) -> list[str]:
             found.append(f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}")
     columns: dict[Path, tuple[tuple[str, str], ...]] = {}
     for file, table in tables.items():
+        if not believed([*table], usual):
+            continue
         with suppress(StudyError):
             columns[file] = tuple(readings(table)[0].columns.items())
     most = Counter(columns.values()).most_common(1)
@@ -190,7 +194,7 @@ def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | N
     for role, column in known.items():
         if column not in table:
             raise StudyError(
-                f"--column: expected a column of the files, got {column!r} for {role}; found {_listed(table)}",
+                f"--column: expected a column of the files, got {column!r} for {role}; found {listed([*table])}",
                 "name a column that all files have, as in `privet new FILES --column text=note`",
             )
     kinds = [kind] if kind is not None else list(_ORDER)
@@ -207,7 +211,7 @@ def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | N
         return found
     roles = "; or ".join(f"{each}: {form}" for each, form in forms)
     raise StudyError(
-        f"the data files: expected columns for a task ({roles}); found {_listed(table)}",
+        f"the data files: expected columns for a task ({roles}); found {listed([*table])}",
         "say which column is which, as in `privet new FILES --task text-classification --column text=note "
         "--column label=specialty`",
     )
@@ -492,7 +496,3 @@ def _words(name: str) -> tuple[str, ...]:
 def _place(label: str) -> tuple[int, int, str]:
     """Return what sorts labels: numbers by size, before all others."""
     return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
-
-
-def _listed(table: Table) -> str:
-    return ", ".join(name[:64] for name in list(table)[:20]) or "no columns"

@@ -451,6 +451,10 @@ def test_an_evaluation_is_judged_by_the_files_that_it_reads(site: Path) -> None:
 def test_what_was_not_measured_breaks_its_rule(site: Path) -> None:
     study = load_study(site.parent / "study.toml")
     require(site, "label-noise = 1.0")
+    named = '[format]\ncolumns = { note = "t", specialty = "l" }\n'  # by which the names of the first line are believed
+    site.write_text(site.read_text() + named)
+    file = site.parent / "notes.csv"
+    file.write_text(file.read_text().replace("t,l", "note,specialty", 1))
     run(scan.scan_site, site)  # without the study, labels are unknown
     with pytest.raises(ScanError, match="label-noise: not measured"):
         check_scan(load_site(site), study, files=True)
@@ -480,6 +484,9 @@ def test_a_worker_compares_the_files_before_it_loads_them(site: Path, monkeypatc
     with pytest.raises(ScanError, match="there is none"):
         RealSite(load_site(file)).check_agreed(study)
     run(scan.scan_site, site)
+    with pytest.raises(ScanError, match="does not cover all columns"):  # nothing tells that t and l are names
+        RealSite(load_site(file)).check_agreed(study)
+    run(scan.scan_site, site, "--study", site.parent / "study.toml")
     worker, loaded = Worker(RealSite(load_site(file))), list[str]()
     monkeypatch.setattr(worker, "_host", lambda study: None)
     monkeypatch.setattr("privet.client.rounds.worker.load_data", lambda *args, **kwargs: loaded.append("all"))

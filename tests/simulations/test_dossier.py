@@ -6,13 +6,14 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,22 +24,28 @@ from privet.client.pages.html import link
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.log.checkpoint import LeafProof, verify_leaf
+from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import leaf_hash
+from privet.common.log.statements import EgressDecision
 from privet.common.privacy.accounting import plan
 from privet.common.study.study import kept_study
 from privet.server.rounds import rounds
-from privet.simulations.dossier import parts
+from privet.simulations.dossier import words
 from privet.simulations.dossier.commands import dossier
 from privet.simulations.dossier.evidence import gather
 from privet.simulations.dossier.folder import dossier_files
-from privet.simulations.dossier.sources import Claim, Gap, OfLeaf, Section, Sentence
+from privet.simulations.dossier.gate import egress
+from privet.simulations.dossier.glossary import words as words_document
+from privet.simulations.dossier.sources import Claim, Gap, Section, Sentence
 from tests.conftest import Run
 from tests.server.test_permit import LAST, PERMIT, PURPOSE
 from tests.simulations.test_deployed_reports import PRIVATE, deployed
 from tests.support.consortium_world import run
-from tests.support.logged_world import LoggedWorld, world_of
+from tests.support.logged_world import LoggedWorld, pass_gate, review_of, world_of
 from tests.support.masked_world import masked_study
 from tests.support.pages import ROOT
+from tests.support.secagg_world import identity
+from tests.support.tiny import private
 
 CANARIES = {
     "attack": "canaries",
@@ -202,10 +209,13 @@ def test_figures_are_those_that_the_log_gives(made: Path, path: Path, world: Log
 
 
 def test_a_factor_is_rounded_up_and_never_overflows() -> None:
-    assert parts.factor_of(1.0)[1] == "2.7183"
-    assert parts.factor_of(20.0)[1] == "exp(20.0000)"
-    assert parts.factor_of(1e6)[0] < float("inf")
-    assert parts.shown(float("inf")) == "infinite"
+    assert [words.factor_of(each)[1] for each in (0.0, 1.0, 4.6, 8.0)] == ["1.00", "2.72", "99.49", "2981"]
+    for each in (0.001, 1.0, 4.6, 4.7, 8.0, 13.99):
+        assert float(words.factor_of(each)[1]) >= words.factor_of(each)[0]
+    assert words.factor_of(20.0)[1] == "exp(20.0000)"
+    assert words.factor_of(1e6)[0] < float("inf")
+    assert words.shown(float("inf")) == "infinite"
+    assert [words.plain(each) for each in (1e-5, 2.5e-7, 0.1)] == ["0.00001", "0.00000025", "0.1"]
     assert Sentence("x", Gap("y"), epsilon=float("inf")).document()["figures"] == {"epsilon": None}
 
 
@@ -214,7 +224,7 @@ def test_a_factor_is_rounded_up_and_never_overflows() -> None:
 
 def test_pages_show_a_source_for_each_sentence_and_their_links_lead_somewhere(made: Path) -> None:
     pages = {file.name: file.read_text() for file in made.glob("*.html")}
-    assert len(pages) == 11
+    assert len(pages) == 12
     for name, text in pages.items():
         assert "<script" not in text
         assert "default-src 'none'" in html.unescape(text)
@@ -229,9 +239,10 @@ def test_pages_show_a_source_for_each_sentence_and_their_links_lead_somewhere(ma
         items = re.findall(r"<li>(.*?)</li>", pages[f"{each['name']}.html"], re.DOTALL)
         assert len(items) == sum(len(section["sentences"]) for section in each["sections"])
         assert all('class="source"' in item for item in items)
-    gaps = {each["text"] for each in sentences(document) if any(s["kind"] == "gap" for s in each["sources"])}
+    gaps = {each["what"] for said in sentences(document) for each in said["sources"] if each["kind"] == "gap"}
     shown = html.unescape(re.sub(r"</?code>", "`", pages["index.html"]))
-    assert [gap for gap in gaps if gap not in shown] == []
+    assert len(gaps) > 30
+    assert [gap for gap in gaps if gap[0].upper() + gap[1:] not in shown] == []
 
 
 def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) -> None:
@@ -239,12 +250,12 @@ def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) ->
     assert not re.search(r"complian|conforms|certified", texts, re.IGNORECASE)
     # The synthetic sites commit to these counts; their values are in no leaf.
     stated = [each["text"] for each in sentences(whole(made)) if "committed" in each["text"]]
-    assert set(stated) == {"It committed to values of: units."}
+    assert set(stated) == {"It has committed to values of: units."}
 
 
 def test_others_words_cannot_end_their_quotation(made: Path) -> None:
     texts = [each["text"] for each in sentences(whole(made))]
-    assert "Purpose, in the study's words: “Sort <notes> by `urgency`' Verified: 'all”" in texts
+    assert "Purpose, in the study's words: “Sort <notes> by `urgency`' Verified: 'all”." in texts
     assert any(text.startswith("Contacts, in the study's words: “Dr Müller") for text in texts)
 
 
@@ -255,15 +266,98 @@ def test_the_files_of_a_dossier_are_listed_with_their_digests(made: Path) -> Non
     assert {name: digest(present[name].read_bytes()) for name in listed} == listed
 
 
-def test_a_decision_on_egress_is_told_with_its_leaf(path: Path) -> None:
-    evidence = gather(path)
-    assert "no decision on egress" in parts.egress(evidence)[0].text
-    leaf, _ = evidence.told[-1]
-    fields = {"type": "egress-decision", "format": 1, "verdict": "refused", "reason": "too large a bound"}
-    decision: Any = SimpleNamespace(type="egress-decision", time=0, model_dump=lambda mode: fields)
-    (said,) = parts.egress(replace(evidence, told=[(leaf, decision)]))
-    assert "verdict: refused; reason: too large a bound" in said.text
-    assert said.sources == (OfLeaf(leaf.index, "egress-decision", leaf.hash),)
+GATE = {"signatures": 2, "canaries": 20}
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> LoggedWorld:
+    """A run of one round that has ended with a candidate."""
+    made = world_of(tmp_path / "world", masked_study(training={"rounds": 1}, privacy=private(), gate=GATE))
+    made.play()
+    return made
+
+
+def told(world: LoggedWorld) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what the dossier of a run says of its gate, and the whole of it."""
+    files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
+    document = json.loads(files["dossier.json"])
+    card = next(each for each in document["documents"] if each["name"] == "dpia-input")
+    return card["sections"][4]["sentences"], document
+
+
+def test_a_study_without_a_gate_says_that_nothing_was_tested(path: Path) -> None:
+    first, second = egress(gather(path))
+    assert "has no egress gate" in first.text
+    assert second.gap is not None
+
+
+def test_a_candidate_is_told_as_one_that_may_not_leave(gated: LoggedWorld) -> None:
+    said, document = told(gated)
+    texts = [each["text"] for each in said]
+    assert any("leaves only if 2 sites sign it after tests of their own, each for 30 days" in text for text in texts)
+    assert "No site has signed or refused the candidate." in texts
+    assert "The log holds no decision on the candidate, so it may not leave." in texts
+    released = [each["text"] for each in sentences(document) if "ended with a candidate" in each["text"]]
+    assert len(released) == 3
+    assert "was not released" in released[0]
+
+
+def test_an_accepted_candidate_is_told_with_who_signed_and_what_canaries_show(gated: LoggedWorld) -> None:
+    pass_gate(gated, (0, 2))
+    gated.play()
+    said, document = told(gated)
+    leaves = {each["text"]: [source["type"] for source in each["sources"] if source["kind"] == "leaf"] for each in said}
+    (accepted,) = (text for text in leaves if "accepted the candidate" in text)
+    assert leaves[accepted] == ["egress-decision"]
+    assert "signed by site-0000 and site-0002." in accepted
+    assert "epsilon spent" in accepted
+    for site in ("site-0000", "site-0002"):
+        (signed,) = (text for text in leaves if f"{site} signed the candidate" in text)
+        assert "Its own test covered: planted canaries." in signed
+        assert leaves[signed] == ["egress-review"]
+        (audited,) = (each for each in said if f"{site} audited 40 planted canaries" in each["text"])
+        assert audited["figures"] == {"planted": 40, "guesses": 10, "right": 6, "bound": 0.0}
+    assert any("released the adapter" in each["text"] for each in sentences(document))
+    events = next(each for each in document["documents"] if each["name"] == "hipaa-activity-review")["sections"][1]
+    assert sum("the candidate" in each["text"] for each in events["sentences"]) == 3
+
+
+def test_a_refused_candidate_is_told_with_the_reasons(gated: LoggedWorld) -> None:
+    with gated.journal() as journal:
+        refused = review_of(journal, 1, verdict="refused", reason="members are told apart", failed=("canary",))
+        journal.hear(sign_envelope(refused, identity(1).key), "site-0001")
+        gate = journal.history.runs["run"].gate
+        assert gate is not None
+        time, facts = journal.clock(), gate.facts(journal.clock())
+        figures = {"epsilon": facts.epsilon, "bound": facts.bound, "quality": None}
+        journal.say(
+            EgressDecision.model_validate(
+                {
+                    **figures, "time": time, "run": "run", "study": gate.run.study, "adapter": str(gate.candidate),
+                    "verdict": "refused", "signed": (), "refused": ("site-0001",), "reason": "a site refused",
+                    "expires": None,
+                }
+            )
+        )  # fmt: skip
+        journal.flush()
+    gated.play()
+    texts = [each["text"] for each in told(gated)[0]]
+    assert any("site-0001 REFUSED the candidate: “members are told apart”." in text for text in texts)
+    assert any("Its test found these conditions broken: planted canaries." in text for text in texts)
+    (decided,) = (text for text in texts if "the coordinator REFUSED the candidate: “a site refused”" in text)
+    assert "It was signed by nobody, and refused by site-0001." in decided
+    assert "released the adapter" not in " ".join(texts)
+
+
+def test_words_have_the_meanings_of_the_glossary() -> None:
+    rows = (ROOT / "docs/glossary.md").read_text()
+    said = [each.text for each in words_document().sentences()]
+    assert len(said) > 20
+    for text in said:
+        term, _, meaning = text.partition(": ")
+        assert re.search(rf"^\| {re.escape(term)} \| {re.escape(meaning)} \|$", rows, re.MULTILINE | re.IGNORECASE), (
+            text
+        )
 
 
 # Bills of materials
@@ -309,7 +403,8 @@ def test_a_run_without_privacy_and_a_simulation_say_so(tmp_path: Path) -> None:
     document = json.loads(files["dossier.json"])
     assert document["simulated"] is True
     for each in document["documents"]:
-        assert "SIMULATION" in each["sections"][0]["sentences"][1]["text"]
+        if each["name"] != "words":
+            assert "SIMULATION" in each["sections"][0]["sentences"][2]["text"]
     said = " ".join(each["text"] for each in sentences(document))
     assert "There is NO differential privacy" in said
     assert "Nothing bounds what this run's results tell about them." in said
@@ -402,4 +497,20 @@ def test_a_run_that_has_not_ended_says_so_and_so_does_its_permit(
     # By the coordinator's clock in the log, which is another one than that of this test: the year 2027.
     assert "NOT all of them while the permit held" in stated
     released = [each["text"] for each in said["model-card"]["sections"][1]["sentences"]]
-    assert any("exports no adapter" in text for text in released)
+    assert "No adapter of run run was released." in released
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/medquad").is_dir(), reason="needs MedQuAD")
+def test_the_dossier_of_a_study_on_real_texts_holds_against_its_log() -> None:
+    """The quick run of the benchmark: three institutions, another accountant, and a parser of pages of its own."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "dossier.py"), "--quick", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [check["name"] for check in found["checks"] if check["met"] is False] == [], found["details"]["wrong"]
+    assert sum(check["met"] is True for check in found["checks"]) == 7

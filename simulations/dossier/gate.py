@@ -1,0 +1,139 @@
+"""What a dossier says of the egress gate: its conditions, what sites said of the candidate, and what was decided."""
+
+from __future__ import annotations
+
+from privet.common.log.gate import Gate, stated_bound
+from privet.common.log.statements import EgressDecision, EgressReview, Export, RoundClose, RunOpen
+from privet.common.progress import number_of
+from privet.common.study.terms import gate_conditions
+from privet.simulations.dossier.evidence import Evidence
+from privet.simulations.dossier.sources import Claim, OfLeaf, Sentence, missing
+from privet.simulations.dossier.words import day_of, quoted, spoken
+
+_CLAIM = Claim("docs/decisions/0023-a-release-passes-a-gate.md", "conditions")
+_TESTS = {
+    "canary": "planted canaries",
+    "membership": "membership inference",
+    "repeated": "repeated words of training answers",
+}
+
+
+def egress(evidence: Evidence) -> list[Sentence]:
+    """Return under which conditions the adapter may leave, and what sites and coordinator decided of it."""
+    if evidence.study.gate is None:
+        return [
+            Sentence(
+                "The study has no egress gate. The coordinator releases the adapter when the run ends. No test of the "
+                "adapter and no signature of a site is needed.",
+                evidence.file("study.json"),
+                Claim("docs/study-reference.md", "gate"),
+            ),
+            missing("who decided that the adapter may leave, and why"),
+        ]
+    conditions = gate_conditions(evidence.study)
+    leaf, opened = evidence.all(RunOpen)[-1]
+    said = [
+        Sentence(
+            "The study has an egress gate: when a run ends, its adapter is a candidate, for tests alone. The adapter "
+            f"leaves only if {'; '.join(conditions)}.",
+            evidence.field("gate"),
+            leaf,
+            _CLAIM,
+            **_terms(opened),
+        )
+    ]
+    return said + _reviews(evidence) + _decisions(evidence)
+
+
+def _terms(opened: RunOpen) -> dict[str, float]:
+    """Return the numbers in the conditions, as the log states them."""
+    if opened.gate is None:
+        return {}
+    stated = opened.gate.model_dump(mode="json")
+    return {name: float(value) for name, value in stated.items() if isinstance(value, int | float)}
+
+
+def _reviews(evidence: Evidence) -> list[Sentence]:
+    (_, opened), found = evidence.all(RunOpen)[-1], evidence.all(EgressReview)
+    said = []
+    for leaf, each in found:
+        tests = ", ".join(_TESTS[name] for name in each.tested) or "nothing"
+        text = f"On {day_of(each.time)}, {each.site} "
+        if each.verdict == "signed":
+            text += f"signed the candidate, until {day_of(each.expires)}. Its own test covered: {tests}."
+        else:
+            failed = f" Its test found these conditions broken: {', '.join(_TESTS[name] for name in each.failed)}."
+            text += f"REFUSED the candidate: {quoted(each.reason)}.{failed if each.failed else ''}"
+        said.append(Sentence(text, leaf))
+        if each.canaries is not None and opened.gate is not None:
+            counts, bound = each.canaries, Gate(opened, opened.gate).bound_of(each.canaries)
+            said.append(
+                Sentence(
+                    f"{each.site} audited {counts.planted} planted canaries: {counts.right} of {counts.guesses} "
+                    "guesses of which ones were in its training were right, so epsilon is at least "
+                    f"{bound:.2f} with 95 % confidence.",
+                    leaf,
+                    Claim("docs/attacks.md", "canaries-is-the-promise-kept"),
+                    planted=counts.planted,
+                    guesses=counts.guesses,
+                    right=counts.right,
+                    bound=float(stated_bound(bound) or 0.0),
+                )
+            )
+    return said or [Sentence("No site has signed or refused the candidate.", evidence.log)]
+
+
+def _decisions(evidence: Evidence) -> list[Sentence]:
+    said = []
+    for leaf, each in evidence.all(EgressDecision):
+        against = f", and refused by {spoken(each.refused)}" if each.refused else ""
+        how = (
+            f"accepted the candidate. It may be released until {day_of(each.expires or each.time)}"
+            if each.verdict == "accepted"
+            else f"REFUSED the candidate: {quoted(each.reason)}. Nothing of this run is ever released"
+        )
+        said.append(
+            Sentence(
+                f"On {day_of(each.time)}, the coordinator {how}. It was signed by {spoken(each.signed)}{against}."
+                + _figures(each),
+                leaf,
+                signed=len(each.signed),
+                refused=len(each.refused),
+                **{name: value for name, value in _measured(each).items() if value is not None},
+            )
+        )
+    if said:
+        return said
+    return [Sentence("The log holds no decision on the candidate, so it may not leave.", evidence.log)]
+
+
+def _measured(decision: EgressDecision) -> dict[str, float | None]:
+    return {"epsilon": decision.epsilon, "bound": decision.bound, "quality": decision.quality}
+
+
+def _figures(decision: EgressDecision) -> str:
+    words = {"epsilon": "epsilon spent", "bound": "lower bound on epsilon by canaries", "quality": "quality"}
+    told = [f"{words[name]} {value:.4g}" for name, value in _measured(decision).items() if value is not None]
+    return f" Its figures: {'; '.join(told)}." if told else ""
+
+
+def candidate(evidence: Evidence) -> list[Sentence]:
+    """Return what came of a run that has released nothing."""
+    ends: list[tuple[OfLeaf, RoundClose]] = evidence.all(RoundClose)
+    if evidence.all(Export) or not ends or not ends[-1][1].ended or evidence.study.gate is None:
+        return [Sentence(f"No adapter of run {evidence.run} was released.", evidence.log)]
+    leaf, last = ends[-1]
+    return [
+        Sentence(
+            f"Run {evidence.run} ended with a candidate, the adapter {last.adapter_after} of round {last.round}. It "
+            "has not passed the gate of its study, and was not released.",
+            leaf,
+            evidence.log,
+            round=last.round,
+        ),
+        Sentence(
+            f"Its gate needs the signatures of {number_of(evidence.study.gate.signatures, 'site')}.",
+            evidence.field("gate.signatures"),
+            signatures=evidence.study.gate.signatures,
+        ),
+    ]
