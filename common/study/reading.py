@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -29,6 +30,8 @@ _ELSEWHERE = {
     "lora.lora_alpha": "unknown key; set alpha instead",
     "lora.target_modules": "unknown key; set targets instead",
 }
+# Endings of files that hold records.
+_RECORDS = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx"}
 # Keys that tell one kind of file from the others.
 _TELLING = {
     "study": {"model", "task", "data", "lora"},
@@ -122,18 +125,25 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
         raise StudyError(
             f"the {what} file {path} cannot be read ({error.strerror})", "check the path, and who may read the file"
         ) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise StudyError(
-            f"the {what} file {path} is not valid TOML: line {line} is not text in UTF-8",
-            "save the file as UTF-8, as TOML demands",
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(
-            f"the {what} file {path} is not valid TOML: {error}", "correct the file at the line and column named"
-        ) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise _not_toml(path, what, error) from None
     _check_kind(path, document, what)
     return document
+
+
+def _not_toml(path: Path, what: str, error: ValueError) -> StudyError:
+    """Return the error of a file that is not TOML: it may hold records."""
+    if _RECORDS & {suffix.lower() for suffix in path.suffixes}:
+        makes = f"make a study from it: `privet new {shlex.quote(str(path))}`"
+        return StudyError(
+            f"expected a {what} file, found the data file {path}", makes if what == "study" else f"name the {what} file"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object[: error.start].count(b"\n") + 1
+        fault, hint = f"line {line} is not text in UTF-8", "save the file as UTF-8, as TOML demands"
+    else:
+        fault, hint = str(error), "correct the file at the line and column named"
+    return StudyError(f"the {what} file {path} is not valid TOML: {fault}", hint)
 
 
 def _check_kind(path: Path, document: dict[str, Any], what: str) -> None:

@@ -34,7 +34,9 @@ def quality(metrics: Mapping[str, float] | None) -> str:
     """Return validation accuracy and loss as text; empty if a round has none."""
     if not metrics or VALIDATED not in metrics:  # of a study that counts, they are counts
         return ""
-    return f"validation accuracy {100 * metrics['validation_accuracy']:.1f} %, loss {metrics['validation_loss']:.4g}"
+    loss = metrics["validation_loss"]  # of few units, noise can make it negative
+    measured = f"loss {loss:.4g}" if loss > 0 else "a loss that the noise hides"
+    return f"validation accuracy {100 * metrics['validation_accuracy']:.1f} %, {measured}"
 
 
 def course(statements: Sequence[Mapping[str, Any]]) -> str:

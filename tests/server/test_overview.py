@@ -16,6 +16,7 @@ from privet.server.commands import service
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.network.nodes import RegisteredNode
 from privet.server.overview import as_lines, consortium_status
+from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.wait import Wait
 from tests.support.consortium_world import make_coordinator, run, running
@@ -98,6 +99,7 @@ def test_what_a_run_waits_for_measured_and_spent_is_shown_within_80_columns(made
     assert all(len(line) <= 80 for line in text.splitlines())
     for part in ("1 of 4 rounds closed", "running", "waiting for lyon", "at most epsilon 1.250", "accuracy 81.2 %"):
         assert part in text
+    assert quality(measured | {"validation_loss": -0.8}) == "validation accuracy 81.2 %, a loss that the noise hides"
     directory.note_wait(None)
     directory.withdraw("the study was wrong")
     text = "\n".join(as_lines(consortium_status(made)))

@@ -268,6 +268,12 @@ def not_toml(desk: Desk) -> Story:
     yield from corrected(desk, desk.study(old="[task]", new="[task"))
 
 
+@studies(2, "expected a study file, found the data file .*a.csv", "privet new .*a.csv")
+def data_for_a_study(desk: Desk) -> Story:
+    yield ("check", desk.file("a.csv", GOOD))
+    yield ("check", desk.study())
+
+
 @studies(2, "not valid TOML: line 1 is not text in UTF-8", "save the file as UTF-8")
 def study_in_latin_1(desk: Desk) -> Story:
     yield from corrected(desk, desk.file("latin.toml", 'name = "a" # für\n'.encode("latin-1")))
