@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -58,10 +59,10 @@ def predict(host: ModelHost, study: Study, inputs: Sequence[Any], sampling: Samp
         sampling: How answers are generated.
 
     Returns:
-        `probabilities` by label; or `words`, `tags` and `spans`, whose `start` and `end` are characters of the text
-        (of the words joined by spaces, where there is no text); or an `answer`, whether it `finished`, and its number
-        of `tokens`. `cut` says that a text was longer than the study's length. Without a text, `reason` says so, and
-        all else is missing.
+        The most probable `label`, and `probabilities` by label; or `words`, `tags` and `spans`, whose `start` and `end`
+        are characters of the text (of the words joined by spaces, where there is no text); or an `answer`, whether it
+        `finished`, and its number of `tokens`. `cut` says that a text was longer than the study's length. Without a
+        text, `reason` says so, and all else is missing.
     """
     kind, size = study.task.kind, _BATCH.get(study.task.kind, 32)
     found: list[Result] = [{REASON: _reason(kind, value)} for value in inputs]
@@ -116,7 +117,11 @@ def _classified(host: ModelHost, study: Study, texts: Sequence[str]) -> list[Res
     features = encode_records(study, host.tokenizer, _records(rows))
     probabilities = _logits(host, features).softmax(-1).tolist()
     return [
-        {"probabilities": dict(zip(study.task.labels, found, strict=True)), **_cut(host, study, feature, row["text"])}
+        {
+            "label": max(zip(found, study.task.labels, strict=True), key=itemgetter(0))[1],
+            "probabilities": dict(zip(study.task.labels, found, strict=True)),
+            **_cut(host, study, feature, row["text"]),
+        }
         for found, feature, row in zip(probabilities, features, rows, strict=True)
     ]
 

@@ -50,6 +50,7 @@ def test_every_row_of_a_file_gets_one_result_in_order(privet: Run, tmp_path: Pat
     assert reasons == {5: "no text", 6: "no text", 7: "no text", 8: "not text, but int"}
     assert "predicted 66 of 70 rows" in err
     one = json.loads(privet("predict", run, "--text", TEXTS[0], "--json")[1])[0]
+    assert found[0]["prediction"]["label"] == max(one["probabilities"], key=one["probabilities"].__getitem__)
     assert found[0]["prediction"]["probabilities"] == pytest.approx(one["probabilities"], rel=1e-3)
 
 
