@@ -74,7 +74,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     lines += _entry("members", f"{', '.join(found['members']) or 'none'}; {found['nodes_online']} connected")
     if found["members"] and not found["serving"]:
         lines += _entry("service", "not running on this machine: `privet coordinator serve` starts it")
-    lines += _entry("away", ", ".join(away)) if away and found["connected"] else []
+    if away and found["connected"]:
+        lines += _entry("away", f"{', '.join(away)}: their operators start `privet site serve`")
     if found["asking"]:
         lines += _entry("asking", f"{', '.join(found['asking'])}: approve after their operator has read out the words")
     if found["statements_waiting"]:
@@ -86,7 +87,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _lines_of(run: Mapping[str, Any]) -> list[str]:
     ended = "finished" if run["closed"] else "ended without a result: no round closed"
-    state = ended if run["ended"] else "running" if run["waiting"] else "unfinished"
+    left = "running" if run["waiting"] else f"not running (`privet coordinator resume {run['run']}`)"
+    state = ended if run["ended"] else left
     state += ", asked to stop" if run.get("stopping") else ""
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"
