@@ -146,7 +146,8 @@ def test_members_are_named_and_what_the_log_does_not_hold_yet_is_counted(tmp_pat
     lines = as_lines(found)
     assert "members     berlin, lyon; 0 connected" in lines
     assert [line for line in as_lines(found | {"serving": False}) if "`privet coordinator serve`" in line]
-    assert "away        lyon: their operators start `privet site serve`" in as_lines(found | {"connected": ["berlin"], "nodes_online": 1})
+    away = "away        lyon: their operators start `privet site serve`"
+    assert away in as_lines(found | {"connected": ["berlin"], "nodes_online": 1})
     assert [line for line in lines if line.startswith("log ") and "1 " in line]
 
 
