@@ -11,6 +11,7 @@ run one record at a time instead (`privet.client.training.passes`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,63 +164,70 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, kind: _Kind
     ) -> torch.Tensor:
-        heads = _Heads(len(q), len(k))
-        out = layout.blank(v, (q.shape[1], len(q), v.shape[-1]), 0)
-        kept: list[torch.Tensor | None] = []
-        for block in layout.blocks:
-            qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
+        heads, kept, outs = _Heads(len(q), len(k)), [], []
+        for block, *rows in zip(layout.blocks, *(layout.parts(x, 1) for x in (q, k, v)), strict=True):
+            qs, ks, vs = heads.queries(rows[0], block), heads.keys(rows[1], block), heads.keys(rows[2], block)
             bias, found = _bias(layout, block, kind, q.device), []
             for part in _parts(block, len(ks), kind):
-                weights, slope = kind.weights(qs[part], ks[part], bias)
+                weights, slope = kind.weights(_at(qs, part), _at(ks, part), bias)
                 mask = None
                 if kind.dropout:
                     mask = torch.empty_like(weights).bernoulli_(1 - kind.dropout).div_(1 - kind.dropout)
-                found.append(torch.bmm(weights if mask is None else weights * mask, vs[part]))
+                found.append(torch.bmm(weights if mask is None else weights * mask, _at(vs, part)))
                 kept += [weights, slope, mask] if _is_kept(block, kind) else []
-            heads.put(out.transpose(0, 1), block, found[0] if len(found) == 1 else torch.cat(found))
+            outs.append(heads.rows(_together(found), block).transpose(0, 1))
         ctx.save_for_backward(q, k, v, *kept)
         ctx.layout, ctx.kind = layout, kind
-        return out
+        return layout.joined(outs, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
+        layout: Layout = ctx.layout
         kind: _Kind = ctx.kind
         heads = _Heads(len(q), len(k))
-        layout: Layout = ctx.layout
-        dq, dk, dv = (layout.blank(each, each.shape, 1) for each in (q, k, v))
-        grad = grad.transpose(0, 1)
-        for block in layout.blocks:
-            qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
-            do, found = heads.queries(grad, block), []
+        slopes: tuple[list[torch.Tensor], ...] = ([], [], [])
+        parts_of = (layout.parts(x, 1) for x in (q, k, v, grad.transpose(0, 1)))
+        for block, *rows in zip(layout.blocks, *parts_of, strict=True):
+            qs, ks, vs = heads.queries(rows[0], block), heads.keys(rows[1], block), heads.keys(rows[2], block)
+            do, found = heads.queries(rows[3], block), []
             bias = _bias(layout, block, kind, q.device)
             for part in _parts(block, len(ks), kind):
                 if _is_kept(block, kind):
                     weights, slope, mask, *kept = kept
                 else:
-                    (weights, slope), mask = kind.weights(qs[part], ks[part], bias), None
+                    (weights, slope), mask = kind.weights(_at(qs, part), _at(ks, part), bias), None
                 used = weights if mask is None else weights * mask
-                dp = torch.bmm(do[part], vs[part].transpose(1, 2))
+                dp = torch.bmm(_at(do, part), _at(vs, part).transpose(1, 2))
                 ds, scale = kind.slopes(dp if mask is None else dp * mask, weights, slope)
                 found.append(
-                    (_product(ds, ks[part], scale), _product(ds.transpose(1, 2), qs[part], scale),
-                     torch.bmm(used.transpose(1, 2), do[part]))
+                    (_product(ds, _at(ks, part), scale), _product(ds.transpose(1, 2), _at(qs, part), scale),
+                     torch.bmm(used.transpose(1, 2), _at(do, part)))
                 )  # fmt: skip
-            parts = found[0] if len(found) == 1 else tuple(torch.cat(each) for each in zip(*found, strict=True))
-            heads.put(dq, block, parts[0])
-            heads.put_keys(dk, block, parts[1])
-            heads.put_keys(dv, block, parts[2])
-        return dq, dk, dv, None, None
+            dq, dk, dv = (_together(each) for each in zip(*found, strict=True))
+            for into, each in zip(
+                slopes, (heads.rows(dq, block), heads.key_rows(dk, block), heads.key_rows(dv, block)), strict=True
+            ):
+                into.append(each)
+        return (*(layout.joined(each, 1) for each in slopes), None, None)
+
+
+def _together(found: Sequence[torch.Tensor]) -> torch.Tensor:
+    return found[0] if len(found) == 1 else torch.cat(list(found))
 
 
 def _is_kept(block: Block, kind: _Kind) -> bool:
     return block.width <= _SHORT or kind.dropout > 0
 
 
-def _parts(block: Block, matrices: int, kind: _Kind) -> list[slice]:
-    """Return which matrices to compute at a time: all of short records, one of a long one."""
-    return [slice(None)] if _is_kept(block, kind) else [slice(index, index + 1) for index in range(matrices)]
+def _parts(block: Block, matrices: int, kind: _Kind) -> list[slice | None]:
+    """Return which matrices to compute at a time: all (None) of short records, one of a long one."""
+    return [None] if _is_kept(block, kind) else [slice(index, index + 1) for index in range(matrices)]
+
+
+def _at(x: torch.Tensor, part: slice | None) -> torch.Tensor:
+    return x if part is None else x[part]
 
 
 def _bias(layout: Layout, block: Block, kind: _Kind, device: torch.device) -> torch.Tensor | None:
@@ -243,30 +251,28 @@ class _Heads:
     keys_: int
 
     def queries(self, x: torch.Tensor, block: Block) -> torch.Tensor:
-        """Return [key heads · records, shared · width, size] of x [heads, rows, size]."""
+        """Return [key heads · records, shared · width, size] of a block's x [heads, rows, size]."""
         shared, records = self.queries_ // self.keys_, len(block.lengths)
-        part = x[:, block.rows]
         if shared == 1 and records == 1:
-            return part
-        part = part.reshape(self.keys_, shared, records, block.width, x.shape[-1]).transpose(1, 2)
+            return x
+        part = x.reshape(self.keys_, shared, records, block.width, x.shape[-1]).transpose(1, 2)
         return part.reshape(self.keys_ * records, shared * block.width, x.shape[-1])
 
     def keys(self, x: torch.Tensor, block: Block) -> torch.Tensor:
-        """Return [key heads · records, width, size] of x [key heads, rows, size]."""
-        part = x[:, block.rows]
-        return part if len(block.lengths) == 1 else part.reshape(-1, block.width, x.shape[-1])
+        """Return [key heads · records, width, size] of a block's x [key heads, rows, size]."""
+        return x if len(block.lengths) == 1 else x.reshape(-1, block.width, x.shape[-1])
 
-    def put(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
-        """Write what `queries` took apart back into its rows."""
+    def rows(self, found: torch.Tensor, block: Block) -> torch.Tensor:
+        """Return what `queries` took apart in the form [heads, rows, size] again."""
         shared, records = self.queries_ // self.keys_, len(block.lengths)
-        if not (shared == 1 and records == 1):
-            found = found.view(self.keys_, records, shared, block.width, -1).transpose(1, 2)
-            found = found.reshape(self.queries_, records * block.width, -1)
-        into[:, block.rows] = found
+        if shared == 1 and records == 1:
+            return found
+        found = found.view(self.keys_, records, shared, block.width, -1).transpose(1, 2)
+        return found.reshape(self.queries_, records * block.width, -1)
 
-    def put_keys(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
-        """Write what `keys` took apart back into its rows."""
-        into[:, block.rows] = found if len(block.lengths) == 1 else found.view(self.keys_, -1, found.shape[-1])
+    def key_rows(self, found: torch.Tensor, block: Block) -> torch.Tensor:
+        """Return what `keys` took apart in the form [key heads, rows, size] again."""
+        return found if len(block.lengths) == 1 else found.view(self.keys_, -1, found.shape[-1])
 
 
 AttentionInterface.register(NAME, packed_attention)

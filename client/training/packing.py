@@ -135,20 +135,21 @@ class Layout:
         parts: tuple[torch.Tensor, ...] = torch.split(rows, [*sizes, self.rows - reached])
         return parts[1::2]
 
-    def blank(self, x: torch.Tensor, shape: Sequence[int], axis: int) -> torch.Tensor:
-        """Return a tensor of x's type, with zeros in the rows of no block and anything in the others.
+    def parts(self, x: torch.Tensor, axis: int) -> tuple[torch.Tensor, ...]:
+        """Return the rows of each block, of a tensor with the pass's rows in `axis`."""
+        return torch.split(x, self._sizes, axis)[1:-1]
 
-        Args:
-            x: Its type and device are taken.
-            shape: The tensor's.
-            axis: Which axis has the rows.
-        """
-        found, reached = x.new_empty(tuple(shape)), 0
-        for start, stop in [*((block.rows.start, block.rows.stop) for block in self.blocks), (self.rows, self.rows)]:
-            if start > reached:
-                found.narrow(axis, reached, start - reached).zero_()
-            reached = stop
-        return found
+    def joined(self, parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        """Return a tensor with the pass's rows in `axis`, of those of each block; other rows are zeros."""
+        before, *_, after = self._sizes
+        outside = [parts[0].new_zeros(*parts[0].shape[:axis], n, *parts[0].shape[axis + 1 :]) for n in (before, after)]
+        return torch.cat([outside[0], *parts, outside[1]], axis)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The number of rows before the first block, of each block, and after the last; blocks follow one another."""
+        stop = self.blocks[-1].rows.stop
+        return [self.blocks[0].start, *(block.rows.stop - block.start for block in self.blocks), self.rows - stop]
 
     def bias(self, block: Block, device: torch.device, *, causal: bool, window: int | None) -> torch.Tensor:
         """Return 0 where a token of a block's record attends, and -inf where not: [records, width, width], float32.

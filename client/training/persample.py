@@ -123,13 +123,13 @@ class FlatGradients:
         if left.device.type == "cpu":
             # Faster than in bfloat16, whose small products cost more to set up than to compute.
             left, right = left.float(), None if right is None else right.float()
-        record = 0
-        for block in layout.blocks:
-            found = _per_record(block, left, right)
-            size = sum(1 for length in block.lengths if length)  # empty places come last
-            into = slot[record : record + size]
-            into.add_(found[:size]) if again else into.copy_(found[:size])
-            record += size
+        lefts = layout.parts(left, 0)
+        rights = [None] * len(lefts) if right is None else layout.parts(right, 0)
+        sizes = [sum(1 for length in block.lengths if length) for block in layout.blocks]  # empty places come last
+        for block, mine, theirs, into in zip(layout.blocks, lefts, rights, torch.split(slot, sizes), strict=True):
+            found = _per_record(block, mine, theirs)
+            found = found if len(found) == len(into) else found[: len(into)]
+            into.add_(found) if again else into.copy_(found)
 
     def take(self) -> torch.Tensor:
         """Return the gradients, and forget them. See `PerSampleGradients`."""
@@ -153,13 +153,11 @@ class FlatGradients:
         return buffer
 
 
-def _per_record(block: Block, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
-    """Return Σ_t left_t right_tᵀ [records, a, b], or Σ_t left_t [records, a] in float32, of a block's records."""
+def _per_record(block: Block, mine: torch.Tensor, theirs: torch.Tensor | None) -> torch.Tensor:
+    """Return Σ_t left_t right_tᵀ [records, a, b], or Σ_t left_t [records, a] in float32, of a block's rows."""
     count = len(block.lengths)
-    mine = left[block.rows]
-    if right is None:
+    if theirs is None:
         return mine.view(count, block.width, -1).sum(1, dtype=torch.float32)
-    theirs = right[block.rows]
     if count > 1:
         return outer(mine.view(count, block.width, -1), theirs.view(count, block.width, -1))
     # The thinner factor goes first: on CPUs, the other order takes two to eight times as long.
