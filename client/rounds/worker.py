@@ -20,21 +20,21 @@ from privet.client.budget.draws import Paid, Payment
 from privet.client.budget.withdrawals import withdrawn_of
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds.history import Fetch
-from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
 from privet.client.rounds.planted import plant
 from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
-from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
 from privet.client.training.counts import count_sum, score_sum
 from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData, load_data
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
+from privet.client.training.validation import EXACT, SENSITIVITY, validation_points
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, StateError
 from privet.common.log.statements import Charge
