@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privet.client.trainer.wire import Packet
+from privet.client.rounds.worker import Worker
+from privet.client.trainer.apart import Trainer
+from privet.client.trainer.confinement import available
+from privet.client.trainer.pipe import PipeChannel
+from privet.client.trainer.wire import Packet, unpack
 from privet.common.errors import PrivetError, SpentRoundError, StateError
 from privet.common.study.messages import Contribution
 from tests.support.faulty_rounds import asked, begun, counted_draws
@@ -66,7 +75,7 @@ def test_several_processes_share_the_units_of_a_step_and_give_the_same_bits(bert
     inside = worker_at(place(tmp_path / "inside", study, rows))
     opened = asked(study, inside, 1, SITES)
     expected = inside._contribution(opened)
-    for devices in (1, 2, 4):
+    for devices in (2, 4):
         apart = worker_at(place(tmp_path / str(devices), study, rows, trainer="process", devices=devices))
         try:
             assert same(apart._contribution(opened), expected), devices
@@ -185,3 +194,83 @@ def test_errors_of_a_trainer_stay_at_the_site(bert: Path, tmp_path: Path, monkey
         with pytest.raises(PrivetError) as caught:
             worker.offer(study)
         assert caught.value.private
+
+
+# --- a process of its own --------------------------------------------------------------------------------
+
+
+def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    inside = worker_at(place(tmp_path / "inside", study))
+    opened = [asked(study, inside, number, SITES) for number in (1, 2)]
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    assert same(worker._contribution(opened[0]), inside._contribution(opened[0]))
+    channel = channel_of(worker)
+    child, can = channel._child, available()
+    assert child is not None
+    proc = Path(f"/proc/{child.pid}")
+    opened_files = [str(link.readlink()) for link in (proc / "fd").iterdir() if link.is_symlink()]
+    assert sum(name.startswith("pipe:") for name in opened_files) == 2
+    strays = {name for name in opened_files if not name.startswith(("pipe:", "/dev/", "/proc/", str(bert.resolve())))}
+    assert not any("ash" in name or name.startswith("socket:") for name in strays)
+    status = (proc / "status").read_text()
+    assert ("Seccomp:\t2" in status) == can.network
+    assert "NoNewPrivs:\t1" in status
+    environment = (proc / "environ").read_bytes().split(b"\0")
+    assert not any(name.startswith((b"AWS", b"SSH", b"HTTPS_PROXY", b"PYTEST")) for name in environment)
+    assert (proc / "cwd").readlink() == tmp_path / "apart/ash.state/trainer/0"
+    # Killed in the middle of a step: the round is begun, so it is lost; the next one has a new trainer.
+    killed = sending("terms", lambda: os.kill(child.pid, signal.SIGKILL))
+    with killed, pytest.raises(StateError, match="ended with signal 9"):
+        worker._contribution(opened[1])
+    assert begun(worker, 2) == 1
+    with pytest.raises(SpentRoundError):
+        worker._contribution(opened[1])
+    worker.close()
+    assert channel._child is None
+    assert not proc.exists()
+
+
+def channel_of(worker: Worker) -> PipeChannel:
+    assert worker._open is not None
+    trainer = worker._open[3]
+    assert isinstance(trainer, Trainer)
+    (channel,) = trainer.channels
+    assert isinstance(channel, PipeChannel)
+    return channel
+
+
+@contextmanager
+def sending(kind: str, then: Callable[[], None]) -> Iterator[None]:
+    """Do something after a request of this kind was sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = PipeChannel.send
+
+        def send(self: PipeChannel, body: bytes, until: float) -> None:
+            original(self, body, until)
+            if unpack(body).kind == kind:
+                then()
+
+        patch.setattr(PipeChannel, "send", send)
+        yield
+
+
+def test_a_trainer_that_answers_too_late_or_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "tests_no_such_module")
+    channel = PipeChannel(tmp_path / "none")
+    channel.open()
+    with pytest.raises(StateError, match="ended with exit code 1"):
+        channel.receive(10, time.monotonic() + 20)
+    channel.close()
+    with pytest.raises(StateError, match="does not run"):
+        channel.send(b"", time.monotonic() + 1)
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "this")  # it prints 856 bytes, and ends
+    channel.open()
+    with pytest.raises(StateError, match="at most 10 bytes"):
+        channel.receive(10, time.monotonic() + 20)
+    channel.close()
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "http.server")  # it says nothing
+    channel.open()
+    with pytest.raises(StateError, match="did not answer in time"):
+        channel.receive(10, time.monotonic() + 0.2)
+    channel.close()
