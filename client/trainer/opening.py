@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.files import pinned_once
 from privet.client.bases.names import locate_base
 from privet.client.budget.withdrawals import Withdrawn
 from privet.client.site import SiteConfig
@@ -59,7 +60,8 @@ def opening(
     request = {
         "study": study.document(),
         "site": told,
-        "begun": begun,
+        # Only where it matters: it changes within a study, and a trainer that runs is to be found again by this.
+        "begun": begun and pinned_once(set(study.model.sha256)),
         "split": split_key.hex(),
         "distinct": distinct,
         "planting": None if planting is None else {"count": planting.count, "key": planting.key.hex()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,32 @@ class SeededSite(RealSite):
         return SeededRandomness(11, purpose, round_number)
 
 
-def place(folder: Path, study: Study, rows: Any = None, **resources: Any) -> Path:
-    """Write a site that agreed to a study, and return its file. `resources` go into its table of that name."""
+def place(
+    folder: Path,
+    study: Study,
+    rows: Any = None,
+    *,
+    sites: Sequence[str] = SITES,
+    slurm: dict[str, Any] | None = None,
+    **resources: Any,
+) -> Path:
+    """Write a site that agreed to a study, and return its file. `resources` go into its table of that name.
+
+    Args:
+        folder: Of the site.
+        study: The study.
+        rows: The site's records.
+        sites: All sites, this one first.
+        slurm: The table of that name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    keys = {site: public_key(make_key(folder / f"{site}.pem")) for site in SITES}
+    keys = {site: public_key(make_key(folder / f"{site}.pem")) for site in sites}
     file = site_toml(
         folder,
         "ash",
         class_rows(30) if rows is None else rows,
         seed=None,
-        witnesses=SITES,
+        witnesses=sites,
         studies=[study.digest],
         declared_count=30,
         identity="ash.pem",
@@ -50,6 +66,9 @@ def place(folder: Path, study: Study, rows: Any = None, **resources: Any) -> Pat
     )
     write_policy(folder / "ash.policy.toml", **{"privacy.unit": study.privacy.unit})
     file.write_text(file.read_text() + "[peers]\n" + "".join(f'{site} = "{key}"\n' for site, key in keys.items()))
+    if slurm is not None:
+        file.write_text(file.read_text().replace("[resources]\n", '[resources]\ntrainer = "slurm"\n'))
+        with_table(file, "resources.slurm", **slurm)
     return file
 
 
