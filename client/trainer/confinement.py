@@ -15,6 +15,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it imports NumPy, which starts threads
+    from privet.client.site import SiteConfig
 
 _NO_NEW_PRIVS, _DUMPABLE, _SECCOMP = 38, 4, 22
 _FILTER = 2
@@ -77,12 +81,14 @@ def confine(readable: Iterable[str], writable: Sequence[str]) -> Confined:
         writable: Directories that it may read and write.
     """
     libc = ctypes.CDLL(None, use_errno=True)
+    alone = _threads() == 1
     if libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return Confined(network=False, files=False, signals=False)
     _drop_capabilities(libc)
     version = _landlock(libc, [*code_places(), *readable], writable)
     network = _seccomp(libc)
-    return Confined(network, files=version > 0, signals=version >= _SCOPES_SINCE)
+    # Another thread would have kept all rights.
+    return Confined(alone and network, alone and version > 0, alone and version >= _SCOPES_SINCE)
 
 
 def available() -> Confined:
@@ -106,6 +112,25 @@ def code_places() -> list[str]:
     parts = [str((package / part).resolve()) for part in ("client", "common", "server", "simulations")]
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *(path for path in sys.path if path)]
     return [*SYSTEM, str(package), *parts, *python]
+
+
+def exposed(config: SiteConfig, readable: Sequence[str]) -> list[Path]:
+    """Return the site's files that a confined trainer could read all the same, as they lie where it may read."""
+    secret = [config.ledger, config.ledger_key, config.anchor, config.identity, config.mldsa]
+    if config.coordinator is not None:
+        secret.append(config.coordinator.key)
+    if config.log is not None:
+        secret += [config.log.key, config.log.state]
+    places = [Path(path).resolve() for path in readable]
+    return [path for path in secret if path is not None and any(path.resolve().is_relative_to(p) for p in places)]
+
+
+def _threads() -> int:
+    """Return the number of this process's threads; 0 if it is not known."""
+    try:
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+    except OSError:
+        return 0
 
 
 def _has_seccomp() -> bool:

@@ -13,6 +13,7 @@ an earlier one. Each file appears by a rename, as a whole.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -24,7 +25,9 @@ from typing import Literal, Protocol
 
 from privet.client.trainer.wire import ANSWER, ASK, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Seal
 from privet.common.errors import StateError
+from privet.common.progress import duration
 
+_log = logging.getLogger("privet.site")
 KEY, ATTACHED = "key", "attached"
 State = Literal["queued", "running", "ended", "unknown"]
 _SHORTEST, _LONGEST = 0.005, 0.25
@@ -126,11 +129,14 @@ class MailboxChannel:
         """
         job, seal = self._session()
         path, wait = job.folder / f"{self._nonce}-{self._number}.answer", _SHORTEST
-        self.queued = False
+        self.queued = said = False
         while (data := self._answered(job, path, most)) is None:
             if time.monotonic() > until:
                 self.queued = self._state == "queued"
                 raise _late(job.name, queued=self.queued)
+            if self._number == 0 and self._state == "queued" and not said:
+                said, left = True, until - time.monotonic()
+                _log.info("the trainer's job %s is queued; this answer is awaited for %s", job.name, duration(left))
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST)
         body = seal.open(ANSWER, self._number, data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from privet.client.bases.files import pinned_once
@@ -97,14 +96,3 @@ def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
 def _said(head: Mapping[str, Any]) -> None:
     confined = Confined(*(head.get(name) is True for name in ("network", "files", "signals")))
     _log.info("the trainer runs apart from the keys; %s", confined.text)
-
-
-def exposed(config: SiteConfig, readable: list[str]) -> list[Path]:
-    """Return the site's files that a confined trainer could read all the same, as they lie where it may read."""
-    secret = [config.ledger, config.ledger_key, config.anchor, config.identity, config.mldsa]
-    if config.coordinator is not None:
-        secret.append(config.coordinator.key)
-    if config.log is not None:
-        secret += [config.log.key, config.log.state]
-    places = [Path(path).resolve() for path in readable]
-    return [path for path in secret if path is not None and any(path.resolve().is_relative_to(p) for p in places)]

@@ -184,6 +184,12 @@ def missing() -> Sequence[str]:
     return [name for name in COMMANDS if shutil.which(name) is None]
 
 
+def controller() -> str:
+    """Return why the controller cannot be asked; empty if it answers. Raises `StateError` where Slurm is missing."""
+    done = _run("squeue", "--noheader", "--me")
+    return " ".join(done.stderr.split())[:200] or "the controller does not answer" if done.returncode else ""
+
+
 def _run(program: str, *arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
     """Run a program of Slurm.
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -32,13 +33,20 @@ class End(Protocol):
         """Answer the last request."""
 
 
-def serve(end: End, home: Path) -> None:
-    """Answer requests until there are no more. The first one says what this process may read."""
+def serve(end: End, home: Path, begun: Callable[[], None] = lambda: None) -> None:
+    """Answer requests until there are no more. The first one says what this process may read.
+
+    Args:
+        end: Where they come from.
+        home: The directory that this process may write.
+        begun: Called once it is confined.
+    """
     data = end.receive()
     if data is None:
         return
     asked = unpack(data)
     confined = confine(map(str, asked.head["read"]), [str(home)])
+    begun()
     answer = pack(Packet("done", _said(confined)))
     end.send(answer)
     # Only now: these libraries start threads, and a thread that runs already would not be confined.
@@ -82,8 +90,7 @@ def main(arguments: list[str]) -> int:
         pipes = PipeEnd(os.dup(0), os.dup(1))
         for number in (0, 1):  # a library that prints would break a message
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-        serve(pipes, home)
+        serve(pipes, home, threading.Thread(target=_follow, args=(parent,), daemon=True).start)
     except PrivetError:  # its text is for the other end, which has none here
         return 1
     return 0

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from privet.client.site import load_site
-from privet.client.trainer.confinement import available, code_places
-from privet.client.trainer.opening import exposed
+from privet.client.trainer.confinement import available, code_places, exposed
 from privet.client.trainer.pipe import stripped
 from tests.support.tiny import class_rows, site_toml
 

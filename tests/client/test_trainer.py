@@ -199,7 +199,10 @@ def test_errors_of_a_trainer_stay_at_the_site(bert: Path, tmp_path: Path, monkey
 # --- a process of its own --------------------------------------------------------------------------------
 
 
-def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(bert: Path, tmp_path: Path) -> None:
+def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "privet.site")
     study = tiny_study(bert, **STUDIES["validated"])
     inside = worker_at(place(tmp_path / "inside", study))
     opened = [asked(study, inside, number, SITES) for number in (1, 2)]
@@ -213,9 +216,12 @@ def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(bert: Path,
     assert sum(name.startswith("pipe:") for name in opened_files) == 2
     strays = {name for name in opened_files if not name.startswith(("pipe:", "/dev/", "/proc/", str(bert.resolve())))}
     assert not any("ash" in name or name.startswith("socket:") for name in strays)
-    status = (proc / "status").read_text()
-    assert ("Seccomp:\t2" in status) == can.network
-    assert "NoNewPrivs:\t1" in status
+    for status in [task.read_text() for task in (proc / "task").glob("*/status")]:  # of every thread
+        assert ("Seccomp:\t2" in status) == can.network
+        assert "NoNewPrivs:\t1" in status
+    assert [record.getMessage() for record in caplog.records if "apart" in record.getMessage()] == [
+        f"the trainer runs apart from the keys; {can.text}"
+    ]
     environment = (proc / "environ").read_bytes().split(b"\0")
     assert not any(name.startswith((b"AWS", b"SSH", b"HTTPS_PROXY", b"PYTEST")) for name in environment)
     assert (proc / "cwd").readlink() == tmp_path / "apart/ash.state/trainer/0"

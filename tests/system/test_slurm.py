@@ -110,7 +110,7 @@ def test_a_site_is_killed_while_its_job_is_queued_runs_and_has_ended(
     world, shared = World(tmp_path), tmp_path / "shared, 'it' $(touch x)"
     shared.mkdir()
     asked = {"directory": str(shared), "idle": 60, "extra": ["--comment=a b; touch y"]}
-    file = place(tmp_path / "site", study, sites=("ash",), slurm=asked)
+    file = place(tmp_path / "site", study, sites=("ash",), slurm=asked, threads=1)
     record = tmp_path / "site/ash.state" / FOLDER / "job.json"
     run, keys = start(tmp_path, study, bert, file)
     final: list[RunState] = []
@@ -139,19 +139,19 @@ def test_a_site_is_killed_while_its_job_is_queued_runs_and_has_ended(
             assert cluster.jobs() == names
             (file.parent / "die-begun").touch()
             cluster.release()
-            process.join(120)
+            process.join(240)
         # Killed while it runs, after the first draw: round 1 is lost, the job serves the next process.
         assert begun(file) == [1]
         assert cluster.jobs("RUNNING") == names
         (file.parent / "die-charged").touch()
         with serving(world, file) as process:
-            process.join(120)
+            process.join(240)
         # Killed with the update of round 2 stored; the job ends before the site is back.
         assert begun(file) == [1, 2]
         cluster.run("scancel", f"--name={names[0]}")
         until(lambda: cluster.jobs() == [])
         with serving(world, file) as process:
-            coordinator.join(120)
+            coordinator.join(300)
             assert not coordinator.is_alive()
             assert cluster.jobs("RUNNING") != names
             process.terminate()
