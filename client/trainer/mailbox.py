@@ -242,6 +242,7 @@ class MailboxEnd:
             raise StateError("the trainer's job has a key of another length", "report this as a bug")
         self._nonce, self._number = "", 0
         self._seal: Seal | None = None
+        self._seen: set[str] = set()
 
     def receive(self) -> bytes | None:
         """Return the next request; None if there will be none."""
@@ -251,6 +252,9 @@ class MailboxEnd:
             if nonce is None:
                 return None
             if nonce and nonce != self._nonce:
+                if nonce in self._seen:  # a session is never gone on with: its numbers have been used
+                    return None
+                self._seen.add(nonce)
                 self._nonce, self._number, self._seal = nonce, 0, Seal(self._key, bytes.fromhex(nonce))
             path = self._folder / f"{self._nonce}-{self._number}.ask"
             if self._seal is not None and path.exists():

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from privet.client.bases.files import pinned_once
-from privet.client.bases.names import locate_base
+from privet.client.bases.names import as_begun, locate_base
 from privet.client.budget.withdrawals import Withdrawn
 from privet.client.site import SiteConfig
 from privet.client.trainer.apart import Channel, Opening, Trainer
@@ -60,7 +59,7 @@ def opening(
         "study": study.document(),
         "site": told,
         # Only where it matters: it changes within a study, and a trainer that runs is to be found again by this.
-        "begun": begun and pinned_once(set(study.model.sha256)),
+        "begun": begun and as_begun(study.model, config.resources.bases) != study.model,
         "split": split_key.hex(),
         "distinct": distinct,
         "planting": None if planting is None else {"count": planting.count, "key": planting.key.hex()},

@@ -121,7 +121,7 @@ class SlurmJobs:
             put(job.folder / ATTACHED, b"")
         except OSError as error:
             raise StateError(
-                f"the directory of the trainer's job, {job.folder}, cannot be made ({error.strerror})",
+                f"the files of the trainer's job cannot be made: {error.filename or job.folder}: {error.strerror}",
                 "correct `directory` under [resources.slurm] in the site file: this user must be able to write there",
             ) from None
         done = _run("sbatch", *options(self.section, name, job.folder), script=script(job.folder, self.section.idle))

@@ -45,7 +45,9 @@ from tests.support.tiny import private as local
 from tests.support.tiny import tiny_study
 from tests.support.trainer_world import place, with_table
 
-TIMING = Timing(gathering=240, round=240, step=60)
+WAITED = 600.0
+"""Seconds that a machine with much else to do may take to start a job's Python and to load the model."""
+TIMING = Timing(gathering=600, round=600, step=120)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def begun(file: Path) -> list[int]:
 def test_a_site_is_killed_while_its_job_is_queued_runs_and_has_ended(
     bert: Path, tmp_path: Path, cluster: Slurm
 ) -> None:
-    study = tiny_study(bert, privacy=local(), **{"training.rounds": 4, "training.local_steps": 2})
+    study = tiny_study(bert, privacy=local(), **{"training.rounds": 3, "training.local_steps": 2})
     world, shared = World(tmp_path), tmp_path / "shared, 'it' $(touch x)"
     shared.mkdir()
     asked = {"directory": str(shared), "idle": 60, "extra": ["--comment=a b; touch y"]}
@@ -125,44 +127,45 @@ def test_a_site_is_killed_while_its_job_is_queued_runs_and_has_ended(
 
     with world.server() as server:
         point(world, file, server.port)
-        coordinator = threading.Thread(target=coordinate)
+        coordinator = threading.Thread(target=coordinate, daemon=True)
         coordinator.start()
         cluster.hold()
         with serving(world, file):
-            until(lambda: cluster.jobs("PENDING") != [])
+            until(lambda: cluster.jobs("PENDING") != [], WAITED)
             names = cluster.jobs()
             assert names == [json.loads(record.read_bytes())["name"]]
         # Killed while it is queued. Nothing was drawn, and the next process takes the very same job.
         assert begun(file) == []
         with serving(world, file) as process:
-            until(lambda: "going on with it" in file.with_suffix(".log").read_text())
+            until(lambda: "going on with it" in file.with_suffix(".log").read_text(), WAITED)
             assert cluster.jobs() == names
             (file.parent / "die-begun").touch()
             cluster.release()
-            process.join(240)
+            process.join(WAITED)
         # Killed while it runs, after the first draw: round 1 is lost, the job serves the next process.
         assert begun(file) == [1]
         assert cluster.jobs("RUNNING") == names
         (file.parent / "die-charged").touch()
         with serving(world, file) as process:
-            process.join(240)
+            process.join(WAITED)
         # Killed with the update of round 2 stored; the job ends before the site is back.
         assert begun(file) == [1, 2]
+        assert cluster.jobs("RUNNING") == names
         cluster.run("scancel", f"--name={names[0]}")
-        until(lambda: cluster.jobs() == [])
+        until(lambda: cluster.jobs() == [], WAITED)
         with serving(world, file) as process:
-            coordinator.join(300)
+            coordinator.join(WAITED)
             assert not coordinator.is_alive()
             assert cluster.jobs("RUNNING") != names
             process.terminate()
-            process.join(30)
+            process.join(60)
             assert process.exitcode == 0
     # Stopped in order, a site leaves no job, no directory and no key.
-    until(lambda: cluster.jobs() == [])
+    until(lambda: cluster.jobs() == [], WAITED)
     assert list(shared.iterdir()) == []
     assert not record.exists()
-    assert begun(file) == [1, 2, 3, 4]
-    assert [statement["type"] for statement in final[0].statements] == ["round-abort", *["round-close"] * 3]
+    assert begun(file) == [1, 2, 3]
+    assert [statement["type"] for statement in final[0].statements] == ["round-abort", *["round-close"] * 2]
     assert not [path for path in (tmp_path, Path.cwd(), shared) if (path / "x").exists() or (path / "y").exists()]
     said = file.with_suffix(".log").read_text()
     assert "Traceback" not in said
