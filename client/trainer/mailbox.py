@@ -16,6 +16,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -175,26 +177,36 @@ class MailboxChannel:
 
 def discard(folder: Path) -> None:
     """Delete a job's directory, with its key, and what the job kept there."""
-    with suppress(OSError):
-        (folder / KEY).unlink(missing_ok=True)
-    for path in sorted(folder.glob("**/*"), reverse=True):
-        with suppress(OSError):
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    with suppress(OSError):
-        folder.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)  # it follows no links
 
 
 def _content(path: Path, most: int) -> bytes | None:
-    """Return a file's content; None if it is not there yet."""
+    """Return a file's content; None if it is not there yet.
+
+    The directory is the job's as well. It could put a link there, or a pipe on which a reader waits for ever.
+    """
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise StateError(
-                f"the trainer's answer: expected at most {most} bytes, found {size}", "report this as a bug"
-            )
-        return path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError:
+        raise _odd(path.name) from None
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise _odd(path.name)
+        if found.st_size > most:
+            raise StateError(
+                f"the trainer's answer: expected at most {most} bytes, found {found.st_size}", "report this as a bug"
+            )
+        return file.read(most)
+
+
+def _odd(name: str) -> StateError:
+    return StateError(
+        f"the trainer's answer {name} is no file of its own",
+        "take the trainer for broken into: train inside (`trainer` under [resources] in the site file), or elsewhere",
+    )
 
 
 def _late(name: str, *, queued: bool) -> StateError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,8 +86,12 @@ def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
     if resources.slurm is not None:
         channels = [MailboxChannel(SlurmJobs(resources.slurm, folder / "job.json", opened.digest))]
     elif resources.trainer == "process":
-        ways = range(resources.devices)
-        channels = [PipeChannel(folder / str(way), way if resources.devices > 1 else None) for way in ways]
+        ways, home = range(resources.devices), folder / opened.digest[:16]
+        # What a trainer has written is for the next one of the same study alone: it keeps the verdict of its probe
+        # there, on which the promise to other studies must not depend.
+        for other in [path for path in folder.glob("*") if path.is_dir() and path != home]:
+            shutil.rmtree(other, ignore_errors=True)
+        channels = [PipeChannel(home / str(way), way if resources.devices > 1 else None) for way in ways]
     else:
         raise StateError(f"there is no trainer {resources.trainer} apart", "report this as a bug")
     return Trainer(opened, channels, _said)

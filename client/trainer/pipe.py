@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class PipeChannel:
         """Start the child, unless it runs."""
         if self.alive:
             return
+        shutil.rmtree(self.home / "tmp", ignore_errors=True)  # what a child left that was killed
         for path in (self.home, self.home / "tmp", self.home / "cache"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         environment = stripped(os.environ, self.home)

@@ -15,10 +15,13 @@ import pytest
 from pydantic import ValidationError
 
 from privet.client.site import Resources, SlurmSection
-from privet.client.trainer.mailbox import ATTACHED, KEY, MailboxChannel, MailboxEnd, State, put
+from privet.client.trainer.mailbox import ATTACHED, KEY, MailboxChannel, MailboxEnd, State, discard, put
 from privet.client.trainer.slurm import SlurmJobs, options, script
 from privet.client.trainer.wire import ANSWER, ASK, Packet, Seal, lists, pack, ragged, unpack
-from privet.common.errors import StateError, VerificationError
+from privet.common.errors import StateError, StudyError, VerificationError
+from privet.simulations.data.federation import Simulation
+from privet.simulations.sites import load_simulated
+from tests.support.tiny import class_rows, site_toml
 
 SECRET = b"a sum without its noise"
 
@@ -178,6 +181,25 @@ def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
         channel.receive(100, soon())
 
 
+def test_a_job_cannot_have_the_site_read_or_wait_for_another_file(tmp_path: Path) -> None:
+    job = job_in(tmp_path / "job")
+    channel = MailboxChannel(job)
+    channel.open()
+    answer = job.folder / f"{(job.folder / ATTACHED).read_text()}-0.answer"
+    for make in (lambda: answer.symlink_to("/etc/passwd"), lambda: os.mkfifo(answer), answer.mkdir):
+        make()
+        with pytest.raises(StateError, match="no file of its own"):
+            channel.receive(100, soon())
+        answer.rmdir() if answer.is_dir() and not answer.is_symlink() else answer.unlink()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    (job.folder / "link").symlink_to(outside)
+    discard(job.folder)
+    assert (outside / "kept").exists()
+    assert not job.folder.exists()
+
+
 def test_messages_that_are_none_are_refused() -> None:
     good = pack(Packet("terms", {"a": 1}, ragged("rows", [[1, 2], [], [3]])))
     assert lists(unpack(good), "rows") == [[1, 2], [], [3]]
@@ -325,3 +347,11 @@ def test_a_trainer_is_set_up_completely_or_not_at_all() -> None:
     slurm = Resources.model_validate({"trainer": "slurm", "slurm": {"directory": "here"}})
     assert slurm.within(Path("/site")).slurm == SlurmSection(directory=Path("/site/here"))
     assert slurm.inside == plain
+
+
+def test_a_simulated_site_trains_inside(tmp_path: Path) -> None:
+    file = site_toml(tmp_path, "north", class_rows(4), resources={"trainer": "process"})
+    with pytest.raises(StudyError, match=r"resources.trainer: expected \"inside\""):
+        load_simulated(file)
+    with pytest.raises(ValidationError, match=r"resources.trainer: expected \"inside\""):
+        Simulation.model_validate({"data": "notes", "resources": {"trainer": "process"}})

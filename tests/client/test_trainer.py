@@ -224,7 +224,8 @@ def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(
     ]
     environment = (proc / "environ").read_bytes().split(b"\0")
     assert not any(name.startswith((b"AWS", b"SSH", b"HTTPS_PROXY", b"PYTEST")) for name in environment)
-    assert (proc / "cwd").readlink() == tmp_path / "apart/ash.state/trainer/0"
+    assert (proc / "cwd").readlink() == channel.home
+    assert channel.home.parent.parent == tmp_path / "apart/ash.state/trainer"
     # Killed in the middle of a step: the round is begun, so it is lost; the next one has a new trainer.
     killed = sending("terms", lambda: os.kill(child.pid, signal.SIGKILL))
     with killed, pytest.raises(StateError, match="ended with signal 9"):

@@ -84,7 +84,7 @@ def serve(file: Path) -> None:
 def serving(world: World, file: Path) -> Iterator[BaseProcess]:
     # What the coordinator notices within a minute: that the process before is gone.
     for number in online(world):
-        world.link._state.deactivate_node(number)  # type: ignore[attr-defined]
+        world.link._state.deactivate_node(number)
     process = training_processes().Process(target=serve, args=(file,))
     process.start()
     try:
