@@ -191,10 +191,11 @@ def _content(path: Path, most: int) -> bytes | None:
         return None
     except OSError:
         raise _odd(path.name) from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise _odd(path.name)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise _odd(path.name)
         if found.st_size > most:
             raise StateError(
                 f"the trainer's answer: expected at most {most} bytes, found {found.st_size}", "report this as a bug"
@@ -213,12 +214,12 @@ def _late(name: str, *, queued: bool) -> StateError:
     if not queued:
         return StateError(
             f"the trainer's job {name} did not answer in time, and was cancelled",
-            "give the round more time: `privet coordinator run --round-time`",
+            "give the round more time: `privet coordinator run STUDY --round-time SECONDS`",
         )
     error = StateError(
         "the site's trainer waits in the queue of its batch system; the site spent nothing, and takes part again once "
         "its job runs",
-        "ask again in the next round, or give rounds more time: `privet coordinator run --round-time`",
+        "ask again in the next round, or give rounds more time: `privet coordinator run STUDY --round-time SECONDS`",
     )
     error.private = False  # the coordinator may know why the site is not there
     return error

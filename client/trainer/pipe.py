@@ -134,8 +134,8 @@ class PipeChannel:
         if left <= 0 or not waiter.poll(min(left, 1e6) * 1e3):
             raise StateError(
                 "the trainer did not answer in time, and was ended",
-                "give the round more time: `privet coordinator run --round-time`; or train with fewer or shorter "
-                "records",
+                "give the round more time: `privet coordinator run STUDY --round-time SECONDS`; or lower "
+                "data.max_length in the study",
             )
 
     def _running(self) -> subprocess.Popen[bytes]:
