@@ -21,8 +21,9 @@ from privet.client.trainer.pipe import PipeChannel
 from privet.client.trainer.wire import Packet, unpack
 from privet.common.errors import PrivetError, SpentRoundError, StateError
 from privet.common.study.messages import Contribution
+from privet.common.study.study import Study
 from tests.support.faulty_rounds import asked, begun, counted_draws
-from tests.support.tiny import class_rows, private, tiny_study
+from tests.support.tiny import class_rows, counting_document, private, tiny_study
 from tests.support.trainer_world import SITES, HereChannel, place, trainer_here, worker_at
 
 MASKED = {"secure_aggregation": {"mode": "masked"}, "cohort.min_sites": 3, "aggregation.largest_count": 30}
@@ -44,6 +45,18 @@ STUDIES: dict[str, dict[str, Any]] = {
     },
     "shared noise": SHARED,
     "head start": {"privacy": private(), "training.head_start": "class-means", **ROUNDS},
+    "of a site with a rank of its own": {
+        "privacy": private(),
+        "aggregation.method": "ffa",
+        "lora.site_ranks": {"ash": 1},
+        **ROUNDS,
+    },
+    "banded noise": {
+        **SHARED,
+        "privacy": private(epsilon=4.0, mode="distributed", noise="banded", band=3),
+        "cohort.sites": list(SITES),
+        "training.sampling_rate": 0.25,
+    },
     "no privacy": {"privacy": {"mode": "none"}, **ROUNDS},
 }
 
@@ -66,6 +79,21 @@ def test_a_trainer_apart_gives_the_same_bits(
     apart = worker_at(place(tmp_path / "apart", study, rows, trainer="process"))
     for each, wanted in zip(opened, expected, strict=True):
         assert same(apart._contribution(each), wanted), name
+    apart.close()
+
+
+@pytest.mark.parametrize("kind", ["statistics", "evaluate"])
+def test_a_trainer_apart_counts_the_same(
+    bert: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = private(epsilon=1.0, unit="patient", max_records_per_unit=2)  # so that records of a patient are drawn
+    more = {"evaluation": {"adapter": f"sha256:{'a' * 64}"}} if kind == "evaluate" else {}
+    study = Study.parse(counting_document(bert, kind, {"data.unit": "patient", "privacy": few, **more}))
+    inside = worker_at(place(tmp_path / "inside", study, class_rows(36)))
+    opened = asked(study, inside, 1, SITES)
+    trainer_here(monkeypatch, HereChannel())
+    apart = worker_at(place(tmp_path / "apart", study, class_rows(36), trainer="process"))
+    assert same(apart._contribution(opened), inside._contribution(opened))
     apart.close()
 
 

@@ -64,7 +64,9 @@ def place(
         limit={"unit": study.privacy.unit, "epsilon": 50.0, "delta": 1e-3} if study.private else None,
         resources=resources,
     )
-    write_policy(folder / "ash.policy.toml", **{"privacy.unit": study.privacy.unit})
+    admitted = {"privacy.unit": study.privacy.unit, "metrics.allow": ["validation", "statistics", "evaluate"]}
+    banded = {} if study.privacy.band is None else {"privacy.banded_noise": True}
+    write_policy(folder / "ash.policy.toml", **admitted, **banded)
     file.write_text(file.read_text() + "[peers]\n" + "".join(f'{site} = "{key}"\n' for site, key in keys.items()))
     if slurm is not None:
         file.write_text(file.read_text().replace("[resources]\n", '[resources]\ntrainer = "slurm"\n'))
