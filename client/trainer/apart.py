@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from privet.client.training.dp import Clipping, TermSum
 from privet.client.training.loading import SiteData
 from privet.client.training.meter import Meter
 from privet.client.training.train import Drawn, Stepping, TrainingSet
-from privet.client.waiting import awaited_until
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import (
     DataError,
@@ -43,8 +43,9 @@ from privet.common.privacy.shared_noise import Integers
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 from privet.common.study.study import Study
 
-_PATIENCE = 86_400.0
-"""Seconds that an answer is awaited where nobody waits for this site's."""
+_PATIENCE = 21_600.0
+"""Seconds after which a trainer that has not answered one request is ended. A late answer is of use: the ledger stores
+the update, and it leaves when the round is asked for again."""
 _COUNT = 1_000_000_000
 _LONGEST = 2000
 _ERRORS: Mapping[str, type[PrivetError]] = {
@@ -247,7 +248,7 @@ class Trainer:
 
     def _exchange(self, asked: Sequence[tuple[int, Packet]], most: int) -> list[Packet]:
         """Ask trainers, all at once, and return their answers."""
-        until = awaited_until(_PATIENCE)
+        until = time.monotonic() + _PATIENCE
         for way, packet in asked:
             self.channels[way].send(pack(packet), until)
         answers = [(way, unpack(self.channels[way].receive(most + SPARE, until))) for way, _ in asked]

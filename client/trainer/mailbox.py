@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from privet.client.trainer.wire import ANSWER, ASK, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Seal
+from privet.client.waiting import awaited_until
 from privet.common.errors import StateError
 from privet.common.progress import duration
 
@@ -132,12 +133,14 @@ class MailboxChannel:
         job, seal = self._session()
         path, wait = job.folder / f"{self._nonce}-{self._number}.answer", _SHORTEST
         self.queued = said = False
+        # In the queue, a site waits as long as its answer is of use, and no longer: others may need its cosignature.
+        patience = awaited_until(until - time.monotonic())
         while (data := self._answered(job, path, most)) is None:
-            if time.monotonic() > until:
+            if time.monotonic() > (patience if self._state == "queued" else until):
                 self.queued = self._state == "queued"
                 raise _late(job.name, queued=self.queued)
             if self._number == 0 and self._state == "queued" and not said:
-                said, left = True, until - time.monotonic()
+                said, left = True, patience - time.monotonic()
                 _log.info("the trainer's job %s is queued; this answer is awaited for %s", job.name, duration(left))
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST)
@@ -213,8 +216,8 @@ def _odd(name: str) -> StateError:
 def _late(name: str, *, queued: bool) -> StateError:
     if not queued:
         return StateError(
-            f"the trainer's job {name} did not answer in time, and was cancelled",
-            "give the round more time: `privet coordinator run STUDY --round-time SECONDS`",
+            f"the trainer's job {name} did not answer within hours, and was cancelled",
+            "the site submits another in the next round; see whether its node works: `sinfo`",
         )
     error = StateError(
         "the site's trainer waits in the queue of its batch system; the site spent nothing, and takes part again once "

@@ -133,9 +133,8 @@ class PipeChannel:
         waiter.register(descriptor, event)
         if left <= 0 or not waiter.poll(min(left, 1e6) * 1e3):
             raise StateError(
-                "the trainer did not answer in time, and was ended",
-                "give the round more time: `privet coordinator run STUDY --round-time SECONDS`; or lower "
-                "data.max_length in the study",
+                "the trainer did not answer within hours, and was ended",
+                "the site starts it again in the next round; see whether its device works: `privet site doctor SITE`",
             )
 
     def _running(self) -> subprocess.Popen[bytes]:

@@ -7,7 +7,9 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from privet.client.site import Resources, SlurmSection
 from privet.client.trainer.mailbox import ATTACHED, KEY, MailboxChannel, MailboxEnd, State, discard, put
 from privet.client.trainer.slurm import SlurmJobs, options, script
 from privet.client.trainer.wire import ANSWER, ASK, Packet, Seal, lists, pack, ragged, unpack
+from privet.client.waiting import awaited
 from privet.common.errors import StateError, StudyError, VerificationError
 from privet.simulations.data.federation import Simulation
 from privet.simulations.sites import load_simulated
@@ -122,7 +125,7 @@ def test_an_answer_of_another_session_request_or_job_is_refused(tmp_path: Path) 
     assert channel.receive(100, soon()) == SECRET
     # Under the old name nobody looks for it.
     put(job.folder / f"{nonces[0].hex()}-1.answer", answers[0])
-    with pytest.raises(StateError, match="did not answer in time"):
+    with pytest.raises(StateError, match="did not answer within hours"):
         channel.receive(100, soon(0.05))
 
 
@@ -164,6 +167,16 @@ def test_a_queued_job_is_waited_for_and_one_that_ended_is_not(tmp_path: Path) ->
         channel.receive(100, soon(0.1))
     assert channel.queued
     assert not caught.value.private  # the coordinator may know it
+    with awaited(soon(0.1)), pytest.raises(StateError, match="waits in the queue"):  # the coordinator waits no longer
+        channel.receive(100, soon(60))
+    job.now = "running"  # a job that runs is not ended by that
+    channel.open()
+    channel.send(b"x", soon())
+    answer = Seal(job.key, bytes.fromhex((job.folder / ATTACHED).read_text())).close(ANSWER, 0, SECRET)
+    late = threading.Timer(0.3, put, (job.folder / f"{(job.folder / ATTACHED).read_text()}-0.answer", answer))
+    late.start()
+    with awaited(soon(0.01)):
+        assert channel.receive(100, soon(60)) == SECRET
     job.now = "ended"
     channel.open()
     channel.send(b"x", soon())
@@ -186,7 +199,9 @@ def test_a_job_cannot_have_the_site_read_or_wait_for_another_file(tmp_path: Path
     channel = MailboxChannel(job)
     channel.open()
     answer = job.folder / f"{(job.folder / ATTACHED).read_text()}-0.answer"
-    for make in (lambda: answer.symlink_to("/etc/passwd"), lambda: os.mkfifo(answer), answer.mkdir):
+    pipe, link = partial(os.mkfifo, answer), partial(answer.symlink_to, "/etc/passwd")
+    makes: list[Callable[[], object]] = [link, pipe, answer.mkdir]
+    for make in makes:
         make()
         with pytest.raises(StateError, match="no file of its own"):
             channel.receive(100, soon())
