@@ -15,10 +15,10 @@ import numpy as np
 from harness import Bench, Check, start
 from studies import LABELS, MEDQUAD, MINILM, medquad_sites, require
 
-from privet.client.rounds.loading import load_data
 from privet.client.site import Resources
 from privet.client.training.counts import Countable, count_sum
 from privet.client.training.dp import Clipping
+from privet.client.training.loading import load_data
 from privet.client.training.meter import Meter
 from privet.client.training.model import open_host
 from privet.client.training.sums import release_sum, share_sum

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
@@ -113,6 +113,32 @@ class CoordinatorSection(Section):
     """Port on 127.0.0.1 for Prometheus metrics; 0 for none."""
 
 
+class SlurmSection(Section):
+    """How the trainer's job is submitted to Slurm (`trainer = "slurm"`)."""
+
+    directory: Path
+    """A directory that this site and the nodes of the cluster see under the same path, on a disk that both can write.
+    Each job has a directory of its own in it, readable by its owner alone."""
+    partition: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,-]*$")] | None = None
+    """Partition, or several with commas. Without it: the cluster's default."""
+    gres: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:=-]*$")] | None = None
+    """Generic resources of the job, such as "gpu:1"."""
+    time: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]{2}){0,2}$")] | None = None
+    """Longest time of the job, as Slurm writes it: minutes, "hours:minutes:seconds" or "days-hours"."""
+    idle: Annotated[int, Field(ge=0, le=86400)] = 600
+    """Seconds that the job waits for a request before it ends. Rounds that follow within them need no new job."""
+    extra: tuple[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]*)?$")], ...] = ()
+    """Further options of `sbatch`, one a string, such as "--account=oncology"."""
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_the_job_alone(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
+        taken = {"array", "error", "input", "job-name", "output", "parsable", "requeue", "wait", "wrap"}
+        if found := [option for option in extra if option[2:].partition("=")[0] in taken]:
+            raise ValueError(f"extra: expected no option that privet sets itself, found {', '.join(found)}")
+        return extra
+
+
 # A type of its own, so that no privacy decision can depend on it.
 class Resources(Section):
     """The machine that a site trains on. These settings change neither the mechanism nor what is released."""
@@ -127,8 +153,26 @@ class Resources(Section):
     """CPU threads of PyTorch. Without it: PyTorch's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    trainer: Annotated[Literal["inside", "process", "slurm"], Field(exclude_if=lambda value: value == "inside")] = (
+        "inside"
+    )
+    """Where records are used. inside: in the site's process. process: in one of its own, which has no keys, no ledger
+    and no network (docs/decisions/0019-trainer.md). slurm: in a job of a Slurm cluster."""
+    devices: Annotated[int, Field(ge=1, le=64, exclude_if=lambda value: value == 1)] = 1
+    """With `trainer = "process"`: number of trainers that share the units of a step, one for each CUDA device. The
+    result is the same, bit for bit."""
+    slurm: Annotated[SlurmSection | None, Field(exclude_if=lambda value: value is None)] = None
+    """With `trainer = "slurm"`: how its job is submitted."""
     bases: Annotated[dict[BaseName, Path], Field(exclude_if=lambda value: not value)] = Field(default={})
     """The directory of each base model on this machine, by the name that studies give it."""
+
+    @model_validator(mode="after")
+    def _trainer_is_complete(self) -> Self:
+        if (self.trainer == "slurm") != (self.slurm is not None):
+            raise ValueError('trainer: expected "slurm" together with a table [resources.slurm], or neither')
+        if self.devices > 1 and self.trainer != "process":
+            raise ValueError('devices: expected 1, unless trainer = "process"')
+        return self
 
     def __hash__(self) -> int:
         return hash((self.model_dump_json(exclude={"bases"}), tuple(sorted(self.bases.items()))))
@@ -140,7 +184,13 @@ class Resources(Section):
     def within(self, root: Path) -> Self:
         """Return these settings with the paths that are relative to `root` made absolute."""
         bases = {name: (root / path.expanduser()).resolve() for name, path in self.bases.items()}
-        return self.model_copy(update={"bases": bases}) if bases else self
+        slurm = self.slurm and self.slurm.model_copy(update={"directory": (root / self.slurm.directory).resolve()})
+        return self.model_copy(update={"bases": bases, "slurm": slurm}) if bases or slurm else self
+
+    @property
+    def inside(self) -> Self:
+        """These settings for a process that trains itself."""
+        return self.model_copy(update={"trainer": "inside", "devices": 1, "slurm": None})
 
 
 class SiteConfig(Formatted):

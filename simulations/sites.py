@@ -49,6 +49,12 @@ class SimulatedConfig(SiteConfig):
     def _rule_has_a_column(self) -> Self:
         return self
 
+    @model_validator(mode="after")
+    def _trains_inside(self) -> Self:
+        if self.resources.trainer != "inside":
+            raise ValueError('resources.trainer: expected "inside", as simulated sites train in one process')
+        return self
+
     def rule_for(self, column: str | None) -> IdRule | None:
         """Return how ids are written. A simulated site takes the column from the study."""
         return None if column is None else self.patient_ids

@@ -100,6 +100,17 @@ class Withdrawn:
         """Whether anybody is left out."""
         return bool(self._marks)
 
+    def document(self) -> dict[str, Any]:
+        """Return this as JSON values, for the site's own trainer. They hold the key of the marks."""
+        about = {"column": self.column, "head": list(self.head), "left": self.left}
+        return {**about, "marks": sorted(self._marks), "key": self._key.hex()}
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Withdrawn:
+        """Read what `document` wrote."""
+        head = int(found["head"][0]), str(found["head"][1])
+        return cls(found["column"], head, bool(found["left"]), frozenset(found["marks"]), bytes.fromhex(found["key"]))
+
     def holds(self, names: Names) -> bool:
         """Return whether the id with these names was withdrawn."""
         return any(_mark(self._key, rule, name) in self._marks for rule, name in names.items())

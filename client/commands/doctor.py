@@ -6,6 +6,7 @@ fails comes with a command that mends it, or, where nothing can, with the comman
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -31,6 +32,8 @@ from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
+from privet.client.trainer.confinement import available, code_places, exposed
+from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
@@ -72,6 +75,7 @@ _MENDS = {
     "withdrawn": "`cp BACKUP FILE`, for each of the three files that is missing",
     "disk": "`df -h DIRECTORY` shows how full the disk is",
     "files": "`ulimit -n 65536` in the shell before the command",
+    "trainer": "`squeue --me` shows what becomes of this user's jobs",
     "device": "`privet site setup SITE --device cpu` trains on the CPU",
     "bases": "`privet site setup SITE --base NAME=PATH` names another directory; `privet base PATH` reads one",
     "records": "`privet check STUDY` says more about the study's model",
@@ -118,6 +122,7 @@ def examine(
         *([("withdrawn", lambda: _withdrawn(site))] if anybody_withdrawn(site) else []),
         ("disk", lambda: _disk(file.parent)),
         ("files", _files),
+        *([("trainer", lambda: _trainer(site))] if site.resources.trainer != "inside" else []),
         ("device", lambda: _device(site)),
         ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
@@ -406,7 +411,33 @@ def _files() -> Check:
     return Check("files", limit < 0 or limit >= _FILES, text, hint)
 
 
+def _trainer(site: SiteConfig) -> Check:
+    """Check what a trainer apart needs, and say what is enforced on it. On a node of a cluster it says so itself."""
+    section = site.resources.slurm
+    seen = [*code_places(), *map(str, (*site.train, *site.test, *site.resources.bases.values()))]
+    if found := exposed(site, seen):
+        hint = f"move it to a directory of its own, `mv {found[0]} DIRECTORY`, and name the new place in the site file"
+        return Check("trainer", False, f"{found[0]} lies where a trainer reads data, a base or programs", hint)
+    if section is None:
+        count, can = site.resources.devices, available()
+        name = "a process" if count == 1 else f"{count} processes"
+        text = f"{name} apart from the keys; {can.text}"
+        hint = "update to Linux 5.13 or later, which has Landlock; `uname -r` prints the version"
+        return Check("trainer", can.network and can.files, text, hint)
+    if lacking := missing():
+        hint = "run the site where jobs are submitted; on Debian `apt-get install slurm-client` installs them"
+        return Check("trainer", False, f"programs of Slurm are missing: {', '.join(lacking)}", hint)
+    if not (section.directory.is_dir() and os.access(section.directory, os.W_OK)):
+        hint = f"make it, on a disk that the nodes see under this path: `mkdir -m 700 {section.directory}`"
+        return Check("trainer", False, f"{section.directory} is no directory in which this user can write", hint)
+    answering = controller()
+    text = f"jobs of Slurm, in {section.directory}; {answering or 'the controller answers'}"
+    return Check("trainer", not answering, text, "`scontrol ping` says which controller does not answer")
+
+
 def _device(site: SiteConfig) -> Check:
+    if site.resources.trainer == "slurm":
+        return Check("device", True, "that of the trainer's job; its probe runs there")
     import torch
 
     found = torch.cuda.is_available()

@@ -31,6 +31,7 @@ from privet.client.network.fleet import (
     UntrustedError,
     reply_to,
 )
+from privet.client.waiting import awaited
 from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably
 from privet.common.refusals import sparing
@@ -41,6 +42,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
 # A coordinator that has no message and answers within `_QUICK` seconds is asked again after `_PAUSE` seconds.
 _PAUSE, _QUICK = 0.1, 0.5
 _MOST_ATTEMPTS = 2
+_SPARED = 60.0
+"""Seconds that a message lives longer than its answer is awaited (`privet.server.network.grid`)."""
 _STOPPED = Failure(
     "InternalError",
     "the site's process ended repeatedly while it worked on its answer to this message",
@@ -238,7 +241,8 @@ class Connection:
             asked = self._insist(lambda: self.link.fetch(received), within)
         except ProtocolError as error:
             return reply_to(received, Failure("ProtocolError", error.message, error.hint))
-        return reply_to(received, self.answer(lambda: asked))
+        with awaited(within - _SPARED):
+            return reply_to(received, self.answer(lambda: asked))
 
     def _insist(self, action: Callable[[], _T], within: float) -> _T:
         """Repeat an action until the coordinator has accepted it.

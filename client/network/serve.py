@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ from privet.client.rounds.answers import answer
 from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
 from privet.client.site import JOINED, CoordinatorSection
+from privet.client.trainer.confinement import hide_memory
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
@@ -58,7 +59,14 @@ def serve_worker(worker: Worker, file: Path) -> None:
         if config.coordinator.metrics_port:
             MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()
-        with _renewing(file.resolve().parent, metrics), following(file.resolve(), config), sparing(ROUNDS):
+        if config.resources.trainer != "inside":
+            hide_memory()
+        with (
+            closing(worker),
+            _renewing(file.resolve().parent, metrics),
+            following(file.resolve(), config),
+            sparing(ROUNDS),
+        ):
             answers: Answer = lambda read: answer(read, lambda: worker, diary)  # noqa: E731 - the type names it
             serve_coordinator(config.coordinator, answers, metrics, diary.arrived)
 

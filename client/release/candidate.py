@@ -16,13 +16,13 @@ from privet.client.release import memorisation
 from privet.client.release.opened import Release, mounted
 from privet.client.release.scoring import Watch, continuations_of, silent
 from privet.client.release.separation import clopper_pearson, separation
-from privet.client.rounds.loading import load_data
 from privet.client.site import SiteConfig
 from privet.client.training.canaries import Planting
 from privet.client.training.counts import finite_loss
 from privet.client.training.data import concatenate, load_files
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import load_data
 from privet.client.training.model import initial_adapter
 from privet.client.training.preference import judge
 from privet.common.errors import StateError

@@ -12,8 +12,8 @@ from typing import Any
 
 from privet.client.bases.names import BASES
 from privet.client.release.opened import PERSONAL, Release, mounted
-from privet.client.rounds.loading import load_data
 from privet.client.site import SiteConfig
+from privet.client.training.loading import load_data
 from privet.client.training.personal import Material, Personal, Tell, personal_study, personalise
 from privet.client.training.train import Draws
 from privet.common.audit.release import ADAPTER, STUDY

@@ -21,10 +21,13 @@ _MOST = 4
 
 
 class Keeper(Protocol):
-    """What keeps the last whole adapter of each study, by the study's digest: a `ModelHost`."""
+    """What keeps the last whole adapter of each study, by the study's digest: a `ModelHost`, or a trainer apart."""
 
-    spec: AdapterSpec
     kept: dict[str, bytes]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The layout of adapters."""
 
 
 def read_adapter(host: Keeper, opened: RoundOpen) -> Adapter:

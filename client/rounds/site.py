@@ -17,9 +17,9 @@ from privet.client.budget.withdrawals import check_left
 from privet.client.policy.consent import check_lost, check_policy
 from privet.client.policy.scanned import check_scan
 from privet.client.rounds.history import Fetch
-from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
 from privet.client.site import SiteConfig
+from privet.client.training.loading import check_delta
 from privet.common.errors import RefusedError
 from privet.common.privacy.noise import Randomness, SecretRandomness, derive_key
 from privet.common.secagg.shamir import RandomBytes

@@ -17,24 +17,26 @@ from numpy.typing import NDArray
 
 from privet.client.budget.chain import Head
 from privet.client.budget.draws import Paid, Payment
-from privet.client.budget.withdrawals import withdrawn_of
+from privet.client.budget.withdrawals import Withdrawn, withdrawn_of
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds.history import Fetch
-from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
 from privet.client.rounds.planted import plant
 from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
-from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
+from privet.client.trainer.apart import Trainer
+from privet.client.trainer.opening import opening, trainer_of
 from privet.client.training.counts import count_sum, score_sum
 from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData, load_data
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
+from privet.client.training.validation import EXACT, SENSITIVITY, validation_points
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, StateError
 from privet.common.log.statements import Charge
@@ -44,6 +46,7 @@ from privet.common.masking.vector import VALIDATION_SUMS, released
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import lattice_release, lattice_unit
+from privet.common.privacy.shared_noise import Integers
 from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import check_suite
 from privet.common.study.adapter import Adapter
@@ -64,6 +67,10 @@ from privet.common.study.study import Study
 _AS_STUDY = "the coordinator must open the round as the study states; run the same version of privet on both sides"
 
 
+Host = ModelHost | Trainer
+"""Where records are used: in this process, or by a trainer apart."""
+
+
 class Worker:
     """A site's part in studies. It holds data, model and, for each round, randomness."""
 
@@ -74,7 +81,7 @@ class Worker:
         self.trained: Callable[[Study, Meter], None] = lambda study, took: None
         # Called with what a round cost the dataset, before its update leaves; the numbers stay at the site.
         self.charged: Callable[[Study, int, Charge | None], None] = lambda study, number, charge: None
-        self._open: tuple[str, Head | None, SiteData, ModelHost] | None = None
+        self._open: tuple[str, Head | None, SiteData, Host] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
         # A thread takes locks in this order: a study's turn, what is open, and the open model's own.
@@ -89,7 +96,7 @@ class Worker:
         """
         if study.secure_aggregation.mode == "masked":
             self._masking(study)
-        data, host = self.open(study)
+        data, host = self._opened_for(study)
         check_count(study, data.training.declared)  # also where the site file declares none
         # The round log names its members by identity key, so the consent carries it also where nothing is masked.
         key = self.site.config.identity_key()
@@ -104,6 +111,22 @@ class Worker:
             RefusedError: The site's policy, approvals or budget do not admit the study. No file is opened then.
             StudyError: As `check_terms`.
         """
+        data, host = self._opened_for(study)
+        if not isinstance(host, ModelHost):
+            raise StateError(
+                "the model of this site is in a trainer apart, not in this process", "report this as a bug"
+            )
+        return data, host
+
+    def close(self) -> None:
+        """End what runs beside this process. A batch job is cancelled."""
+        with self._opening:
+            found, self._open = self._open, None
+            if found is not None and isinstance(found[3], Trainer):
+                found[3].close()
+
+    def _opened_for(self, study: Study) -> tuple[SiteData, Host]:
+        """As `open`, also where a trainer apart has the model. Then it runs, or `StateError` says why it does not."""
         self.site.check_agreed(study)
         check_terms(study)
         # Messages of two studies may arrive at the same time, and each replaces what is open.
@@ -117,12 +140,43 @@ class Worker:
                     "people were withdrawn from this site's data, but the marks of all of them are missing",
                     "restore the newest copies; until then this site reads no file",
                 )
-            if found is None or found[0] != study.digest:
+            if self.site.config.resources.trainer != "inside":
+                return self._apart(study, found, withdrawn)
+            if found is None or found[0] != study.digest or not isinstance(found[3], ModelHost):
                 host = self._host(study)
                 found = self._open = (study.digest, head, self._load(study, host), host)
             elif found[1] != head:
                 found = self._open = (study.digest, head, self._load(study, found[3]), found[3])
         return found[2], found[3]
+
+    def _apart(
+        self, study: Study, found: tuple[str, Head | None, SiteData, Host] | None, withdrawn: Withdrawn | None
+    ) -> tuple[SiteData, Trainer]:
+        """Return a study's records, without contents, and the trainer that has them."""
+        site, host = self.site, None if found is None else found[3]
+        head = None if withdrawn is None else withdrawn.head
+        if found is None or not isinstance(host, Trainer) or found[:2] != (study.digest, head) or host.stale:
+            site.check_files(study)
+            trainer = trainer_of(
+                site.config,
+                opening(
+                    site.config,
+                    study,
+                    begun=site.has_begun(study),
+                    split_key=site.split_key(),
+                    distinct=site.distinct_files,
+                    planting=plant(site.config, study),
+                    withdrawn=withdrawn,
+                ),
+            )
+            # A job that was submitted before this process began, and for this very study, is taken over.
+            if isinstance(host, Trainer):
+                host.close()
+            host = trainer
+        self._open = None
+        host.ready()
+        self._open = (study.digest, head, host.data, host)
+        return host.data, host
 
     def _host(self, study: Study) -> ModelHost:
         return open_host(study, self.site.config.resources, begun=self.site.has_begun(study))
@@ -202,7 +256,7 @@ class Worker:
         if logbook is None:
             return b""
         study = Study.parse(dict(opened.study))
-        data, _ = self.open(study)
+        data, _ = self._opened_for(study)
         # The very message that was checked, not an equal one: its proofs need no second verification.
         known = self._checked
         seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.config.pins())
@@ -267,7 +321,7 @@ class Worker:
                 study, host.spec, opened, data.training.declared, random_bytes, self._contribution
             )
 
-    def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost, RoundOpen]:
+    def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, Host, RoundOpen]:
         """Check a round before any training. Return its study, data and model, and the message with a whole adapter."""
         study = Study.parse(dict(opened.study))
         if self.name not in opened.cohort:
@@ -296,8 +350,8 @@ class Worker:
                 self.site.releases.head(*seen.ledger)
         # Only now, as the work grows with the cohort, which the log has confirmed.
         self.site.check_lost(study, opened)
-        data, host = self.open(study)
-        whole = completed(host, study, opened, lambda: initial_adapter(study, host))
+        data, host = self._opened_for(study)
+        whole = completed(host, study, opened, lambda: _start(study, host))
         if study.counts:
             check_measured(study, read_adapter(host, whole))
         if seen is not None:
@@ -330,7 +384,7 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             # Again, as the operator may have withdrawn a confirmation since the round was opened.
             check_known(opened, self.site.config.pins())
-        data, host = self.open(study)
+        data, host = self._opened_for(study)
         adapter = read_adapter(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
@@ -358,7 +412,7 @@ class Worker:
     def _local(
         self,
         study: Study,
-        host: ModelHost,
+        host: Host,
         adapter: Adapter,
         data: SiteData,
         opened: RoundOpen,
@@ -404,7 +458,7 @@ class Worker:
     def _step(
         self,
         study: Study,
-        host: ModelHost,
+        host: Host,
         adapter: Adapter,
         data: SiteData,
         opened: RoundOpen,
@@ -443,7 +497,7 @@ class Worker:
     def _validate(
         self,
         study: Study,
-        host: ModelHost,
+        host: Host,
         adapter: Adapter,
         data: SiteData,
         round_number: int,
@@ -454,10 +508,10 @@ class Worker:
             return np.empty(0)
         mechanism = plan(study)
         if mechanism is None or mechanism.validation is None:
-            return np.multiply(validation_points(host, adapter, data, EXACT), EXACT, dtype=np.float64)
+            return np.multiply(_validated(host, adapter, data, EXACT), EXACT, dtype=np.float64)
         # Every reader of the curve looks at the validation units, so these sums are a release with noise of their own.
         lattice = lattice_unit(mechanism.validation.noise_multiplier * SENSITIVITY)
-        points = validation_points(host, adapter, data, lattice)
+        points = _validated(host, adapter, data, lattice)
         noise = Paid(self.site.randomness(round_number, "validation-noise"), payment)
         return lattice_release(points, lattice, noise)
 
@@ -466,10 +520,23 @@ class Worker:
         return Draws(Paid(sampling, payment), Paid(noise, payment))
 
 
-def _terms(
-    study: Study, host: ModelHost, adapter: Adapter, data: SiteData, draws: Draws, physical_batch: int
-) -> Summing:
+def _start(study: Study, host: Host) -> Adapter:
+    """Return the adapter that a study starts from."""
+    return host.start(study) if isinstance(host, Trainer) else initial_adapter(study, host)
+
+
+def _validated(host: Host, adapter: Adapter, data: SiteData, lattice: float) -> Integers:
+    """Return the validation sums of an adapter, as `validation_points`."""
+    if isinstance(host, Trainer):
+        return host.validation_points(adapter, lattice)
+    return validation_points(host, adapter, data, lattice)
+
+
+def _terms(study: Study, host: Host, adapter: Adapter, data: SiteData, draws: Draws, physical_batch: int) -> Summing:
     """Return what adds up the terms of all units, of a round that is one sum over them."""
+    if isinstance(host, Trainer):
+        size = sum(tensor.size for tensor in released(study, host.spec, head=True))
+        return partial(host.unit_sum, study, adapter, draws.sampling, size)
     if data.counts is not None:
         return partial(count_sum, study, data.counts, draws.sampling)
     if study.kind == "evaluate":
@@ -477,7 +544,7 @@ def _terms(
     return partial(class_sums, host, study, adapter, data.training, physical_batch)
 
 
-def _upload_bytes(study: Study, host: ModelHost, number: int) -> int:
+def _upload_bytes(study: Study, host: Host, number: int) -> int:
     """Return the bytes of an update as the policy counts them: 4 for each value, also of a step's sum, before masks."""
     values = sum(tensor.size for tensor in released(study, host.spec, head=study.sums_units(number)))
     validates = study.data.validation_fraction > 0 and not study.distributed

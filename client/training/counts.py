@@ -99,15 +99,26 @@ def count_sum(study: Study, data: Countable, sampling: Randomness, clipping: Cli
         sampling: Draws the records of units with more than the study counts; a stream that nothing else uses.
         clipping: The lattice.
     """
+    return count_rows(study, data, counted_rows(study, data.units, sampling), clipping)
+
+
+def counted_rows(study: Study, units: Sequence[Sequence[int]], sampling: Randomness) -> list[list[int]]:
+    """Draw the rows of each unit that a study counts: all of them, or the most that it counts of one unit."""
+    most = most_records(study)
+    return [draw_rows(unit, most, sampling) for unit in units]
+
+
+def count_rows(study: Study, data: Countable, rows: Sequence[Sequence[int]], clipping: Clipping) -> Integers:
+    """Return the sum of all units' counts over the rows that were drawn for each, int64 [k]. As `count_sum`."""
     cells, most = cells_of(study), most_records(study)
     names = {name: place for place, name in enumerate(cells.names)}
     total = np.zeros(len(names), np.int64)
-    for unit in data.units:
+    for unit, chosen in zip(data.units, rows, strict=True):
         counts = np.zeros(len(names))
         counts[names[UNITS]] = 1.0
         if BEYOND in names:
             counts[names[BEYOND]] = float(len(unit) > most)
-        for row in draw_rows(unit, most, sampling):
+        for row in chosen:
             for cell, count in data.rows[row]:
                 counts[cell] += count
         total += cut(counts * cells.scale, clipping.lattice)

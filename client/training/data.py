@@ -211,7 +211,13 @@ def load_records(
     )
 
 
-def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tuple[list[Records], list[DataReport]]:
+def load_files(
+    site: SiteConfig,
+    study: Study,
+    *,
+    training: bool = True,
+    withdrawn: Callable[[SiteConfig], Withdrawn | None] | None = None,
+) -> tuple[list[Records], list[DataReport]]:
     """Return the records of each of a site's training files, or test files, with a report on each.
 
     Whoever was withdrawn at the site is left out, whatever column the study names as its unit.
@@ -220,13 +226,13 @@ def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tupl
         DataError: A file does not fit the study. One error names what is wrong with all of them.
         StateError, VerificationError: Who was withdrawn cannot be read or trusted.
     """
-    rule, withdrawn = site.rule_for(study.data.unit), withdrawn_of(site)
+    rule, gone = site.rule_for(study.data.unit), (withdrawn or withdrawn_of)(site)
     found: list[tuple[Records, DataReport]] = []
     faults: list[DataError] = []
     for path in site.train if training else site.test:
         try:
             form = site.form_of(path)
-            found.append(load_records(path, study, training=training, rule=rule, form=form, withdrawn=withdrawn))
+            found.append(load_records(path, study, training=training, rule=rule, form=form, withdrawn=gone))
         except DataError as error:
             faults.append(error)
     if faults:
@@ -250,13 +256,20 @@ def counted_files(site: SiteConfig, study: Study) -> SiteConfig:
     return site.model_copy(update={"train": site.test})
 
 
-def site_records(site: SiteConfig, study: Study, *, distinct: bool = False) -> tuple[Records, list[DataReport]]:
+def site_records(
+    site: SiteConfig,
+    study: Study,
+    *,
+    distinct: bool = False,
+    withdrawn: Callable[[SiteConfig], Withdrawn | None] | None = None,
+) -> tuple[Records, list[DataReport]]:
     """Return all training records of a site, checked as it checks them before it consents to a study.
 
     Args:
         site: The site.
         study: The study. The files must fit its data contract.
         distinct: Whether equal names of units in two files are two units.
+        withdrawn: Returns who is left out. None: who is, by the site's own marks.
 
     Returns:
         The records, and a report on each file.
@@ -265,7 +278,7 @@ def site_records(site: SiteConfig, study: Study, *, distinct: bool = False) -> t
         DataError: The files do not fit the study; or two spellings may be one patient, and the site file does not say
             which rule holds.
     """
-    parts, reports = load_files(site, study)
+    parts, reports = load_files(site, study, withdrawn=withdrawn)
     records = concatenate(parts, distinct=distinct)
     if site.rule_for(study.data.unit) is None and study.data.unit is not None and study.privacy.unit == "patient":
         for part in parts if distinct else [records]:

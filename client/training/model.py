@@ -301,7 +301,8 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
         pins=digest(canonical_json(model.sha256)),
     )
     with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
-        return _host(recipe.model_dump_json(), base, resources, training and not study.counts)
+        own = resources if resources.trainer == "inside" else resources.inside
+        return _host(recipe.model_dump_json(), base, own, training and not study.counts)
 
 
 @lru_cache(maxsize=2)

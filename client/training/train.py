@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -27,6 +27,7 @@ from privet.client.training.dp import (
 )
 from privet.client.training.features import Feature, Pair
 from privet.client.training.host import ModelHost
+from privet.client.training.meter import Meter
 from privet.client.training.packing import pack, pack_in_order
 from privet.client.training.passes import Pass, backward, passes_of
 from privet.client.training.persample import PerSampleGradients, flat_gradient
@@ -84,7 +85,7 @@ class Draws:
 
 
 def train_round(
-    host: ModelHost,
+    host: ModelHost | Apart,
     study: Study,
     adapter: Adapter,
     data: TrainingSet,
@@ -99,10 +100,10 @@ def train_round(
     """Train for one round and return the update: trained values after minus before, flattened, float32.
 
     Args:
-        host: The model; its lock is held by the caller.
+        host: The model, or the trainer that has it; its lock is held by the caller.
         study: What was agreed.
         adapter: What the coordinator sent.
-        data: The site's training records.
+        data: The site's training records; of a trainer apart, their units.
         draws: This round's randomness.
         first_step: Steps of the study before this round, for the learning-rate schedule.
         mechanism: Noise multiplier and sampling rate of private training; None trains without privacy.
@@ -113,17 +114,18 @@ def train_round(
     Raises:
         DivergedError: Without privacy, a loss is not finite. (With privacy such a record counts as zero.)
     """
-    prepare(host, data, physical_batch)
-    host.mount(adapter)
-    trained = host.train_only(study.trained(adapter.spec))
-    parameters = [parameter for _, parameter in trained]
-    start = [parameter.detach().clone() for parameter in parameters]
-    optimizer = local_optimizer(study.training, trained)
-    rates = [group["lr"] for group in optimizer.param_groups]
     # A constant that everybody knows, so dividing by it costs no privacy; the number drawn would be a secret.
     expected = study.training.sampling_rate * data.declared
-    steps = Steps(host, study, data, parameters, physical_batch, own_part(own, host.device))
-    with host.passing(training=True), _summing(steps, mechanism, draws.noise, expected) as sums, quiet_warnings():
+    with stepping(host, study, adapter, data, physical_batch, own, private=mechanism is not None) as at:
+        parameters = [parameter for _, parameter in at.trained]
+        start = [parameter.detach().clone() for parameter in parameters]
+        optimizer = local_optimizer(study.training, at.trained)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        sums: GradientSums = PlainSums(at, study.training.steps)
+        if mechanism is not None:
+            clip_norm, z = study.privacy.promise.clip_norm, mechanism.noise_multiplier
+            sums = PrivateSums(at, study, len(data.units), z, draws.noise, expected, clip_norm)
+        kept = own_part(own, at.device)
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -132,7 +134,7 @@ def train_round(
             set_gradients(parameters, total / expected)
             _pull_back(parameters, start, study.training.fedprox_mu)
             optimizer.step()
-            _put_back(steps, start)
+            _put_back(parameters, start, kept)
             stepped(step + 1)
     with torch.no_grad():
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
@@ -176,11 +178,6 @@ class Steps:
         """Return gradients [n, d] of single records with zeros where the site does not train."""
         return gradients if self.own is None else gradients.masked_fill_(~self.own, 0.0)
 
-    @property
-    def head(self) -> Columns:
-        """Columns of a gradient that belong to modules trained in full, where the study clips these apart."""
-        return head_columns(self.study, self.host.spec)
-
     def passes(self, drawn: Drawn) -> Iterator[Pass]:
         """Yield the passes of one step; a unit of several rows gives them one after another."""
         features, shape = self.data.features, self.host.shape
@@ -210,6 +207,115 @@ class Steps:
         return max(len(sequence.ids) for sequence in self._pair(row).sequences)
 
 
+class Stepping(Protocol):
+    """What computes the sums of a round's steps, at the present values of what is trained.
+
+    The sums are all that anybody needs of records: they are functions of the values, of the drawn rows and of how terms
+    are clipped. So a model in this process or a trainer apart may compute them.
+    """
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The adapter's layout."""
+
+    @property
+    def trained(self) -> Sequence[tuple[TensorSpec, nn.Parameter]]:
+        """What is trained, in order. The caller moves it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def meter(self) -> Meter:
+        """Counts what steps take."""
+
+    def terms(self, drawn: Drawn, clipping: Clipping) -> TermSum:
+        """Return the sum of the drawn units' terms."""
+
+    def plain(self, drawn: Drawn) -> torch.Tensor:
+        """Return the gradient sum without clipping, float64 [d]."""
+
+
+class Apart(Protocol):
+    """A trainer apart from this process, as far as training a round needs it (`privet.client.trainer`)."""
+
+    @property
+    def meter(self) -> Meter:
+        """Counts what training takes."""
+
+    def stepping(
+        self, study: Study, adapter: Adapter, own: NDArray[np.bool_] | None, *, private: bool
+    ) -> AbstractContextManager[Stepping]:
+        """Begin a round."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Steps with the model of this process."""
+
+    steps: Steps
+    trained: Sequence[tuple[TensorSpec, nn.Parameter]]
+    per_sample: PerSampleGradients | None
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.steps.host.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.steps.host.device
+
+    @property
+    def meter(self) -> Meter:
+        return self.steps.host.meter
+
+    def terms(self, drawn: Drawn, clipping: Clipping) -> TermSum:
+        if self.per_sample is None:
+            raise StateError("terms: expected a round of private training", "report this as a bug")
+        return term_sum(self.steps, drawn, self.per_sample, clipping)
+
+    def plain(self, drawn: Drawn) -> torch.Tensor:
+        return gradient_sum(self.steps, drawn)
+
+
+@contextmanager
+def stepping(
+    host: ModelHost | Apart,
+    study: Study,
+    adapter: Adapter,
+    data: TrainingSet,
+    most: int,
+    own: NDArray[np.bool_] | None,
+    *,
+    private: bool,
+) -> Iterator[Stepping]:
+    """Begin a round from an adapter: what computes its steps' sums, while the context is open.
+
+    Args:
+        host: The model, or the trainer that has it.
+        study: What was agreed.
+        adapter: What the round starts from.
+        data: The site's training records.
+        most: Most records of a pass.
+        own: Which values [d] the site trains; None: all.
+        private: Whether terms are clipped; otherwise gradients are summed as they are.
+    """
+    with quiet_warnings():
+        if not isinstance(host, ModelHost):
+            with host.stepping(study, adapter, own, private=private) as apart:
+                yield apart
+            return
+        prepare(host, data, most)
+        host.mount(adapter)
+        trained = host.train_only(study.trained(adapter.spec))
+        parameters = [parameter for _, parameter in trained]
+        steps = Steps(host, study, data, parameters, most, own_part(own, host.device))
+        collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
+        with host.passing(training=True), collecting if private else nullcontext() as per_sample:
+            yield _Inside(steps, trained, per_sample)
+
+
 class GradientSums(Protocol):
     """Where a round's steps get their gradient sums from."""
 
@@ -217,24 +323,17 @@ class GradientSums(Protocol):
         """Return the next step's gradient sum as the optimizer takes it, float64 [d]."""
 
 
-@contextmanager
-def _summing(
-    steps: Steps, mechanism: PrivacyEvent | None, noise: Randomness, expected: float
-) -> Iterator[GradientSums]:
-    """Give the sums of a round's steps: noised where `mechanism` says how much, otherwise as they are."""
-    if mechanism is None:
-        yield PlainSums(steps)
-        return
-    with per_sample_gradients(steps.host.model, steps.parameters, packed=steps.host.shape.packed) as per_sample:
-        clip_norm = steps.study.privacy.promise.clip_norm
-        yield PrivateSums(steps, per_sample, mechanism.noise_multiplier, noise, expected, clip_norm)
-
-
 @dataclass
 class PlainSums:
-    """Gradient sums without privacy."""
+    """Gradient sums without privacy.
 
-    steps: Steps
+    Attributes:
+        at: Computes them.
+        steps: Steps of the round.
+    """
+
+    at: Stepping
+    steps: int
     _taken: int = 0
 
     def sum(self, drawn: Drawn) -> torch.Tensor:
@@ -244,10 +343,10 @@ class PlainSums:
             DivergedError: It is not finite.
         """
         self._taken += 1
-        total = gradient_sum(self.steps, drawn)
+        total = self.at.plain(drawn)
         if not bool(torch.isfinite(total).all()):
             raise DivergedError(
-                f"training diverged at step {self._taken} of {self.steps.study.training.steps} of the round: the loss "
+                f"training diverged at step {self._taken} of {self.steps} of the round: the loss "
                 "or a gradient is infinite or not a number",
                 "lower training.learning_rate in the study",
             )
@@ -259,16 +358,18 @@ class PrivateSums:
     """Gradient sums of clipped gradients with noise. A record that is not finite counts as zero, and nobody is told.
 
     Attributes:
-        steps: What all steps share.
-        per_sample: Where gradients of single records come from.
+        at: Computes sums of clipped terms.
+        study: What was agreed.
+        units: Number of the site's units.
         noise_multiplier: z of everything that a step releases.
         noise: Where noise is drawn from, and nothing else.
         expected: Units expected in a step's batch.
         clip_norm: C of the next step; an adaptive clip norm moves from step to step.
     """
 
-    steps: Steps
-    per_sample: PerSampleGradients
+    at: Stepping
+    study: Study
+    units: int
     noise_multiplier: float
     noise: Randomness
     expected: float
@@ -276,13 +377,13 @@ class PrivateSums:
 
     def sum(self, drawn: Drawn) -> torch.Tensor:
         """Return the next step's gradient sum with its noise, float64 [d]."""
-        privacy = self.steps.study.privacy
+        at, privacy = self.at, self.study.privacy
         # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
-        noise = noise_ahead(self.steps.host.device, privacy, self.steps.size, self.noise)
-        clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier, self.steps.head)
-        check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, MOST)
-        terms = term_sum(self.steps, drawn, self.per_sample, clipping)
-        with self.steps.host.meter.phase("noise"):
+        noise = noise_ahead(at.device, privacy, sum(tensor.size for tensor, _ in at.trained), self.noise)
+        clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier, head_columns(self.study, at.spec))
+        check_room(clipping, self.units, self.study.training.sampling_rate, MOST)
+        terms = at.terms(drawn, clipping)
+        with at.meter.phase("noise"):
             total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
         return total
 
@@ -292,16 +393,16 @@ def own_part(own: NDArray[np.bool_] | None, device: torch.device) -> torch.Tenso
     return None if own is None else torch.from_numpy(own).to(device)
 
 
-def _put_back(steps: Steps, start: Sequence[torch.Tensor]) -> None:
+def _put_back(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], own: torch.Tensor | None) -> None:
     """Undo a step where the site does not train. There the sum is noise or zero, and weights would decay.
 
     Optimizers work value by value, so the other values are those of a training of these alone.
     """
-    if steps.own is None:
+    if own is None:
         return
-    parts = torch.split(steps.own, [parameter.numel() for parameter in steps.parameters])
+    parts = torch.split(own, [parameter.numel() for parameter in parameters])
     with torch.no_grad():
-        for parameter, origin, part in zip(steps.parameters, start, parts, strict=True):
+        for parameter, origin, part in zip(parameters, start, parts, strict=True):
             parameter.copy_(torch.where(part.view(parameter.shape), parameter, origin))
 
 
@@ -315,7 +416,7 @@ def _pull_back(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor]
 
 
 def release_step(
-    host: ModelHost,
+    host: ModelHost | Apart,
     study: Study,
     adapter: Adapter,
     data: TrainingSet,
@@ -328,10 +429,10 @@ def release_step(
     """Take this site's part in one step of a study whose sites share the noise; nothing at the site moves.
 
     Args:
-        host: The model; its lock is held by the caller.
+        host: The model, or the trainer that has it; its lock is held by the caller.
         study: What was agreed.
         adapter: What the coordinator sent.
-        data: The site's training records.
+        data: The site's training records; of a trainer apart, their units.
         draws: This round's randomness.
         shares: How much of the noise is this site's.
         physical_batch: Most records of a pass.
@@ -348,7 +449,7 @@ def release_step(
 
 
 def release_correlated(
-    host: ModelHost,
+    host: ModelHost | Apart,
     study: Study,
     adapter: Adapter,
     data: TrainingSet,
@@ -363,10 +464,10 @@ def release_correlated(
     """Take this site's part in one step whose noise is correlated with that of earlier steps.
 
     Args:
-        host: The model; its lock is held by the caller.
+        host: The model, or the trainer that has it; its lock is held by the caller.
         study: What was agreed.
         adapter: What the coordinator sent.
-        data: The site's training records.
+        data: The site's training records; of a trainer apart, their units.
         draws: This round's randomness.
         shares: How much of the noise is this site's.
         physical_batch: Most records of a pass.
@@ -383,7 +484,7 @@ def release_correlated(
 
 
 def _step_points(
-    host: ModelHost,
+    host: ModelHost | Apart,
     study: Study,
     adapter: Adapter,
     data: TrainingSet,
@@ -394,16 +495,10 @@ def _step_points(
     step: int = 0,
 ) -> Integers:
     """Return the sum of the drawn units' terms, in multiples of the lattice of the noise, int64 [d]."""
-    prepare(host, data, physical_batch)
-    host.mount(adapter)
-    parameters = [parameter for _, parameter in host.train_only(study.trained(adapter.spec))]
-    steps = Steps(host, study, data, parameters, physical_batch, own_part(own, host.device))
-    clipping = _clipping(study.privacy, shares.clip_norm, shares.lattice, steps.head)
-    check_room(clipping, len(data.units), study.draws[0], MOST_SHARED)
-    collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
-    with host.passing(training=True), collecting as per_sample, quiet_warnings():
-        drawn = draw_step(study, data, draws.sampling, step)
-        terms = term_sum(steps, drawn, per_sample, clipping)
+    with stepping(host, study, adapter, data, physical_batch, own, private=True) as at:
+        clipping = _clipping(study.privacy, shares.clip_norm, shares.lattice, head_columns(study, at.spec))
+        check_room(clipping, len(data.units), study.draws[0], MOST_SHARED)
+        terms = at.terms(draw_step(study, data, draws.sampling, step), clipping)
     points: Integers = terms.total.cpu().numpy()
     return points
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from privet.client.release.separation import clopper_pearson
-from privet.client.rounds.loading import SiteData
 from privet.client.training.data import Records
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking.bounds import bound_of
 from privet.common.privacy.noise import SeededRandomness

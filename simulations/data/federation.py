@@ -108,6 +108,12 @@ class Simulation(Section):
     """The machine that simulates."""
 
     @model_validator(mode="after")
+    def _trains_inside(self) -> Simulation:
+        if self.resources.trainer != "inside":
+            raise ValueError('resources.trainer: expected "inside", as simulated sites train in one process')
+        return self
+
+    @model_validator(mode="after")
     def _source(self) -> Simulation:
         if self.patients is not None and (self.data != "notes" or self.partition is not None):
             raise ValueError('patients: needs data = "notes" without `partition`, which has a field of that name')

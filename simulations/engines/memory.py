@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Protocol
 
 from privet.client.rounds.answers import answer
-from privet.client.rounds.loading import SiteData
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources
 from privet.client.training.footprint import high_water
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.client.training.meter import Meter
 from privet.client.training.model import open_host
 from privet.common.study.messages import Contribution, Message, RoundOpen

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from privet.client.rounds.loading import load_data
+from privet.client.training.loading import load_data
 from privet.client.training.personal import Material, Personal, mixed, personal_study, personalise
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from privet.client.rounds.loading import SiteData
 from privet.client.training.features import Feature
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.client.training.passes import score
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter

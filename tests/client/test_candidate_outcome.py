@@ -11,10 +11,10 @@ import pytest
 from privet.client.release import candidate
 from privet.client.release.candidate import outcome_of
 from privet.client.release.opened import Release
-from privet.client.rounds.loading import load_data
 from privet.client.site import Resources
 from privet.client.training.canaries import Planting
 from privet.client.training.data import load_files
+from privet.client.training.loading import load_data
 from privet.client.training.model import open_host
 from privet.common.errors import StateError
 from privet.common.log.agreement import gate_of

@@ -18,12 +18,12 @@ from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.policy.agreement import agreement
 from privet.client.policy.opinion import unfit_of
 from privet.client.policy.rules import judge
-from privet.client.rounds.loading import load_data
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources, load_site
 from privet.client.training import counts as counting_module
 from privet.client.training.counts import Countable, count_sum, score_sum, unit_scores
 from privet.client.training.dp import Clipping
+from privet.client.training.loading import load_data
 from privet.client.training.meter import Meter
 from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.preference import judge as judged

@@ -28,6 +28,7 @@ from privet.client.policy.consent import policy_digest
 from privet.client.policy.text import EXAMPLE
 from privet.client.rounds.logbook import SALT, WITNESS
 from privet.client.site import load_site
+from privet.client.trainer.confinement import Confined
 from privet.client.trust import Trusted, read_trusted, write_trusted
 from privet.common.canonical import digest
 from privet.common.errors import StateError, StudyError
@@ -381,7 +382,7 @@ MENDS: dict[Callable[[Path], None], tuple[str, Mapping[str, str], set[str]]] = {
 BEYOND = {another_witness, evidence, no_ledger, broken_ledger, no_root, service_away}
 
 
-@pytest.mark.parametrize("name", [*NAMES, "records"])
+@pytest.mark.parametrize("name", [*NAMES, "records", "trainer"])
 def test_a_finding_without_a_command_gets_that_of_its_check(name: str) -> None:
     for hint in ("", "look again"):
         found = doctor._with_command(Check(name, False, "wrong", hint), Path("/a b/site.toml"), None).hint
@@ -611,3 +612,40 @@ def test_looking_changes_nothing(site: Path) -> None:
     before = everything()
     examined(site)
     assert everything() == before
+
+
+def trainer(site: Path, *lines: str) -> Check:
+    change(site, r"^\[coordinator\]$", "\n".join(["[resources]", *lines, "", "[coordinator]"]))
+    return examined(site)["trainer"]
+
+
+def test_a_trainer_in_a_process_says_what_is_enforced(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available", lambda: Confined(network=True, files=True, signals=False))
+    found = trainer(site, 'trainer = "process"', "devices = 2")
+    assert (found.ok, found.text) == (
+        True,
+        "2 processes apart from the keys; confined: network, files; not confined: signals",
+    )
+    monkeypatch.setattr(doctor, "available", lambda: Confined(network=True, files=False, signals=False))
+    assert not examined(site)["trainer"].ok
+    change(site, r'^train = \["data/train.csv"\]', 'train = ["keys/../state/ledger.db"]')
+    assert "state/ledger.db lies where a trainer reads" in examined(site)["trainer"].text
+
+
+def test_a_trainer_in_slurm_needs_its_programs_a_directory_and_a_controller(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    table = ("[resources.slurm]", f'directory = "{tmp_path}/shared"')
+    assert "missing: sbatch, squeue, scancel" in trainer(site, 'trainer = "slurm"', *table).text
+    for name in ("sbatch", "squeue", "scancel"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    assert f"mkdir -m 700 {tmp_path}/shared" in examined(site)["trainer"].hint
+    (tmp_path / "shared").mkdir()
+    checks = examined(site)
+    assert checks["trainer"].ok
+    assert checks["device"].ok
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    assert "no controller" in examined(site)["trainer"].text

@@ -21,7 +21,6 @@ from privet.client.release.exports import export_release
 from privet.client.release.generation import greedy_answers
 from privet.client.release.material import UNNAMED
 from privet.client.release.opened import mounted, open_release
-from privet.client.rounds.validation import EXACT, validation_points
 from privet.client.site import Resources
 from privet.client.training import preference
 from privet.client.training.data import load_records
@@ -41,6 +40,7 @@ from privet.client.training.passes import Score, score
 from privet.client.training.preference import pair_factor, pair_loss, reference_margins, score_pairs
 from privet.client.training.tasks import collate, evaluate, forward
 from privet.client.training.train import Draws, Steps, TrainingSet, clipping_of, prepare, term_sum, train_round
+from privet.client.training.validation import EXACT, validation_points
 from privet.common.audit.release import CARD
 from privet.common.errors import DataError, DivergedError, StateError, StudyError
 from privet.common.privacy.accounting import PrivacyEvent
@@ -253,7 +253,7 @@ def test_validation_sums_count_pairs(llama: Path) -> None:
 
 
 def _site_data(features: Sequence[Feature]) -> Any:
-    from privet.client.rounds.loading import SiteData
+    from privet.client.training.loading import SiteData
 
     return SiteData(TrainingSet([], [], 1), features, [[row] for row in range(len(features))], ())
 

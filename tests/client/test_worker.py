@@ -18,7 +18,6 @@ from scipy import stats
 from privet.client.budget.releases import open_ledger
 from privet.client.rounds.logbook import Logbook, LoggedRound
 from privet.client.rounds.site import RealSite
-from privet.client.rounds.validation import EXACT, validation_points
 from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import load_site, rounded_count
 from privet.client.training.counts import finite_loss
@@ -26,6 +25,7 @@ from privet.client.training.model import initial_adapter
 from privet.client.training.passes import score
 from privet.client.training.tasks import collate, forward
 from privet.client.training.train import Draws, train_round
+from privet.client.training.validation import EXACT, validation_points
 from privet.common.canonical import digest
 from privet.common.errors import (
     BudgetExhaustedError,

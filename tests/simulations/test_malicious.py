@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.rounds.loading import SiteData
 from privet.client.site import Resources
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.train import TrainingSet
 from privet.common.study.messages import Contribution

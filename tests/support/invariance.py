@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from privet.client.rounds.loading import SiteData
-from privet.client.rounds.validation import validation_points
 from privet.client.training.dp import Clipping, TermSum, per_sample_gradients
 from privet.client.training.features import IGNORED, Feature, Pair
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.client.training.passes import score
 from privet.client.training.preference import score_pairs
 from privet.client.training.train import Steps, TrainingSet, clipping_of, head_columns, prepare, term_sum
+from privet.client.training.validation import validation_points
 from privet.common.privacy.noise import LATTICE
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import GENERATING

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from privet.client.budget.withdrawals import Withdrawn
 from privet.client.site import SiteConfig, rounded_count
 from privet.client.training.canaries import Planting
 from privet.client.training.counts import Countable, countable
@@ -43,6 +44,7 @@ def load_data(
     *,
     distinct: bool,
     planting: Planting | None = None,
+    withdrawn: Callable[[SiteConfig], Withdrawn | None] | None = None,
 ) -> SiteData:
     """Read a site's files for a study.
 
@@ -53,13 +55,14 @@ def load_data(
         split_key: Decides which units are held out for validation.
         distinct: Whether equal names of units in two files are two units.
         planting: The canaries that are trained with. They are units as others are; the declared number stays.
+        withdrawn: Returns who is left out. None: who is, by the site's own marks.
 
     Raises:
         StudyError, DataError: The files do not fit the study, two spellings may be one patient and the site file does
             not say which rule holds, or no training record is left.
         RefusedError: The study's delta is too large for so few units.
     """
-    records, reports = site_records(counted_files(site, study), study, distinct=distinct)
+    records, reports = site_records(counted_files(site, study), study, distinct=distinct, withdrawn=withdrawn)
     if study.kind == "statistics":
         counts = countable(study, host.tokenizer, records)
         declared = site.declared_count or rounded_count(len(counts.units))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.client.rounds.loading import SiteData
 from privet.client.training.counts import unit_scores
 from privet.client.training.host import ModelHost
+from privet.client.training.loading import SiteData
 from privet.client.training.preference import judge
 from privet.common.privacy.noise import cut
 from privet.common.study.adapter import Adapter

@@ -1,0 +1,138 @@
+"""What a trainer's process may do: a small program confines itself as trainers do, and then tries the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from privet.client.site import load_site
+from privet.client.trainer.confinement import available, code_places, exposed
+from privet.client.trainer.pipe import stripped
+from tests.support.tiny import class_rows, site_toml
+
+TRIES = """
+import ctypes, json, os, signal, socket, subprocess, sys, threading
+from privet.client.trainer.confinement import confine
+home, data, key, parent, started = sys.argv[1:]
+confined = confine([data], [home])
+libc = ctypes.CDLL(None, use_errno=True)
+def tried(what):
+    try:
+        return what() is not False
+    except OSError:
+        return False
+def write(path):
+    with open(path, "w") as file:
+        file.write("x")
+    return True
+def memory():
+    local, remote = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 2)(int(started, 16), 8)
+    room = ctypes.create_string_buffer(8)
+    local[0], local[1] = ctypes.addressof(room), 8
+    return libc.process_vm_readv(int(parent), local, 1, remote, 1, 0) == 8
+def within(what):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(tried(what)))
+    thread.start()
+    thread.join()
+    return found[0]
+def child(path):
+    return subprocess.run([sys.executable, "-I", "-c", f"open({path!r}).read()"], capture_output=True).returncode == 0
+print(json.dumps({
+    "data": tried(lambda: open(data).read()),
+    "home": tried(lambda: write(home + "/a")),
+    "device": tried(lambda: write("/dev/null")),
+    "library": tried(lambda: open(os.__file__).read()),
+    "key": tried(lambda: open(key).read()),
+    "key in a thread": within(lambda: open(key).read()),
+    "key in a program": tried(lambda: child(key)),
+    "data in a program": tried(lambda: child(data)),
+    "key's directory": tried(lambda: os.listdir(os.path.dirname(key))),
+    "write beside": tried(lambda: write(os.path.dirname(home) + "/b")),
+    "write data": tried(lambda: write(data)),
+    "TCP": tried(lambda: socket.socket(socket.AF_INET)),
+    "UDP": tried(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+    "local socket": tried(lambda: socket.socket(socket.AF_UNIX)),
+    "socket in a thread": within(lambda: socket.socket(socket.AF_INET6)),
+    "io_uring": libc.syscall(425, 1, ctypes.create_string_buffer(120)) >= 0,
+    "ptrace": libc.ptrace(16, int(parent), 0, 0) == 0,
+    "memory": memory(),
+    "memory as a file": tried(lambda: open(f"/proc/{parent}/mem", "rb").close()),
+    "environment of others": tried(lambda: open(f"/proc/{parent}/environ", "rb").read()),
+    "signal": tried(lambda: os.kill(int(parent), 0)),
+    "said": [confined.network, confined.files, confined.signals],
+}))
+"""
+ALWAYS = {"data", "home", "device", "library", "data in a program"}
+OF_NETWORK = {"TCP", "UDP", "local socket", "socket in a thread", "io_uring", "ptrace", "memory"}
+OF_FILES = {
+    "key", "key in a thread", "key in a program", "key's directory", "write beside", "write data", "memory as a file",
+    "environment of others",
+}  # fmt: skip
+
+
+def tries(folder: Path) -> dict[str, bool | list[bool]]:
+    for name in ("home", "data", "keys"):
+        (folder / name).mkdir()
+    data, key = folder / "data/notes.csv", folder / "keys/identity.pem"
+    data.write_text("note\nfever\n")
+    key.write_text("secret")
+    arguments = [str(folder / "home"), str(data), str(key), str(os.getpid()), hex(id(data))]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", TRIES, *arguments],
+        env=stripped(os.environ, folder / "home"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    found: dict[str, bool | list[bool]] = json.loads(done.stdout)
+    return found
+
+
+def test_a_confined_process_reaches_its_data_and_nothing_of_the_site(tmp_path: Path) -> None:
+    can, found = available(), tries(tmp_path)
+    assert found.pop("said") == [can.network, can.files, can.signals]
+    if not (can.network and can.files):
+        pytest.skip(f"this kernel does not offer all of it: {can.text}")
+    done = {name for name, well in found.items() if well}
+    assert done & OF_NETWORK == set()
+    assert done & OF_FILES == set()
+    assert done - {"signal"} == ALWAYS
+    assert ("signal" in done) != can.signals
+
+
+def test_what_is_not_enforced_is_said() -> None:
+    from privet.client.trainer.confinement import Confined
+
+    assert Confined(True, True, True).text == "confined: network, files, signals"
+    assert Confined(True, False, False).text == "confined: network; not confined: files, signals"
+    assert Confined(False, False, False).text == "confined: nothing; not confined: network, files, signals"
+
+
+def test_a_trainers_environment_holds_no_secret(tmp_path: Path) -> None:
+    given = {
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "HTTPS_PROXY": "x",
+        "SSH_AUTH_SOCK": "x",
+        "PYTHONPATH": "x",
+        "LD_PRELOAD": "x",
+    }
+    kept = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "2", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": "/opt/cuda"}
+    found = stripped({**given, **kept, "HOME": "/root", "PATH": "/secret"}, tmp_path)
+    assert {name: found[name] for name in kept} == kept
+    assert not set(given) & set(found)
+    assert found["HOME"] == str(tmp_path)
+    assert found["PATH"] == os.defpath
+
+
+def test_keys_that_lie_where_a_trainer_reads_are_named(tmp_path: Path) -> None:
+    site = load_site(site_toml(tmp_path / "site", "north", class_rows(4), seed=None))
+    assert exposed(site, code_places()) == []
+    assert site.ledger in exposed(site, [str(tmp_path)])
+    assert site.identity in exposed(site, [str(tmp_path / "site")])

@@ -1,0 +1,311 @@
+"""A trainer apart from the keys: the same bits, no draw unpaid, and no answer that no records could give."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privet.client.rounds.worker import Worker
+from privet.client.trainer.apart import Trainer
+from privet.client.trainer.confinement import available
+from privet.client.trainer.pipe import PipeChannel
+from privet.client.trainer.wire import Packet, unpack
+from privet.common.errors import PrivetError, SpentRoundError, StateError
+from privet.common.study.messages import Contribution
+from privet.common.study.study import Study
+from tests.support.faulty_rounds import asked, begun, counted_draws
+from tests.support.tiny import class_rows, counting_document, private, tiny_study
+from tests.support.trainer_world import SITES, HereChannel, place, trainer_here, worker_at
+
+MASKED = {"secure_aggregation": {"mode": "masked"}, "cohort.min_sites": 3, "aggregation.largest_count": 30}
+ROUNDS = {"training.rounds": 20, "training.local_steps": 3}
+SHARED: dict[str, Any] = {
+    "privacy": private(epsilon=4.0, mode="distributed"),
+    "training": {"optimizer": "sgd", "local_steps": 1, "learning_rate": 1.0, "rounds": 20},
+    **MASKED,
+    "aggregation": {"method": "ffa", "learning_rate": 0.01, "largest_count": 60},
+}
+PATIENTS = private(unit="patient")
+STUDIES: dict[str, dict[str, Any]] = {
+    "validated": {"privacy": private(), "data.validation_fraction": 0.3, **ROUNDS},
+    "adaptive, of patients, proximal": {
+        "privacy": {**PATIENTS, "clipping": "adaptive"},
+        "data.unit": "patient",
+        "training.fedprox_mu": 0.1,
+        **ROUNDS,
+    },
+    "shared noise": SHARED,
+    "head start": {"privacy": private(), "training.head_start": "class-means", **ROUNDS},
+    "of a site with a rank of its own": {
+        "privacy": private(),
+        "aggregation.method": "ffa",
+        "lora.site_ranks": {"ash": 1},
+        **ROUNDS,
+    },
+    "banded noise": {
+        **SHARED,
+        "privacy": private(epsilon=4.0, mode="distributed", noise="banded", band=3),
+        "cohort.sites": list(SITES),
+        "training.sampling_rate": 0.25,
+    },
+    "no privacy": {"privacy": {"mode": "none"}, **ROUNDS},
+}
+
+
+def same(one: Contribution, other: Contribution) -> bool:
+    kept = one.update.dtype == other.update.dtype and one.weight == other.weight
+    return kept and one.update.tobytes() == other.update.tobytes() and one.metrics.tobytes() == other.metrics.tobytes()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_trainer_apart_gives_the_same_bits(
+    bert: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, rows = tiny_study(bert, **STUDIES[name]), class_rows(36)
+    inside = worker_at(place(tmp_path / "inside", study, rows))
+    numbers = (1, 2) if study.training.head_start is not None else (1,)
+    opened = [asked(study, inside, number, SITES) for number in numbers]
+    expected = [inside._contribution(each) for each in opened]
+    trainer_here(monkeypatch, HereChannel())
+    apart = worker_at(place(tmp_path / "apart", study, rows, trainer="process"))
+    for each, wanted in zip(opened, expected, strict=True):
+        assert same(apart._contribution(each), wanted), name
+    apart.close()
+
+
+@pytest.mark.parametrize("kind", ["statistics", "evaluate"])
+def test_a_trainer_apart_counts_the_same(
+    bert: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = private(epsilon=1.0, unit="patient", max_records_per_unit=2)  # so that records of a patient are drawn
+    more = {"evaluation": {"adapter": f"sha256:{'a' * 64}"}} if kind == "evaluate" else {}
+    study = Study.parse(counting_document(bert, kind, {"data.unit": "patient", "privacy": few, **more}))
+    inside = worker_at(place(tmp_path / "inside", study, class_rows(36)))
+    opened = asked(study, inside, 1, SITES)
+    trainer_here(monkeypatch, HereChannel())
+    apart = worker_at(place(tmp_path / "apart", study, class_rows(36), trainer="process"))
+    assert same(apart._contribution(opened), inside._contribution(opened))
+    apart.close()
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_units_of_a_step_and_give_the_same_bits(bert: Path, tmp_path: Path) -> None:
+    study, rows = tiny_study(bert, **STUDIES["adaptive, of patients, proximal"]), class_rows(60)
+    inside = worker_at(place(tmp_path / "inside", study, rows))
+    opened = asked(study, inside, 1, SITES)
+    expected = inside._contribution(opened)
+    for devices in (2, 4):
+        apart = worker_at(place(tmp_path / str(devices), study, rows, trainer="process", devices=devices))
+        try:
+            assert same(apart._contribution(opened), expected), devices
+        finally:
+            apart.close()
+
+
+# --- a trainer that dies, and what was paid --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["validated", "shared noise"])
+def test_a_trainer_that_dies_at_any_request_leaves_no_draw_unpaid(
+    bert: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten points and more: before, between and after all of its answers."""
+    study = tiny_study(bert, **STUDIES[name])
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
+    whole = HereChannel()
+    trainer_here(monkeypatch, whole)
+    worker = worker_at(place(tmp_path / "whole", study, trainer="process"))
+    expected = worker._contribution(opened)
+    worker.close()
+    kinds = [packet.kind for packet in whole.asked]
+    assert kinds[:2] == ["confine", "open"]
+    outcomes = set()
+    for point in range(len(kinds)):
+        trainer_here(monkeypatch, HereChannel(dies_at=point))
+        here = place(tmp_path / str(point), study, trainer="process")
+        worker = worker_at(here)
+        with counted_draws() as drawn, pytest.raises(StateError):
+            worker._contribution(opened)
+        assert begun(worker, 1) == bool(drawn), kinds[point]
+        # A new process of the site asks a new trainer.
+        trainer_here(monkeypatch, HereChannel())
+        worker = worker_at(here)
+        with counted_draws() as again:
+            if drawn:
+                with pytest.raises(SpentRoundError):
+                    worker._contribution(opened)
+            else:
+                assert same(worker._contribution(opened), expected)
+        worker.close()
+        assert bool(again) != bool(drawn)
+        assert begun(worker, 1) == 1
+        outcomes.add((kinds[point], bool(drawn)))
+    # Only a step, and what follows the first draw, comes after it.
+    free = {"confine", "open"} | ({"validate"} if name == "validated" else {"begin"})
+    assert {kind for kind, drew in outcomes if not drew} == free
+    assert ("terms", True) in outcomes
+    assert ("terms", False) not in outcomes
+
+
+# --- a trainer that lies ---------------------------------------------------------------------------------
+
+
+def bent(kind: str, change: Any) -> Any:
+    def answer(asked: Packet, honest: Packet) -> Packet:
+        return change(honest) if asked.kind == kind else honest
+
+    return answer
+
+
+def with_array(name: str, change: Any) -> Any:
+    return lambda packet: replace(packet, arrays={**packet.arrays, name: change(packet.arrays[name])})
+
+
+def with_head(**more: Any) -> Any:
+    return lambda packet: replace(packet, head={**packet.head, **more})
+
+
+LIES: dict[str, tuple[str, Any]] = {
+    "a sum longer than its units' can be": ("terms", with_array("total", lambda total: total + 2**55)),
+    "a sum of other length": ("terms", with_array("total", lambda total: total[:-1])),
+    "a sum of floats": ("terms", with_array("total", lambda total: total.astype(np.float64))),
+    "no sum": ("terms", lambda packet: Packet("done", packet.head)),
+    "a balance of more units than were drawn": ("terms", with_head(balance=31.0)),
+    "a balance that is no half": ("terms", with_head(balance=0.25)),
+    "a balance that is not finite": ("terms", with_head(balance=None)),
+    "a validation beyond its units": ("validate", with_array("points", lambda points: points + 2**50)),
+    "a negative validation": ("validate", with_array("points", lambda points: -points)),
+    "other classes than units": ("open", with_array("classes", lambda found: np.zeros(3, np.int64))),
+    "units that overlap their ends": ("open", with_array("units-ends", lambda ends: ends[::-1].copy())),
+    "a layout that is none": ("open", with_head(spec={"tensors": [["a"]]})),
+    "a count that is none": ("open", with_head(**{"held-out": "many"})),
+    "figures that are none": ("begin", with_head(meter={"seconds": {}})),
+    "an error of the ledger": (
+        "terms",
+        lambda _: Packet("error", {"type": "BudgetExhaustedError", "message": "row 7"}),
+    ),
+    "an error of no kind": ("terms", lambda _: Packet("error", {"type": "print", "message": "row 7"})),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_answer_that_no_records_could_give_is_refused_and_says_nothing_to_others(
+    bert: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
+    trainer_here(monkeypatch, HereChannel(bent(*LIES[name])))
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    with counted_draws() as drawn, pytest.raises(StateError) as caught:
+        worker._contribution(opened)
+    assert caught.value.private
+    assert begun(worker, 1) == bool(drawn)
+    worker.close()
+
+
+def test_errors_of_a_trainer_stay_at_the_site(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    for kind, message in (("StudyError", "Maria Muster"), ("RefusedError", "Maria Muster"), ("ValueError", "Maria")):
+        head = {"type": kind, "message": message, "hint": "her file"}
+        trainer_here(monkeypatch, HereChannel(bent("open", lambda _, head=head: Packet("error", head))))
+        folder = tmp_path / kind
+        worker = worker_at(place(folder, study, trainer="process"))
+        with pytest.raises(PrivetError) as caught:
+            worker.offer(study)
+        assert caught.value.private
+
+
+# --- a process of its own --------------------------------------------------------------------------------
+
+
+def test_a_process_of_its_own_has_pipes_and_nothing_else_of_the_site(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "privet.site")
+    study = tiny_study(bert, **STUDIES["validated"])
+    inside = worker_at(place(tmp_path / "inside", study))
+    opened = [asked(study, inside, number, SITES) for number in (1, 2)]
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    assert same(worker._contribution(opened[0]), inside._contribution(opened[0]))
+    channel = channel_of(worker)
+    child, can = channel._child, available()
+    assert child is not None
+    proc = Path(f"/proc/{child.pid}")
+    opened_files = [str(link.readlink()) for link in (proc / "fd").iterdir() if link.is_symlink()]
+    assert sum(name.startswith("pipe:") for name in opened_files) == 2
+    strays = {name for name in opened_files if not name.startswith(("pipe:", "/dev/", "/proc/", str(bert.resolve())))}
+    assert not any("ash" in name or name.startswith("socket:") for name in strays)
+    for status in [task.read_text() for task in (proc / "task").glob("*/status")]:  # of every thread
+        assert ("Seccomp:\t2" in status) == can.network
+        assert "NoNewPrivs:\t1" in status
+    assert [record.getMessage() for record in caplog.records if "apart" in record.getMessage()] == [
+        f"the trainer runs apart from the keys; {can.text}"
+    ]
+    environment = (proc / "environ").read_bytes().split(b"\0")
+    assert not any(name.startswith((b"AWS", b"SSH", b"HTTPS_PROXY", b"PYTEST")) for name in environment)
+    assert (proc / "cwd").readlink() == channel.home
+    assert channel.home.parent.parent == tmp_path / "apart/ash.state/trainer"
+    # Killed in the middle of a step: the round is begun, so it is lost; the next one has a new trainer.
+    killed = sending("terms", lambda: os.kill(child.pid, signal.SIGKILL))
+    with killed, pytest.raises(StateError, match="ended with signal 9"):
+        worker._contribution(opened[1])
+    assert begun(worker, 2) == 1
+    with pytest.raises(SpentRoundError):
+        worker._contribution(opened[1])
+    worker.close()
+    assert channel._child is None
+    assert not proc.exists()
+
+
+def channel_of(worker: Worker) -> PipeChannel:
+    assert worker._open is not None
+    trainer = worker._open[3]
+    assert isinstance(trainer, Trainer)
+    (channel,) = trainer.channels
+    assert isinstance(channel, PipeChannel)
+    return channel
+
+
+@contextmanager
+def sending(kind: str, then: Callable[[], None]) -> Iterator[None]:
+    """Do something after a request of this kind was sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = PipeChannel.send
+
+        def send(self: PipeChannel, body: bytes, until: float) -> None:
+            original(self, body, until)
+            if unpack(body).kind == kind:
+                then()
+
+        patch.setattr(PipeChannel, "send", send)
+        yield
+
+
+def test_a_trainer_that_answers_too_late_or_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "tests_no_such_module")
+    channel = PipeChannel(tmp_path / "none")
+    channel.open()
+    with pytest.raises(StateError, match="ended with exit code 1"):
+        channel.receive(10, time.monotonic() + 20)
+    channel.close()
+    with pytest.raises(StateError, match="does not run"):
+        channel.send(b"", time.monotonic() + 1)
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "this")  # it prints 856 bytes, and ends
+    channel.open()
+    with pytest.raises(StateError, match="at most 10 bytes"):
+        channel.receive(10, time.monotonic() + 20)
+    channel.close()
+    monkeypatch.setattr("privet.client.trainer.pipe.MODULE", "http.server")  # it says nothing
+    channel.open()
+    with pytest.raises(StateError, match="did not answer within hours"):
+        channel.receive(10, time.monotonic() + 0.2)
+    channel.close()
