@@ -49,7 +49,7 @@ _KINDS = (
     ("leaf 7", "an entry of the log: what its author signed. The page of leaves shows it; its proof is beside it"),
     ("log of 68 leaves", "all entries together: what was counted or computed over them, or is in none of them"),
     ("a file name", "a file of the run; this folder holds a copy"),
-    ("study: privacy.epsilon", "a field of the study, to which every site that took part has agreed"),
+    ("study: privacy.epsilon", "a field of the study, to which a site agrees before it takes part"),
     ("docs/privacy.md#accounting", "a section of privet's documentation, in the version that wrote this dossier"),
     ("gap: the controller", "nothing: privet does not know it. This is who has to state it"),
 )
@@ -166,8 +166,12 @@ def _page(made: Document) -> str:
 
 
 def _section(made: Section) -> Html:
-    said = _rows(made) if made.columns else element("ul", {}, *(_item(each) for each in made.sentences))
+    said = _rows(made) if made.columns else _bullets(made)
     return element("section", {"class": "warning"} if made.warning else {}, element("h2", {}, made.title), said)
+
+
+def _bullets(made: Section) -> Html:
+    return element("ul", {}, *(_item(each) for each in made.sentences))
 
 
 def _rows(made: Section) -> Html:
@@ -271,7 +275,7 @@ def _index(evidence: Evidence, first: Document, made: Sequence[Document]) -> str
                 "What privet can show about this run for a review, and what others have to state. It finds no "
                 "conformity.",
             ),
-            *(_section(each) for each in first.sections if not each.warning),
+            facts([(each.title, _bullets(each)) for each in first.sections if not each.warning]),
             element("h2", {}, "The log"),
             facts(
                 [

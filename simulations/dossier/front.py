@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from privet.common.log.statements import EgressDecision, Export, RoundClose
+from privet.common.log.statements import EgressDecision, Export, RoundClose, RunOpen
 from privet.common.progress import number_of
 from privet.simulations.dossier import parts, promise
 from privet.simulations.dossier.evidence import Evidence
@@ -21,12 +21,13 @@ def front(evidence: Evidence) -> Document:
         "index",
         f"Dossier: run {evidence.run} of study {evidence.study.name}",
         (
-            Section("What happened", (_privet(), *parts.course(evidence))),
+            Section("What happened", (_began(evidence), *parts.course(evidence)[1:])),
             Section("Is it real processing?", (_real(evidence),)),
-            Section("The result", (*parts.release(evidence)[:1], *parts.measured(evidence)[:1])),
-            Section("Who made this dossier, and when", tuple(_made(evidence))),
+            Section("The result", (_result(evidence), *parts.measured(evidence)[:1])),
             Section("The main open points", tuple(_open(evidence))),
             Section("Who decides next", (_next(evidence),)),
+            Section("Who made this dossier, and when", tuple(_made(evidence))),
+            Section("What privet is", (_privet(),)),
         ),
     )
 
@@ -39,6 +40,20 @@ def _privet() -> Sentence:
         Claim("docs/architecture.md", "one-round"),
         Claim(parts.PAGE, "words"),
     )
+
+
+def _began(evidence: Evidence) -> Sentence:
+    leaf, opened = evidence.all(RunOpen)[-1]
+    return Sentence(f"The coordinator began the run on {day_of(opened.time)} by its clock.", leaf)
+
+
+def _result(evidence: Evidence) -> Sentence:
+    exports, ends = evidence.all(Export), [leaf for leaf, each in evidence.all(RoundClose) if each.ended]
+    if exports:
+        return Sentence("The adapter was released.", exports[-1][0])
+    if ends and evidence.study.gate is not None:
+        return Sentence("A candidate, which has not passed the gate of its study and was not released.", ends[-1])
+    return Sentence("No adapter was released.", evidence.log)
 
 
 def _real(evidence: Evidence) -> Sentence:

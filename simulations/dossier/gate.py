@@ -49,7 +49,7 @@ def _limits(evidence: Evidence) -> list[Sentence]:
     """Return whom the gate needs, who can stop it, and what an audit with canaries cannot show."""
     needed = 0 if evidence.study.gate is None else evidence.study.gate.signatures
     sites = len({each.site for _, each in evidence.all(SiteRound)})
-    lead = f"Any {needed} of the {sites} sites that took part suffice."
+    lead = f"The signatures of any {needed} of the {sites} sites that took part suffice."
     if needed > sites:
         lead = f"It needs {number_of(needed, 'site')}, and {sites} took part by now: the candidate cannot pass."
     said = [

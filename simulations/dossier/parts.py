@@ -88,6 +88,18 @@ def aborted_to_the_end(evidence: Evidence) -> bool:
     return any(each.round == evidence.study.rounds for _, each in evidence.all(RoundAbort))
 
 
+def proved(evidence: Evidence) -> Sentence:
+    """Return what a verified log proves, and what it does not."""
+    text = (
+        "The log is whole: nobody changed it since. One program signed for all parties of this simulation, so it "
+        "proves nothing about any of them."
+        if evidence.simulated
+        else "The log proves what each party stated, and that nobody changed it since. It cannot prove that a site "
+        "trained as it states."
+    )
+    return Sentence(text, evidence.log, Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"))
+
+
 def purpose(evidence: Evidence) -> list[Sentence]:
     """Return purpose, legal basis and contacts in the study's own words."""
     found = evidence.study.purpose

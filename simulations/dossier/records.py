@@ -224,10 +224,7 @@ def model_card(evidence: Evidence) -> Document:
                 "Limits",
                 (
                     missing("how well it does on data unlike the sites'", parts.PROVIDER),
-                    Sentence(
-                        "The log shows who stated what. It does not show whether the sites trained as they state.",
-                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
-                    ),
+                    parts.proved(evidence),
                 ),
             ),
         ),
@@ -325,13 +322,9 @@ def _unlimited(evidence: Evidence) -> list[Sentence]:
     ]
 
 
-_COLUMNS = (
-    "site",
-    "member",
-    "rounds: asked, stated, in results",
-    "spent by its own statement",
-    "policy and commitments",
-)
+_COLUMNS = ("site", "member", "rounds: asked, stated, in results", "cost, as it states", "policy", "committed to")
+_DIGITS = len("sha256:") + 16
+"""Letters of a digest in the table. The sentence and the leaf have all."""
 
 
 @dataclass
@@ -371,26 +364,28 @@ def _sheet(evidence: Evidence, site: str, seen: _Seen) -> Sentence:
     rounds = len(seen.asked), len(seen.stated), len(seen.summed)
     sources = [leaf for _, leaf in seen.membership] + list(_ends(seen.asked))
     figures = dict(zip(("asked", "stated", "summed"), map(float, rounds), strict=True))
-    spent, held = "nothing stated", "nothing stated"
+    text = (
+        f"{site}: member {member}. It was asked into {number_of(rounds[0], 'round')}, signed a statement in "
+        f"{rounds[1]}, and its update is in the result of {rounds[2]}."
+    )
+    cost, policy, committed = "nothing stated", "none stated", ""
     if seen.stated:
         leaf, last = seen.stated[-1]
         sources.append(leaf)
-        held = f"policy {last.policy}"
-        if last.commitments:
-            held += f"; committed to values of: {', '.join(sorted(last.commitments))}"
+        policy, committed = last.policy, ", ".join(sorted(last.commitments))
         if last.charge is not None:
             figures |= {"epsilon": last.charge.epsilon, "delta": last.charge.delta}
             limit = "no limit" if last.charge.limit is None else f"limit {last.charge.limit:g}"
-            cost = promise.epsilon(evidence, last.charge.epsilon)
-            spent = f"{cost} at delta {plain(last.charge.delta)} up to then, {limit}"
-    text = (
-        f"{site}: member {member}. It was asked into {number_of(rounds[0], 'round')}, signed a statement in "
-        f"{rounds[1]}, and its update is in the result of {rounds[2]}. By its own statement it has spent on these "
-        f"records: {spent}. Policy and commitments: {held}."
-    )
-    return Sentence(text, evidence.log, *dict.fromkeys(sources), **figures).row(
-        site, member, ", ".join(map(str, rounds)), spent, held
-    )
+            cost = f"{promise.epsilon(evidence, last.charge.epsilon)}, {limit}"
+            text += (
+                f" By its own statement, its records cost {promise.epsilon(evidence, last.charge.epsilon)} at delta "
+                f"{plain(last.charge.delta)} up to then; it has {limit}."
+            )
+        text += f" Digest of its policy: {policy}."
+    if committed:
+        text += f" It has committed to values of: {committed}."
+    cells = (site, member, ", ".join(map(str, rounds)), cost, f"{policy[:_DIGITS]}…", committed or "none")
+    return Sentence(text, evidence.log, *dict.fromkeys(sources), **figures).row(*cells)
 
 
 def _ends(leaves: list[OfLeaf]) -> tuple[OfLeaf, *tuple[OfLeaf, ...]]:

@@ -226,9 +226,9 @@ def _processing(evidence: Evidence) -> list[Sentence]:
         *parts.purpose(evidence),
         *parts.course(evidence),
         Sentence(
-            f"In each round a site sends{counts}{noisy}, and a signed statement for the log. Once, when it agrees to "
-            f"the study, it declares a number of {evidence.study.privacy.unit}s, which others can read. By its design, "
-            "no record leaves a site, and no identifier of a record or patient. "
+            f"By its design, a site sends in each round{counts}{noisy}, and a signed statement for the log; and once, "
+            f"when it agrees to the study, a number of {evidence.study.privacy.unit}s, which others can read. By its "
+            "design, no record leaves a site, and no identifier of a record or patient. "
             + (
                 "A simulation does not show it: one program read all files."
                 if evidence.simulated
@@ -337,7 +337,7 @@ def _withdrawal(evidence: Evidence) -> list[Sentence]:
                 CONTROLLER,
             )
         ]
-        if _may_object(evidence)
+        if evidence.study.purpose is None or may_object(evidence.study.purpose.legal_basis)
         else []
     )
     return [
@@ -360,12 +360,16 @@ def _withdrawal(evidence: Evidence) -> list[Sentence]:
     ]
 
 
-def _may_object(evidence: Evidence) -> bool:
-    """Whether the legal basis may be Article 6(1)(e) or (f): the study names it, or a placeholder, or nothing."""
-    found = evidence.study.purpose
-    if found is None or placeholder(found.legal_basis):
-        return True
-    return re.search(r"6\s*\(\s*1\s*\)\s*(?:\(\s*)?(?:lit\.?\s*)?[ef]\b", found.legal_basis) is not None
+_LETTER = re.compile(
+    r"\b6\s*(?:\(\s*1\s*\)|(?:abs|para|paragraph)?\.?\s*1)\W*(?:lit|point|letter|buchst)?\W*([a-f])\b", re.I
+)
+"""The letter of Article 6(1) GDPR in a legal basis, as in `6(1)(e)` and `Art. 6 Abs. 1 lit. e`."""
+
+
+def may_object(basis: str) -> bool:
+    """Whether a legal basis may be Article 6(1)(e) or (f) GDPR: it names one of them, or no letter, or is no basis."""
+    named = {letter.lower() for letter in _LETTER.findall(basis)}
+    return placeholder(basis) or not named or bool(named & {"e", "f"})
 
 
 def anonymity(evidence: Evidence) -> Document:
@@ -416,12 +420,7 @@ def anonymity(evidence: Evidence) -> Document:
                 "Analysis: is it built as designed?",
                 (
                     *parts.course(evidence),
-                    Sentence(
-                        "The log proves what each party stated, and that nobody changed it since. It cannot prove that "
-                        "a site trained as it states.",
-                        evidence.log,
-                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
-                    ),
+                    parts.proved(evidence),
                     Sentence(
                         "The coordinator's modules are named by SHA-256, so a reviewer can compare them with a release "
                         "of privet.",

@@ -37,6 +37,7 @@ from privet.simulations.dossier.evidence import gather
 from privet.simulations.dossier.folder import _rows, dossier_files
 from privet.simulations.dossier.gate import egress
 from privet.simulations.dossier.glossary import words as words_document
+from privet.simulations.dossier.regulation import may_object
 from privet.simulations.dossier.sources import Claim, Gap, Section, Sentence
 from tests.conftest import Run
 from tests.server.test_permit import LAST, PERMIT, PURPOSE
@@ -291,6 +292,37 @@ def test_a_placeholder_of_the_study_is_a_gap(made: Path) -> None:
     assert "A contact (the study holds a placeholder)" in (made / "index.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("basis", "expected"),
+    [
+        ("GDPR Art. 6(1)(e) and 9(2)(j)", True),
+        ("Art. 6 Abs. 1 lit. e DSGVO", True),
+        ("Article 6(1), point (f)", True),
+        ("Art. 6(1)(a) and 9(2)(a)", False),
+        ("Art. 6 (1) lit. c", False),
+        ("Art. 6(1)(a), or else Art. 6(1)(e)", True),
+        ("The hospital act of the state", True),
+    ],
+)
+def test_who_may_object_follows_from_the_legal_basis(basis: str, expected: bool) -> None:
+    assert may_object(basis) is expected
+
+
+def test_duties_that_no_log_shows_are_gaps_and_laws_say_for_whom(made: Path) -> None:
+    found = {each["name"]: each for each in whole(made)["documents"]}
+    texts = {
+        name: [said["text"] for part in each["sections"] for said in part["sentences"]] for name, each in found.items()
+    }
+    for article in ("Article 26", "Article 28", "Articles 13 and 14", "Articles 15 to 22", "Article 30", "Article 21"):
+        assert any(article in text and text.startswith("Not known to privet") for text in texts["dpia-input"]), article
+    for what in ("national law on research", "is hosted", "reports incidents"):
+        assert any(what in text and text.startswith("Not known to privet") for text in texts["dpia-input"]), what
+    assert "high-risk" in texts["annex-iv"][0]
+    for name in ("hipaa-activity-review", "hipaa-expert-input"):
+        assert "for a hospital in the United States" in texts[name][0]
+    assert "Whether there is a permit was not checked." in texts["ehds-permit"][2]
+
+
 # Pages
 
 
@@ -326,7 +358,7 @@ def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) ->
     # The synthetic sites commit to these counts; their values are in no leaf.
     stated = [each["text"] for each in sentences(whole(made)) if "committed" in each["text"]]
     assert len(stated) == 3
-    assert all(each.endswith("; committed to values of: units.") for each in stated)
+    assert all(each.endswith("It has committed to values of: units.") for each in stated)
 
 
 def test_others_words_cannot_end_their_quotation(made: Path) -> None:
@@ -374,11 +406,11 @@ def test_a_candidate_is_told_as_one_that_may_not_leave(gated: LoggedWorld) -> No
     assert "No site has signed or refused the candidate." in texts
     assert "The log holds no decision on the candidate, so it may not leave." in texts
     released = [each["text"] for each in sentences(document) if "ended with a candidate" in each["text"]]
-    assert len(released) == 4  # in three documents and on the first page
+    assert len(released) == 3
     files = dossier_files(gather(gated.folder / "run", gated.folder / "log/policy"))
     found = json.loads(files["ml-bom.cdx.json"])["metadata"]["component"]["properties"]
     assert {"name": "privet:status", "value": "candidate, not released"} in found
-    assert "Any 2 of the 3 sites that took part suffice." in " ".join(texts)
+    assert "The signatures of any 2 of the 3 sites that took part suffice." in " ".join(texts)
     assert any("never that it is as good" in text for text in texts)
     assert "was not released" in released[0]
 
@@ -457,7 +489,7 @@ def test_the_index_counts_what_is_about_this_run_about_privet_and_missing(made: 
         numbers = re.findall(r'class="number"[^>]*>(\d+)<', row.group())
         assert numbers == [str(len(kinds) - missing - general), str(general), str(missing)]
     for title in ("What happened", "Is it real processing?", "The result", "Who decides next"):
-        assert page.index(f"<h2>{title}</h2>") < page.index("<h2>Documents</h2>")
+        assert page.index(f"<dt>{title}</dt>") < page.index("<h2>Documents</h2>")
     points = next(each for each in document["first"]["sections"] if each["title"] == "The main open points")
     assert 0 < len(points["sentences"]) <= 5
 
