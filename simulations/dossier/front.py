@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from privet.common.log.statements import EgressDecision, Export, RoundClose, RunOpen
+from privet.common.log.statements import EgressDecision, Export, RoundClose, RunOpen, SiteRound
 from privet.common.progress import number_of
 from privet.simulations.dossier import parts, promise
 from privet.simulations.dossier.evidence import Evidence
@@ -64,6 +64,8 @@ def _real(evidence: Evidence) -> Sentence:
             evidence.log,
             Claim("docs/simulation.md", "limits"),
         )
+    if not evidence.all(SiteRound):
+        return Sentence("No site has stated a round, so the log does not show it.", evidence.log)
     return Sentence(
         "The sites state in the log that they kept a ledger of what they spent, which simulated sites do not. Whether "
         "their files held records of real persons is not in the log.",

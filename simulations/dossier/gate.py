@@ -45,6 +45,14 @@ def egress(evidence: Evidence) -> list[Sentence]:
     return said + _limits(evidence) + _reviews(evidence) + _decisions(evidence)
 
 
+def canaries_alone() -> Sentence:
+    """Return what an audit with canaries cannot show."""
+    return Sentence(
+        "An audit with canaries can show that protection is worse than promised, never that it is as good.",
+        Claim(_CLAIM.page, "what-is-not-claimed"),
+    )
+
+
 def _limits(evidence: Evidence) -> list[Sentence]:
     """Return whom the gate needs, who can stop it, and what an audit with canaries cannot show."""
     needed = 0 if evidence.study.gate is None else evidence.study.gate.signatures
@@ -64,12 +72,7 @@ def _limits(evidence: Evidence) -> list[Sentence]:
         )
     ]
     if evidence.study.gate is not None and evidence.study.gate.canaries is not None:
-        said.append(
-            Sentence(
-                "An audit with canaries can show that protection is worse than promised, never that it is as good.",
-                Claim(_CLAIM.page, "what-is-not-claimed"),
-            )
-        )
+        said.append(canaries_alone())
     return said
 
 

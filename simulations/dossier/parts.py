@@ -11,7 +11,7 @@ from privet.common.progress import number_of
 from privet.common.study.terms import terms_text
 from privet.simulations.attacks.labels import label
 from privet.simulations.dossier.evidence import Evidence
-from privet.simulations.dossier.gate import candidate
+from privet.simulations.dossier.gate import canaries_alone, candidate
 from privet.simulations.dossier.sources import Claim, Gap, OfFile, OfStudy, Section, Sentence, missing
 from privet.simulations.dossier.words import day_of, placeholder, quoted, sentence, spoken
 
@@ -241,10 +241,13 @@ def every_attack(evidence: Evidence) -> list[Sentence]:
                 f"the result of the attack {name} lacks a field or has a wrong value ({type(error).__name__})",
                 f"run the attack again: `privet attack {name} --help`",
             ) from None
+    if "canaries" in evidence.attacks:
+        said.append(canaries_alone())
     if evidence.attacks:
+        here = " A promise in a simulation protects nobody." if evidence.simulated else ""
         said.append(
             Sentence(
-                "No log covers these results: they are the word of whoever ran the attacks.",
+                f"No log covers these results: they are the word of whoever ran the attacks.{here}",
                 Claim(PAGE, "what-the-sources-are"),
             )
         )

@@ -318,6 +318,8 @@ def test_duties_that_no_log_shows_are_gaps_and_laws_say_for_whom(made: Path) -> 
     for what in ("national law on research", "is hosted", "reports incidents"):
         assert any(what in text and text.startswith("Not known to privet") for text in texts["dpia-input"]), what
     assert "high-risk" in texts["annex-iv"][0]
+    canaries = "An audit with canaries can show that protection is worse than promised, never that it is as good."
+    assert canaries in texts["anonymity-assessment"]
     for name in ("hipaa-activity-review", "hipaa-expert-input"):
         assert "for a hospital in the United States" in texts[name][0]
     assert "Whether there is a permit was not checked." in texts["ehds-permit"][2]
