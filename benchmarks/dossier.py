@@ -170,33 +170,49 @@ class Log:
                 delta | {"factor": math.exp(spent)},
                 {"rank": study["lora"]["rank"]},
                 {"factor": math.exp(spent)},
+                {"sure": 1 / (1 + math.exp(-spent))},
+                {"units": 2, "units_epsilon": 2 * spent, "units_delta": terms["delta"] * (1 + math.exp(spent))}
+                | {"vacuous": vacuous(spent, terms["delta"])},
+                {
+                    "needed": study["gate"]["signatures"],
+                    "sites": len({each["site"] for each in self.all("site-round")}),
+                },
+                {"sites": len({each["site"] for each in self.all("site-round")})},
                 {"asked": len(self.all("round-open")[0]["cohort"]), "corrupt": self.corrupt()},
                 {"max_length": study["data"]["max_length"]},
                 {"round": end["round"], **end["metrics"]},
                 {"rounds": self.opened["rounds"], "closed": len(self.all("round-close"))}
                 | {"aborted": len(self.all("round-abort"))}
                 | {"sites": len({name for each in self.all("round-close") for name in each["survivors"]})},
-                {"policies": len({each["policy"] for each in self.all("site-round")})},
+                {"policies": len({each["policy"] for each in self.all("site-round")})}
+                | {"sites": len({each["site"] for each in self.all("site-round")})},
                 {"refusals": len(self.all("refusal"))},
-                {
-                    "rounds": self.rounds(site),
-                    "epsilon": self.epsilon(count),
-                    "epsilon_rdp": self.epsilon(count, "rdp"),
-                },
+                {"rounds": self.rounds(site), "epsilon": self.epsilon(count)},
+                {"epsilon_rdp": self.epsilon(count, "rdp")},
                 {"at_every_site": self.everywhere(count * len(end["survivors"]))},
                 delta | {"replacing": replacing_epsilon(self.events(count), terms["delta"])},
                 {name: kind[name] for name in ("noise_multiplier", "sampling_rate", "steps")},
                 {"clip_norm": terms["clip_norm"]},
                 delta
                 | {"computed": self.epsilon(len(stated)), "stated": stated[-1]["charge"]["epsilon"] if stated else 0.0},
-                {"asked": self.rounds(site), "stated": len(stated), "summed": len(sums)},
-                delta | {"epsilon": stated[-1]["charge"]["epsilon"] if stated else 0.0},
+                delta
+                | {"asked": self.rounds(site), "stated": len(stated), "summed": len(sums)}
+                | {"epsilon": stated[-1]["charge"]["epsilon"] if stated else 0.0},
                 {"opened": count, "stated": len(self.all("site-round")), "closed": len(self.all("round-close"))},
                 {"updates": len(stated)},
                 {"within": float(all(day(each) <= PURPOSE["permit"]["expires"] for each in self.all("round-open")))},
             )
         }
         return known.get(keys)
+
+
+def vacuous(spent: float, delta: float) -> int:
+    """Return from how many units on group privacy has a delta of 1 or more, summed term by term."""
+    size, total = 1, delta
+    while total < 1:
+        total += delta * math.exp(size * spent)
+        size += 1
+    return size
 
 
 def day(statement: Mapping[str, Any]) -> str:
@@ -206,7 +222,10 @@ def day(statement: Mapping[str, Any]) -> str:
 
 # --- the dossier, as a reader has it ----------------------------------------------------------------------------------
 
-QUOTED = re.compile(r"“[^”]*”|`[^`]*`|sha256:[0-9a-f]{64}|[0-9]{4}-[0-9]{2}-[0-9]{2}|[A-Za-z_-]+[0-9][\w.-]*")
+QUOTED = re.compile(
+    r"“[^”]*”|`[^`]*`|sha256:[0-9a-f]{64}|[0-9]{4}-[0-9]{2}-[0-9]{2}(?: [0-9:]{8} UTC)?|privet [0-9.]+|"
+    r"[A-Za-z_-]+[0-9][\w.-]*"
+)
 """Others' words, commands, digests, days and names, whose digits are no figures."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FIXED: Mapping[str, tuple[str, ...]] = {
@@ -216,6 +235,12 @@ FIXED: Mapping[str, tuple[str, ...]] = {
     "lattice of 2^-40 deviations": ("2", "40"),
     "AES-256-CTR": ("256",),
     "18 kinds of identifiers": ("18",),
+    "who thought it 50 : 50": ("50",),
+    "0.5 is guessing, 1 is always right": ("0.5", "1"),
+    "Articles 13 and 14": ("13", "14"),
+    "Articles 15 to 22": ("15", "22"),
+    "Articles 26 and 28": ("26", "28"),
+    "Articles 33 and 34": ("33", "34"),
 }
 """Parts of sentences that privet's documentation says, with the numbers in them."""
 LAW = re.compile(r"(?:Article|Articles|CFR|Regulation \(EU\)|Opinion|SP) [\d./()a-zA-Z-]+|\d+\.\d+\([a-z0-9()]+\)")
@@ -223,7 +248,7 @@ LAW = re.compile(r"(?:Article|Articles|CFR|Regulation \(EU\)|Opinion|SP) [\d./()
 
 def sentences(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each sentence of a dossier with the title of its section."""
-    for each in document["documents"]:
+    for each in (document["first"], *document["documents"]):
         for section in each["sections"]:
             yield from ((section["title"], said) for said in section["sentences"])
 

@@ -16,6 +16,9 @@ p,ul{margin:.5rem 0;max-width:46rem;overflow-wrap:break-word}ul{padding-left:1.2
 .note{color:var(--soft);font-size:.9rem}.bad{color:var(--warn);font-weight:600}
 .good{color:var(--main);font-weight:600}
 code{background:var(--tint);border-radius:3px;padding:0 .25rem;font-size:.92em;overflow-wrap:anywhere}
+.warning{border:3px solid var(--warn);border-radius:6px;padding:.25rem 1rem;margin:0 0 1.25rem;
+color:var(--warn);font-weight:600}
+.warning h2{margin-top:.5rem;border:0}.warning ul{list-style:none;padding:0}
 .tiles{display:flex;flex-wrap:wrap;gap:.75rem;margin:1.25rem 0}
 .tile{flex:1 1 9.5rem;background:var(--tint);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem}
 .tile b{display:block;font-size:1.4rem;line-height:1.25}.tile span{color:var(--soft);font-size:.85rem}

@@ -14,10 +14,10 @@ from typing import Any
 
 from privet.common.audit.privacy_text import rounded_up
 from privet.common.canonical import canonical_json
-from privet.common.log.statements import Export, RoundClose, RunOpen
+from privet.common.log.statements import AdapterState, Export, RoundClose, RunOpen
 from privet.common.study.terms import terms_text
 from privet.simulations.dossier.evidence import Evidence
-from privet.simulations.dossier.parts import attacks
+from privet.simulations.dossier.parts import every_attack
 from privet.simulations.dossier.words import day_of
 
 SBOM, MLBOM = "sbom.cdx.json", "ml-bom.cdx.json"
@@ -63,6 +63,7 @@ def sbom(evidence: Evidence) -> dict[str, Any]:
         "components": libraries,
         "dependencies": [{"ref": root["bom-ref"], "dependsOn": refs}, *({"ref": ref} for ref in refs)],
         "properties": [
+            _property("simulated", str(evidence.simulated).lower()),
             _property("software", evidence.all(RunOpen)[-1][1].software),
             _property("gap", "the software at the sites, and packages that the listed ones need: in their own bills"),
         ],
@@ -141,7 +142,7 @@ def _card(evidence: Evidence) -> dict[str, Any]:
         parameters["modelArchitecture"] = f"LoRA adapter on {', '.join(study.lora.targets)} of {study.model.base}"
     metrics = next((each.metrics for _, each in reversed(evidence.all(RoundClose)) if each.metrics), None)
     considerations: dict[str, Any] = {
-        "technicalLimitations": [each.text for each in attacks(evidence)]
+        "technicalLimitations": [each.text for each in every_attack(evidence)]
         + [f"{name}: {text}" for name, text in evidence.privacy.get("not_covered", {}).items()]
     }
     if study.purpose is not None:
@@ -160,6 +161,7 @@ def _properties(evidence: Evidence) -> list[dict[str, str]]:
     study, log = evidence.study, evidence.log
     found = {
         "study": study.digest,
+        "status": _status(evidence),
         "log": f"{log.origin} {log.size} {log.root}",
         "simulated": str(evidence.simulated).lower(),
         "privacy.mode": study.privacy.mode,
@@ -173,11 +175,22 @@ def _properties(evidence: Evidence) -> list[dict[str, str]]:
             "privacy.epsilon.promised": f"{costs['target']:g}",
             "privacy.epsilon.spent": rounded_up(costs["run"]),
         }
+        if evidence.simulated:
+            found["privacy.epsilon.note"] = "simulated: protects nobody"
     if study.release is not None:
         found["release"] = terms_text(study)
     if study.purpose is not None and study.purpose.permit is not None:
         found |= {f"permit.{name}": value for name, value in study.purpose.permit.model_dump().items()}
     return [_property(name, value) for name, value in sorted(found.items())]
+
+
+def _status(evidence: Evidence) -> str:
+    """Return what the adapter of the run is: a candidate is listed as one, and never as a model that is out."""
+    if evidence.all(Export):
+        states = evidence.all(AdapterState)
+        return "released" if not states else f"released, then {states[-1][1].state}"
+    ended = any(each.ended for _, each in evidence.all(RoundClose))
+    return "candidate, not released" if ended and evidence.study.gate is not None else "not released"
 
 
 def _head(evidence: Evidence, kind: str, component: Mapping[str, Any]) -> dict[str, Any]:

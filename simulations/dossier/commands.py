@@ -34,11 +34,12 @@ def dossier(
 
     RUN is a run of a simulation or of a coordinator, or a bundle. The command verifies it first. If anything was
     changed, it writes nothing and ends with exit code 5. What privet does not know is a gap, which says who has to
-    state it. A dossier measures readiness; it finds no conformity.
+    state it. A dossier finds no conformity with any law.
     """
+    from privet.common.canonical import digest
     from privet.common.files import staged, write_durably
     from privet.simulations.dossier.evidence import gather, is_bundle
-    from privet.simulations.dossier.folder import INDEX, documents, dossier_files
+    from privet.simulations.dossier.folder import INDEX, WHOLE, documents, dossier_files, first_page
 
     evidence = gather(run, policy, public)
     target = out or (Path(f"{run.stem}-dossier") if is_bundle(run) else run / "dossier")
@@ -48,11 +49,13 @@ def dossier(
             file = staging / name
             file.parent.mkdir(parents=True, exist_ok=True)
             write_durably(file, data, 0o644)
-    said = [sentence for each in documents(evidence) for sentence in each.sentences()]
+    made = documents(evidence)
+    said = [sentence for each in (first_page(evidence), *made) for sentence in each.sentences()]
     gaps = sum(each.gap is not None for each in said)
+    typer.echo(f"SHA-256 of {WHOLE}, which has those of all other files: {digest(files[WHOLE])}")
     typer.echo(
         closing(
-            f"{target}: {len(said)} sentences in {len(documents(evidence))} documents, each with its source; {gaps} of "
+            f"{target}: {len(said)} sentences in {len(made)} documents, each with its source; {gaps} of "
             "them are gaps that others have to fill",
             f"open {target / INDEX} in a browser",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from privet.common.log.gate import Gate, stated_bound
-from privet.common.log.statements import EgressDecision, EgressReview, Export, RoundClose, RunOpen
+from privet.common.log.statements import EgressDecision, EgressReview, Export, RoundClose, RunOpen, SiteRound
 from privet.common.progress import number_of
 from privet.common.study.terms import gate_conditions
 from privet.simulations.dossier.evidence import Evidence
@@ -42,7 +42,38 @@ def egress(evidence: Evidence) -> list[Sentence]:
             **_terms(opened),
         )
     ]
-    return said + _reviews(evidence) + _decisions(evidence)
+    return said + _limits(evidence) + _reviews(evidence) + _decisions(evidence)
+
+
+def canaries_alone() -> Sentence:
+    """Return what an audit with canaries cannot show."""
+    return Sentence(
+        "An audit with canaries can show that protection is worse than promised, never that it is as good.",
+        Claim(_CLAIM.page, "what-is-not-claimed"),
+    )
+
+
+def _limits(evidence: Evidence) -> list[Sentence]:
+    """Return whom the gate needs, who can stop it, and what an audit with canaries cannot show."""
+    needed = 0 if evidence.study.gate is None else evidence.study.gate.signatures
+    sites = len({each.site for _, each in evidence.all(SiteRound)})
+    lead = f"The signatures of any {needed} of the {sites} sites that took part suffice."
+    if needed > sites:
+        lead = f"It needs {number_of(needed, 'site')}, and {sites} took part by now: the candidate cannot pass."
+    said = [
+        Sentence(
+            f"{lead} Another site stops it only if its refusal names a condition that its own test found broken; a "
+            "refusal for another reason does not stop it. The coordinator can refuse at any time.",
+            evidence.field("gate.signatures"),
+            evidence.log,
+            _CLAIM,
+            needed=needed,
+            sites=sites,
+        )
+    ]
+    if evidence.study.gate is not None and evidence.study.gate.canaries is not None:
+        said.append(canaries_alone())
+    return said
 
 
 def _terms(opened: RunOpen) -> dict[str, float]:
@@ -95,7 +126,7 @@ def _decisions(evidence: Evidence) -> list[Sentence]:
         said.append(
             Sentence(
                 f"On {day_of(each.time)}, the coordinator {how}. It was signed by {spoken(each.signed)}{against}."
-                + _figures(each),
+                + _figures(each, evidence.simulated),
                 leaf,
                 signed=len(each.signed),
                 refused=len(each.refused),
@@ -111,9 +142,14 @@ def _measured(decision: EgressDecision) -> dict[str, float | None]:
     return {"epsilon": decision.epsilon, "bound": decision.bound, "quality": decision.quality}
 
 
-def _figures(decision: EgressDecision) -> str:
+def _figures(decision: EgressDecision, simulated: bool) -> str:
+    mark = " (simulated: protects nobody)" if simulated else ""
     words = {"epsilon": "epsilon spent", "bound": "lower bound on epsilon by canaries", "quality": "quality"}
-    told = [f"{words[name]} {value:.4g}" for name, value in _measured(decision).items() if value is not None]
+    told = [
+        f"{words[name]} {value:.4g}{mark if name == 'epsilon' else ''}"
+        for name, value in _measured(decision).items()
+        if value is not None
+    ]
     return f" Its figures: {'; '.join(told)}." if told else ""
 
 
@@ -130,6 +166,14 @@ def candidate(evidence: Evidence) -> list[Sentence]:
             leaf,
             evidence.log,
             round=last.round,
+        ),
+        Sentence(
+            "Not released does not mean not sent: each round begins at the sites with the adapter of the round before "
+            "it, and sites that took part can fetch the candidate to test it. So the coordinator and these sites can "
+            "have files of adapters of this run.",
+            evidence.log,
+            Claim("docs/architecture.md", "one-round"),
+            Claim("docs/operate-site.md", "test-a-candidate"),
         ),
         Sentence(
             f"Its gate needs the signatures of {number_of(evidence.study.gate.signatures, 'site')}.",

@@ -37,6 +37,13 @@ _WORDS: dict[str, tuple[str, dict[str, str]]] = {
             "more private.",
             "delta": "The small probability by which the bound may be exceeded.",
             "ledger": "A site's record of the privacy that was spent on a dataset, over all studies.",
+            "clip norm": "The L2 norm to which each unit's gradient is clipped.",
+            "clipping": "What one unit adds to a sum is cut to the clip norm, so that noise of a known size hides it.",
+            "lattice": "The evenly spaced numbers to which sums and noise are rounded, so that their last digits tell "
+            "nothing.",
+            "Rényi differential privacy": "Another way to compute epsilon. It is coarser: its bound is larger, and "
+            "holds as well.",
+            "AUC": "How well an attack tells training records from others: 0.5 is guessing, 1 is always right.",
             "canary": "A made-up record, inserted to measure how much training memorises.",
         },
     ),
@@ -46,6 +53,8 @@ _WORDS: dict[str, tuple[str, dict[str, str]]] = {
             "round log": "The Merkle log of a consortium: signed statements about every run and round.",
             "statement": "One signed fact in the round log, such as `round-open` or `site-round`.",
             "leaf": "One entry of the round log: a statement in its signed envelope.",
+            "quorum (of the log)": "How many witnesses must cosign a checkpoint before a reader accepts it: more than "
+            "half. Commands and log policies mean this one.",
             "witness": "A site that cosigns a checkpoint only if it follows from the last one it cosigned.",
             "commitment": "A digest that binds a site to a value without revealing it.",
             "candidate": "The adapter with which a run ends whose study has a gate. It is tested, and used for nothing "

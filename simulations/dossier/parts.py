@@ -2,80 +2,85 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from privet.common.audit.release import PRIVACY
 from privet.common.errors import StateError
-from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen
-from privet.common.masking.groups import corrupt_sites
+from privet.common.log.statements import EgressReview, Export, RoundAbort, RoundClose, RoundOpened, RunOpen
 from privet.common.progress import number_of
 from privet.common.study.terms import terms_text
 from privet.simulations.attacks.labels import label
 from privet.simulations.dossier.evidence import Evidence
-from privet.simulations.dossier.gate import candidate
-from privet.simulations.dossier.sources import Claim, OfFile, Section, Sentence, Source, missing
-from privet.simulations.dossier.words import day_of, factor_of, plain, quoted, sentence, shown, spoken
+from privet.simulations.dossier.gate import canaries_alone, candidate
+from privet.simulations.dossier.sources import Claim, Gap, OfFile, OfStudy, Section, Sentence, missing
+from privet.simulations.dossier.words import day_of, placeholder, quoted, sentence, spoken
 
 PAGE = "docs/dossier.md"
 CONTROLLER = "the controller"
 PROVIDER = "the provider"
 EACH_SITE = "each site"
+CONSORTIUM = "the consortium"
+TESTER = "whoever tests the adapter"
 
 _METHODS = {
     "ffa": "The coordinator averages one of the adapter's two parts; the other stays as it began",
     "fedsvd": "The coordinator averages one of the adapter's two parts, and then writes both anew",
     "fedavg": "The coordinator averages both parts of the adapter",
 }
-_UNBOUNDED = "Nothing bounds what is learnt about one person, as there is no differential privacy."
 _ATTACKS = {
-    "canaries": "an audit with planted records, which bounds epsilon from below",
+    "canaries": "an audit with planted records, which bounds epsilon from below and proves no protection",
     "membership": "an attack that tells training records from others (membership inference)",
     "reconstruction": "an attack that reads words from a site's update (reconstruction)",
     "poisoning": "an attack by malicious sites on what the adapter answers (poisoning)",
 }
 
 
-def head(evidence: Evidence, anchor: str) -> Section:
-    """Return the section with which each document begins: what it is, and that its evidence was verified."""
-    report = evidence.report
+def head(evidence: Evidence, anchor: str, use: str = "") -> Section:
+    """Return the section with which each document begins: what it is, and that its evidence was verified.
+
+    Args:
+        evidence: What is known about the run.
+        anchor: Of the section of the manual that describes the document.
+        use: For whom the document is, where it is not for all.
+    """
+    report, who = evidence.report, spoken(evidence.report.verdict.cosigners)
+    witnesses = f"simulated witnesses, named {who}, whose keys lay on one machine" if evidence.simulated else who
     said = [
         Sentence(
-            "privet is a program by which several sites, such as hospitals, train one model together. The records stay "
-            "at their sites. A coordinator adds up what the sites send. A log that the sites witness holds each step.",
-            Claim("docs/architecture.md", "one-round"),
-            Claim(PAGE, "words"),
-        ),
-        Sentence(
             "This document collects what privet can show, and names what it cannot. It is input for people who decide, "
-            "and a measure of readiness. It is no finding of conformity with any law.",
+            f"and no finding of conformity with any law.{use and ' ' + use}",
             Claim(PAGE, "what-it-is-and-what-it-is-not"),
             Claim(PAGE, anchor),
         ),
-    ]
-    if evidence.simulated:
-        said.append(
-            Sentence(
-                "The run is a SIMULATION. Its sites were simulated on one machine, and its noise came from a public "
-                "seed, which protects nobody. What is said of protection holds for sites with noise of their own, and "
-                "not for this run.",
-                evidence.log,
-            )
-        )
-    said.append(
         Sentence(
-            f"Before a sentence was written, run {evidence.run} was verified: all {report.verdict.size} entries "
-            f"(leaves) of the log; the signatures of its witnesses, {spoken(report.verdict.cosigners)}; and the study, "
-            "the rounds and any release against the log.",
+            f"Before a sentence was written, run {evidence.run} was verified: {report.verdict.size} entries (leaves) "
+            f"of the log; the signatures of its witnesses ({witnesses}); and study, rounds and any release against the "
+            "log.",
             evidence.log,
             Claim("docs/audit.md", "the-verdict"),
             leaves=report.verdict.size,
-        )
-    )
+        ),
+    ]
     if not any(each.ended for _, each in evidence.all(RoundClose)) and not aborted_to_the_end(evidence):
         said.append(Sentence("The run has not ended: what follows is its state until now.", evidence.log))
     return Section("What this document is", tuple(said))
+
+
+def simulation(evidence: Evidence) -> Section:
+    """Return the warning with which each document of a simulated run begins."""
+    return Section(
+        "This run was a SIMULATION",
+        (
+            Sentence(
+                "All sites were processes on one machine, the noise can be recomputed by anybody, and nothing here "
+                "shows how a real site behaves. Sites and witnesses are names in a file: no institution of such a name "
+                "has signed anything.",
+                evidence.log,
+                Claim("docs/simulation.md", "limits"),
+            ),
+        ),
+        warning=True,
+    )
 
 
 def aborted_to_the_end(evidence: Evidence) -> bool:
@@ -83,25 +88,47 @@ def aborted_to_the_end(evidence: Evidence) -> bool:
     return any(each.round == evidence.study.rounds for _, each in evidence.all(RoundAbort))
 
 
+def proved(evidence: Evidence) -> Sentence:
+    """Return what a verified log proves, and what it does not."""
+    text = (
+        "The log is whole: nobody changed it since. One program signed for all parties of this simulation, so it "
+        "proves nothing about any of them."
+        if evidence.simulated
+        else "The log proves what each party stated, and that nobody changed it since. It cannot prove that a site "
+        "trained as it states."
+    )
+    return Sentence(text, evidence.log, Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"))
+
+
 def purpose(evidence: Evidence) -> list[Sentence]:
     """Return purpose, legal basis and contacts in the study's own words."""
     found = evidence.study.purpose
     if found is None:
         return [missing("the purpose, the legal basis and contacts, as the study has no table [purpose]")]
+    fields = [
+        ("Purpose", "the purpose", found.text, evidence.field("purpose.text")),
+        ("Legal basis", "the legal basis", found.legal_basis, evidence.field("purpose.legal_basis")),
+        *(("Contact", "a contact", each, evidence.field("purpose.contacts")) for each in found.contacts),
+    ]
     return [
-        Sentence(f"Purpose, in the study's words: {sentence(found.text)}", evidence.field("purpose.text")),
-        Sentence(
-            f"Legal basis, in the study's words: {sentence(found.legal_basis)}", evidence.field("purpose.legal_basis")
-        ),
-        Sentence(
-            f"Contacts, in the study's words: {', '.join(map(quoted, found.contacts))}.",
-            evidence.field("purpose.contacts"),
-        ),
+        *(in_the_studys_words(*each) for each in fields),
         Sentence(
             "privet shows these statements to the sites before they approve the study, and checks none of them.",
             Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
         ),
     ]
+
+
+def in_the_studys_words(name: str, what: str, text: str, source: OfStudy) -> Sentence:
+    """Return a statement of the study in its own words, or the gap that a placeholder leaves."""
+    said = f"{name}, in the study's words: {sentence(text)}"
+    if not placeholder(text):
+        return Sentence(said, source)
+    return Sentence(
+        f"{said} The study holds a placeholder; the controller has to state it.",
+        source,
+        Gap(CONTROLLER, f"{what} (the study holds a placeholder)"),
+    )
 
 
 def release(evidence: Evidence) -> list[Sentence]:
@@ -171,126 +198,32 @@ def course(evidence: Evidence) -> list[Sentence]:
     ]
 
 
-def last_end(evidence: Evidence) -> Source:
-    """Return the last end of a round, whose epsilons are those of the whole run; the log before the first one."""
-    ends = [*evidence.all(RoundClose), *evidence.all(RoundAbort)]
-    return max((leaf for leaf, _ in ends), key=lambda leaf: leaf.index, default=evidence.log)
-
-
-def privacy(evidence: Evidence) -> list[Sentence]:
-    """Return what the run promises for one unit, and what was spent."""
-    study, document = evidence.study, evidence.privacy
-    if not study.private:
-        return [
-            Sentence(
-                "There is NO differential privacy: the study's privacy mode is none. Nothing bounds what the adapter "
-                "tells about one person.",
-                evidence.field("privacy.mode"),
-            )
-        ]
-    costs, unit = document["epsilon"], study.privacy.unit
-    factor, power = factor_of(costs["run"])
-    delta = plain(costs["delta"])
-    whom = {
-        "record": "one record, which is one row of a site's files. A person with several rows is protected less",
-        "patient": f"one patient, which is all rows of a site that share a value of column {study.data.unit}",
-    }[unit]
-    shared = study.privacy.mode == "distributed"
-    claim = Claim("docs/privacy.md", "noise-in-shares" if shared else "the-guarantee")
-    seen = "the coordinator and corrupt sites conclude from the sums" if shared else "anybody concludes from that"
+def nothing_measured(evidence: Evidence) -> list[Sentence]:
+    """Return that no attack was tried on the run; nothing where one was, or where a site has tested the candidate."""
+    if evidence.attacks or evidence.all(EgressReview):
+        return []
     return [
         Sentence(
-            "Differential privacy is noise by which results hardly depend on any one "
-            f"{unit}. Epsilon and delta say how much they still depend on it: the smaller, the better protected.",
-            claim,
-            Claim("docs/glossary.md", "privacy"),
-        ),
-        Sentence(
-            f"The study promises epsilon {costs['target']:g} at delta {delta} for {whom}.",
-            evidence.field("privacy.epsilon"),
-            evidence.field("privacy.delta"),
-            evidence.field("privacy.unit"),
-            promised=costs["target"],
-            delta=costs["delta"],
-        ),
-        Sentence(
-            f"Spent in this run, by any one site: epsilon {shown(costs['run'])} at most, rounded up. For this dossier "
-            "it was computed again from the rounds in the log.",
-            last_end(evidence),
+            "Nothing about attacks was measured in this run.",
             evidence.log,
-            Claim("docs/privacy.md", "accounting"),
-            spent=costs["run"],
-        ),
-        Sentence(
-            f"That means: a site releases something with or without one {unit} in its files. The probability of "
-            f"whatever {seen} differs by a factor of at most {power}, and by at most {delta} more. The closer the "
-            f"factor is to 1, the less anybody can learn about the {unit}.",
-            last_end(evidence),
-            claim,
-            factor=factor,
-            delta=costs["delta"],
-        ),
-        Sentence(
-            "The guarantee holds against the coordinator together with some corrupt sites, if the other sites add "
-            "their shares of the noise."
-            if shared
-            else "Each site adds all of its noise itself. The guarantee holds against everybody else: the coordinator, "
-            "the other sites, and whoever gets the adapter.",
-            evidence.field("privacy.mode"),
-            claim,
-        ),
-    ]
-
-
-def not_covered(evidence: Evidence) -> list[Sentence]:
-    """Return what the guarantee does not cover."""
-    return _listed(
-        evidence, "not_covered", "Epsilon does not cover this", Claim("docs/privacy.md", "what-local-privacy-cannot-do")
-    )
-
-
-def side_channels(evidence: Evidence) -> list[Sentence]:
-    """Return the side channels around the mechanism."""
-    claims = (Claim("docs/privacy.md", each) for each in ("noise-and-floating-point", "what-local-privacy-cannot-do"))
-    return _listed(evidence, "side_channels", "Side channel", *claims)
-
-
-def _listed(evidence: Evidence, field: str, lead: str, claim: Claim, *more: Claim) -> list[Sentence]:
-    """Return one sentence for each point of a list in the privacy statement. The released one is cited if it agrees."""
-    if not evidence.study.private:
-        return [Sentence(_UNBOUNDED, evidence.field("privacy.mode"))]
-    name = f"release/{PRIVACY}.json"
-    released = json.loads(evidence.files[name]).get(field, {}) if name in evidence.files else {}
-    said = []
-    for point, text in evidence.privacy.get(field, {}).items():
-        held = [evidence.file(name)] if released.get(point) == text else []
-        said.append(Sentence(f"{lead} ({point}): {text}", claim, *more, *held))
-    return said
-
-
-def hidden_sums(evidence: Evidence) -> list[Sentence]:
-    """Return what the coordinator sees of a single site."""
-    study = evidence.study
-    mode = evidence.field("secure_aggregation.mode")
-    if study.secure_aggregation.mode != "masked":
-        return [Sentence("Updates are not masked: the coordinator sees the update of each site by itself.", mode)]
-    sizes = sorted({len(each.cohort) for _, each in evidence.all(RoundOpened)}) or [study.cohort.min_sites]
-    least = corrupt_sites(study, sizes[0])
-    return [
-        Sentence(
-            "Updates are masked: the coordinator sees sums over sites, and no single update, as long as no more than "
-            f"{least} of the {sizes[0]} sites in a round help it against the others.",
-            mode,
-            evidence.field("secure_aggregation.corrupt"),
-            evidence.log,
-            Claim("docs/secure-aggregation.md", "1-parties-and-claims"),
-            corrupt=least,
-            asked=sizes[0],
+            Claim(PAGE, "anonymity-assessment"),
         )
     ]
 
 
 def attacks(evidence: Evidence) -> list[Sentence]:
+    """Return the results of attacks, for documents that are not the assessment of anonymity, which lists all of them.
+
+    Raises:
+        StateError: A result has not the fields that the attack writes.
+    """
+    nothing = nothing_measured(evidence)
+    if not nothing:
+        return every_attack(evidence)
+    return [*nothing, missing("results of the attacks that the assessment of anonymity lists", TESTER)]
+
+
+def every_attack(evidence: Evidence) -> list[Sentence]:
     """Return the results of the attacks that were tried on the run, and which were not.
 
     Raises:
@@ -299,7 +232,7 @@ def attacks(evidence: Evidence) -> list[Sentence]:
     said = []
     for name, what in _ATTACKS.items():
         if name not in evidence.attacks:
-            said.append(missing(f"the result of {what}", "whoever tests the adapter"))
+            said.append(missing(f"the result of {what}", TESTER))
             continue
         try:
             said += _RESULTS[name](evidence.attacks[name], evidence.file(f"attacks/{name}.json"))
@@ -308,10 +241,13 @@ def attacks(evidence: Evidence) -> list[Sentence]:
                 f"the result of the attack {name} lacks a field or has a wrong value ({type(error).__name__})",
                 f"run the attack again: `privet attack {name} --help`",
             ) from None
+    if "canaries" in evidence.attacks:
+        said.append(canaries_alone())
     if evidence.attacks:
+        here = " A promise in a simulation protects nobody." if evidence.simulated else ""
         said.append(
             Sentence(
-                "No log covers these results: they are the word of whoever ran the attacks.",
+                f"No log covers these results: they are the word of whoever ran the attacks.{here}",
                 Claim(PAGE, "what-the-sources-are"),
             )
         )

@@ -9,10 +9,10 @@ from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.counts import counts_document
 from privet.common.log.statements import Genesis, Join, Revoke, RoundClose, RoundOpened, RunOpen, SiteRound
 from privet.common.progress import number_of
-from privet.simulations.dossier import parts
+from privet.simulations.dossier import parts, promise
 from privet.simulations.dossier.evidence import Evidence
 from privet.simulations.dossier.sources import Claim, Document, OfLeaf, Section, Sentence, missing
-from privet.simulations.dossier.words import day_of, plain, quoted, shown
+from privet.simulations.dossier.words import day_of, plain, quoted, shown, spoken
 
 
 def nist(evidence: Evidence) -> Document:
@@ -20,20 +20,20 @@ def nist(evidence: Evidence) -> Document:
     study = evidence.study
     sections = [
         parts.head(evidence, "nist-sp-800-226"),
-        Section("Epsilon and delta", (*parts.privacy(evidence), *_by_site(evidence))),
+        Section("Epsilon and delta", (*promise.privacy(evidence), *_by_site(evidence), *promise.others(evidence))),
     ]
     if study.private:
         sections += [
-            Section("Unit of privacy", (*_unit(evidence), *_replaced(evidence))),
+            Section("Unit of privacy", tuple(_unit(evidence))),
             Section("Mechanism", tuple(_mechanism(evidence))),
             Section("Accounting", tuple(_accounting(evidence))),
         ]
     sections += [
         Section("Utility", tuple(parts.measured(evidence)) or tuple(_counted(evidence))),
-        Section("Trust model", (*parts.hidden_sums(evidence), *_shares(evidence))),
+        Section("Trust model", (*promise.hidden_sums(evidence), *_shares(evidence))),
         Section("Randomness", tuple(_randomness(evidence))),
-        Section("Side channels", tuple(parts.side_channels(evidence))),
-        Section("Not covered", tuple(parts.not_covered(evidence))),
+        Section("Side channels", tuple(promise.side_channels(evidence))),
+        Section("Not covered", tuple(promise.not_covered(evidence))),
         Section(
             "Base of the pyramid: access and collection",
             (
@@ -49,30 +49,32 @@ def nist(evidence: Evidence) -> Document:
 
 
 def _by_site(evidence: Evidence) -> list[Sentence]:
-    costs = evidence.privacy.get("epsilon", {"sites": {}})
-    source = parts.last_end(evidence)
+    sites = evidence.privacy.get("epsilon", {"sites": {}})["sites"]
+    if not sites:
+        return []
+    source = promise.last_end(evidence)
     said = [
         Sentence(
-            f"{site}: asked into {number_of(cost['rounds'], 'round')}, epsilon {shown(cost['epsilon'])} at most. As a "
-            f"check, another method (Rényi), which is less exact, gives {shown(cost['epsilon_rdp'])}.",
+            f"{site}: asked into {number_of(cost['rounds'], 'round')}, {promise.epsilon(evidence, cost['epsilon'])} at "
+            "most.",
             source,
             evidence.log,
             rounds=cost["rounds"],
             epsilon=cost["epsilon"],
-            epsilon_rdp=cost["epsilon_rdp"],
         )
-        for site, cost in costs["sites"].items()
+        for site, cost in sites.items()
     ]
-    if costs.get("at_every_site") is not None:
-        said.append(
-            Sentence(
-                f"If the same {evidence.study.privacy.unit} were in the files of every site, all of them together: "
-                f"epsilon {shown(costs['at_every_site'])} at most.",
-                source,
-                Claim("docs/privacy.md", "the-guarantee"),
-                at_every_site=costs["at_every_site"],
-            )
+    coarse = max(cost["epsilon_rdp"] for cost in sites.values())
+    said.append(
+        Sentence(
+            f"As a check, {promise.epsilon(evidence, coarse)} at most for any site by another method (Rényi). A "
+            "coarser method gives a larger bound, as expected; both are upper bounds.",
+            source,
+            evidence.log,
+            Claim("docs/privacy.md", "accounting"),
+            epsilon_rdp=coarse,
         )
+    )
     return said
 
 
@@ -85,26 +87,6 @@ def _unit(evidence: Evidence) -> list[Sentence]:
             Claim("docs/privacy.md", "the-guarantee"),
         )
     ]
-
-
-def _replaced(evidence: Evidence) -> list[Sentence]:
-    """Return what replacing one unit by another costs, once a round has ended."""
-    costs = evidence.privacy["epsilon"]
-    if not costs["sites"]:
-        return []
-    same, unit = costs["replacing"]["epsilon_at_same_delta"], evidence.study.privacy.unit
-    if same is None:
-        text, figures = (
-            f"Nothing is promised for replacing one {unit} by another, at delta {plain(costs['delta'])}.",
-            {},
-        )
-    else:
-        text, figures = (
-            f"Replacing one {unit} by another is removing one and adding one, and costs more: epsilon {shown(same)} at "
-            f"most, at delta {plain(costs['delta'])}.",
-            {"replacing": float(same), "delta": float(costs["delta"])},
-        )
-    return [Sentence(text, parts.last_end(evidence), Claim("docs/privacy.md", "the-guarantee"), **figures)]
 
 
 def _mechanism(evidence: Evidence) -> list[Sentence]:
@@ -156,14 +138,15 @@ def _accounting(evidence: Evidence) -> list[Sentence]:
             Claim("docs/privacy.md", "accounting"),
         )
     ]
+    has = "would have" if evidence.simulated else "has"
     own = {each.site: leaf for leaf, each in evidence.all(SiteRound)}
     for cost in evidence.report.costs:
         if cost.site in own:
-            limit = "that it has set no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
+            limit = "no limit" if cost.limit is None else f"a limit of {cost.limit:g}"
             said.append(
                 Sentence(
-                    f"What {cost.site} has spent in all runs of this log: epsilon {shown(cost.computed)} at delta "
-                    f"{plain(cost.delta)}, as computed for this dossier. The site itself states "
+                    f"What {cost.site} {has} spent in all runs of this log: {promise.epsilon(evidence, cost.computed)} "
+                    f"at delta {plain(cost.delta)}, as computed for this dossier. The site itself states "
                     f"{shown(cost.stated)}, and {limit}.",
                     own[cost.site],
                     evidence.log,
@@ -192,7 +175,7 @@ def _shares(evidence: Evidence) -> list[Sentence]:
     ]
     if said:
         alone = trust["own_share_epsilon"]
-        left = "nothing that counts" if alone is None else f"epsilon {shown(alone)}, at the same delta"
+        left = "nothing that counts" if alone is None else f"{promise.epsilon(evidence, alone)}, at the same delta"
         said.append(
             Sentence(
                 f"If every other site is corrupt, a site's own share of the noise leaves: {left}.",
@@ -227,7 +210,7 @@ def model_card(evidence: Evidence) -> Document:
             Section("Model", (*parts.release(evidence), *parts.training(evidence))),
             Section("Intended use", (*parts.purpose(evidence), missing("uses that are out of scope", parts.PROVIDER))),
             Section("How it was made", tuple(parts.course(evidence))),
-            Section("Privacy", tuple(parts.privacy(evidence))),
+            Section("Privacy", tuple(promise.privacy(evidence))),
             Section(
                 "Measured",
                 (
@@ -241,10 +224,7 @@ def model_card(evidence: Evidence) -> Document:
                 "Limits",
                 (
                     missing("how well it does on data unlike the sites'", parts.PROVIDER),
-                    Sentence(
-                        "The log shows who stated what. It does not show whether the sites trained as they state.",
-                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
-                    ),
+                    parts.proved(evidence),
                 ),
             ),
         ),
@@ -285,7 +265,8 @@ def _counted(evidence: Evidence) -> list[Sentence]:
 
 
 def data_sheets(evidence: Evidence) -> Document:
-    """Return a data sheet for each site: what the log shows of it, and what it has to add."""
+    """Return the data sheets of the sites in one table: what the log shows of each, and what all have to add."""
+    sheets = _sheets(evidence)
     return Document(
         "data-sheets",
         "Data sheets of the sites",
@@ -301,12 +282,49 @@ def data_sheets(evidence: Evidence) -> Document:
                         evidence.log,
                         Claim("docs/dossier.md", "small-counts"),
                     ),
+                    Sentence(
+                        "The policy by which a site admitted the study stays at the site. It can be asked for, and "
+                        "compared with its digest.",
+                        evidence.log,
+                        Claim("docs/site-policy.md", "the-sites-policy"),
+                    ),
+                    *_unlimited(evidence),
                     *_counted(evidence),
+                    missing("the count that it declares, and the dates between which its records lie", parts.EACH_SITE),
+                    missing(
+                        "provenance, inclusion and exclusion, labels, and what was removed before training",
+                        parts.EACH_SITE,
+                    ),
                 ),
             ),
-            *_sheets(evidence),
+            *([Section("Site by site", tuple(sheets), columns=_COLUMNS)] if sheets else []),
         ),
     )
+
+
+def _unlimited(evidence: Evidence) -> list[Sentence]:
+    """Return which sites limit nothing, by the last statement of each."""
+    last = {each.site: (leaf, each.charge) for leaf, each in evidence.all(SiteRound) if each.charge is not None}
+    free = {site: leaf for site, (leaf, charge) in last.items() if charge.limit is None}
+    if not free:
+        return []
+    first, *more = _ends([free[site] for site in sorted(free)])
+    every = len(free) == len(last) > 1
+    who = f"All {len(last)} sites limit" if every else f"{spoken(sorted(free))} limit{'s' if len(free) == 1 else ''}"
+    return [
+        Sentence(
+            f"{who} nothing: further studies may add any amount.",
+            first,
+            *more,
+            evidence.log,
+            **({"sites": len(last)} if every else {}),
+        )
+    ]
+
+
+_COLUMNS = ("site", "member", "rounds: asked, stated, in results", "cost, as it states", "policy", "committed to")
+_DIGITS = len("sha256:") + 16
+"""Letters of a digest in the table. The sentence and the leaf have all."""
 
 
 @dataclass
@@ -316,20 +334,19 @@ class _Seen:
     asked: list[OfLeaf] = field(default_factory=list)
     stated: list[tuple[OfLeaf, SiteRound]] = field(default_factory=list)
     summed: list[OfLeaf] = field(default_factory=list)
-    membership: list[Sentence] = field(default_factory=list)
+    membership: list[tuple[str, OfLeaf]] = field(default_factory=list)
 
 
-def _sheets(evidence: Evidence) -> list[Section]:
-    """Return the section of each site that was asked into a round, in one pass over the log."""
+def _sheets(evidence: Evidence) -> list[Sentence]:
+    """Return the row of each site that was asked into a round, in one pass over the log."""
     sites: defaultdict[str, _Seen] = defaultdict(_Seen)
     joins: list[tuple[OfLeaf, Genesis | Join]] = [*evidence.all(Genesis), *evidence.all(Join)]
     for leaf, joined in joins:
         for member in joined.joining:
-            text = f"A member of the consortium since {day_of(joined.time)}."
-            sites[member.site].membership.append(Sentence(text, leaf))
+            sites[member.site].membership.append((f"since {day_of(joined.time)}", leaf))
     for leaf, revoked in evidence.all(Revoke):
-        text = f"Revoked on {day_of(revoked.time)}: {quoted(revoked.reason)}."
-        sites[revoked.site].membership.append(Sentence(text, leaf))
+        text = f"revoked on {day_of(revoked.time)}: {quoted(revoked.reason)}"
+        sites[revoked.site].membership.append((text, leaf))
     for leaf, opened in evidence.all(RoundOpened):
         for site in opened.cohort:
             sites[site].asked.append(leaf)
@@ -338,49 +355,37 @@ def _sheets(evidence: Evidence) -> list[Section]:
     for leaf, closed in evidence.all(RoundClose):
         for site in closed.survivors:
             sites[site].summed.append(leaf)
-    return [Section(site, tuple(_sheet(evidence, site, seen))) for site, seen in sorted(sites.items()) if seen.asked]
+    return [_sheet(evidence, site, seen) for site, seen in sorted(sites.items()) if seen.asked]
 
 
-def _sheet(evidence: Evidence, site: str, seen: _Seen) -> list[Sentence]:
-    said = [
-        *seen.membership,
-        Sentence(
-            f"It was asked into {number_of(len(seen.asked), 'round')}, signed a statement in {len(seen.stated)}, and "
-            f"its update is in the result of {len(seen.summed)}.",
-            *_ends(seen.asked),
-            evidence.log,
-            asked=len(seen.asked),
-            stated=len(seen.stated),
-            summed=len(seen.summed),
-        ),
-    ]
+def _sheet(evidence: Evidence, site: str, seen: _Seen) -> Sentence:
+    """Return what the log shows of a site, as a sentence and as a row of a table."""
+    member = "; ".join(text for text, _ in seen.membership) or "not in this log"
+    rounds = len(seen.asked), len(seen.stated), len(seen.summed)
+    sources = [leaf for _, leaf in seen.membership] + list(_ends(seen.asked))
+    figures = dict(zip(("asked", "stated", "summed"), map(float, rounds), strict=True))
+    text = (
+        f"{site}: member {member}. It was asked into {number_of(rounds[0], 'round')}, signed a statement in "
+        f"{rounds[1]}, and its update is in the result of {rounds[2]}."
+    )
+    cost, policy, committed = "nothing stated", "none stated", ""
     if seen.stated:
         leaf, last = seen.stated[-1]
+        sources.append(leaf)
+        policy, committed = last.policy, ", ".join(sorted(last.commitments))
         if last.charge is not None:
-            limit = "has set no limit" if last.charge.limit is None else f"has set a limit of {last.charge.limit:g}"
-            said.append(
-                Sentence(
-                    f"By its own statement, it has spent epsilon {shown(last.charge.epsilon)} at delta "
-                    f"{plain(last.charge.delta)} on these records up to then, and {limit}.",
-                    leaf,
-                    epsilon=last.charge.epsilon,
-                    delta=last.charge.delta,
-                )
+            figures |= {"epsilon": last.charge.epsilon, "delta": last.charge.delta}
+            limit = "no limit" if last.charge.limit is None else f"limit {last.charge.limit:g}"
+            cost = f"{promise.epsilon(evidence, last.charge.epsilon)}, {limit}"
+            text += (
+                f" By its own statement, its records cost {promise.epsilon(evidence, last.charge.epsilon)} at delta "
+                f"{plain(last.charge.delta)} up to then; it has {limit}."
             )
-        if last.commitments:
-            said.append(Sentence(f"It has committed to values of: {', '.join(sorted(last.commitments))}.", leaf))
-        said.append(
-            Sentence(
-                "The policy by which it admitted the study stays at the site. It can be asked for, and compared with "
-                f"its digest: {last.policy}.",
-                leaf,
-            )
-        )
-    return [
-        *said,
-        missing("the count that it declares, and the dates between which its records lie", f"site {site}"),
-        missing("provenance, inclusion and exclusion, labels, and what was removed before training", f"site {site}"),
-    ]
+        text += f" Digest of its policy: {policy}."
+    if committed:
+        text += f" It has committed to values of: {committed}."
+    cells = (site, member, ", ".join(map(str, rounds)), cost, f"{policy[:_DIGITS]}…", committed or "none")
+    return Sentence(text, evidence.log, *dict.fromkeys(sources), **figures).row(*cells)
 
 
 def _ends(leaves: list[OfLeaf]) -> tuple[OfLeaf, *tuple[OfLeaf, ...]]:

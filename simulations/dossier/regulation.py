@@ -7,6 +7,8 @@ Headings name the points of the text; each point has sentences or a gap. What a 
 
 from __future__ import annotations
 
+import re
+
 from privet.common.log.statements import (
     AdapterState,
     EgressDecision,
@@ -27,12 +29,14 @@ from privet.common.log.statements import (
 )
 from privet.common.progress import number_of
 from privet.common.study.terms import permit_asked
-from privet.simulations.dossier import parts
+from privet.simulations.dossier import parts, promise
 from privet.simulations.dossier.evidence import Evidence
 from privet.simulations.dossier.gate import egress
 from privet.simulations.dossier.parts import CONTROLLER, EACH_SITE, PAGE, PROVIDER
 from privet.simulations.dossier.sources import Claim, Document, Section, Sentence, missing
-from privet.simulations.dossier.words import day_of, factor_of, period, quoted, sentence, spoken
+from privet.simulations.dossier.words import day_of, factor_of, period, placeholder, quoted, sentence, spoken
+
+_UNITED_STATES = "It is for a hospital in the United States, and probably not applicable elsewhere."
 
 
 def annex_iv(evidence: Evidence) -> Document:
@@ -41,7 +45,7 @@ def annex_iv(evidence: Evidence) -> Document:
         "annex-iv",
         "Technical documentation, in the order of Annex IV of the AI Act",
         (
-            parts.head(evidence, "annex-iv"),
+            parts.head(evidence, "annex-iv", "Annex IV applies only if the AI system is a high-risk one."),
             Section("1. General description", tuple(_general(evidence))),
             Section("2. Elements and development", tuple(_development(evidence))),
             Section("3. Monitoring, functioning and control", tuple(_functioning(evidence))),
@@ -54,9 +58,8 @@ def annex_iv(evidence: Evidence) -> Document:
                 (
                     missing("the risk management system (Article 9)", PROVIDER),
                     Sentence(
-                        "Inputs to it are the measured risks in the assessment of anonymity and in the NIST statement "
-                        "of this dossier.",
-                        Claim(PAGE, "the-documents"),
+                        "What was measured about attacks, and what was not, is in the assessment of anonymity.",
+                        Claim(PAGE, "anonymity-assessment"),
                     ),
                 ),
             ),
@@ -114,13 +117,15 @@ def _development(evidence: Evidence) -> list[Sentence]:
     columns = ", ".join(f"{column} ({role})" for role, column in sorted(study.data.columns.items()))
     return [
         *parts.training(evidence),
-        *parts.privacy(evidence),
-        *parts.hidden_sums(evidence),
+        *promise.privacy(evidence),
+        *promise.hidden_sums(evidence),
         Sentence(
-            f"Records stay at their sites. Of a site's files, these columns are used: {columns}. The model reads at "
-            f"most {study.data.max_length} tokens (words or parts of words) of a record; what is longer is cut.",
+            f"By its design, records stay at their sites. Of a site's files, these columns are used: {columns}. The "
+            f"model reads at most {study.data.max_length} tokens (words or parts of words) of a record; what is "
+            "longer is cut.",
             evidence.field("data.columns"),
             evidence.field("data.max_length"),
+            Claim("docs/architecture.md", "one-round"),
             max_length=study.data.max_length,
         ),
         missing(
@@ -146,10 +151,11 @@ def _functioning(evidence: Evidence) -> list[Sentence]:
     return [
         missing("capabilities and limits in the intended use, and accuracy for specific persons or groups", PROVIDER),
         missing("foreseeable unintended outcomes, and the oversight that meets them", PROVIDER),
-        *parts.not_covered(evidence),
+        *promise.not_covered(evidence),
         Sentence(
-            "Each step of the run is a signed entry of a log that the sites witness. Anybody can verify it later, "
-            "without asking the coordinator.",
+            "Each step of the run is a signed entry of a log that the "
+            + ("simulated " if evidence.simulated else "")
+            + "sites witness. Anybody can verify it later, without asking the coordinator.",
             evidence.log,
             Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
         ),
@@ -176,14 +182,15 @@ def dpia(evidence: Evidence) -> Document:
                 "(b) Necessity and proportionality",
                 (
                     missing("why the processing is necessary and proportionate to the purposes", CONTROLLER),
+                    missing("which national law on research applies, and what it demands", CONTROLLER),
                     *_minimal(evidence),
                 ),
             ),
             Section(
                 "(c) Risks to the rights and freedoms of data subjects",
                 (
-                    *parts.not_covered(evidence),
-                    *parts.side_channels(evidence),
+                    *promise.not_covered(evidence),
+                    *promise.side_channels(evidence),
                     *parts.attacks(evidence),
                     missing("the likelihood and severity of each risk for data subjects", CONTROLLER),
                 ),
@@ -191,14 +198,16 @@ def dpia(evidence: Evidence) -> Document:
             Section(
                 "(d) Measures",
                 (
-                    *parts.privacy(evidence),
-                    *parts.hidden_sums(evidence),
+                    *promise.privacy(evidence),
+                    *promise.others(evidence),
+                    *promise.hidden_sums(evidence),
                     *_policies(evidence),
                     *egress(evidence),
                     *_withdrawal(evidence),
                     missing("measures at the sites' machines, and the training of their staff", EACH_SITE),
                 ),
             ),
+            Section("Parties, information and rights", tuple(_duties())),
             Section(
                 "Advice and views",
                 (
@@ -217,9 +226,14 @@ def _processing(evidence: Evidence) -> list[Sentence]:
         *parts.purpose(evidence),
         *parts.course(evidence),
         Sentence(
-            f"In each round a site sends{counts}{noisy}, and a signed statement for the log. Once, when it agrees to "
-            f"the study, it declares a number of {evidence.study.privacy.unit}s, which others can read. No record "
-            "leaves a site, and no identifier of a record or patient.",
+            f"By its design, a site sends in each round{counts}{noisy}, and a signed statement for the log; and once, "
+            f"when it agrees to the study, a number of {evidence.study.privacy.unit}s, which others can read. By its "
+            "design, no record leaves a site, and no identifier of a record or patient. "
+            + (
+                "A simulation does not show it: one program read all files."
+                if evidence.simulated
+                else "The log does not show what else a site's machine sends."
+            ),
             evidence.file("study.json"),
             Claim("docs/architecture.md", "one-round"),
             Claim("SECURITY.md", "privacy-of-records"),
@@ -233,6 +247,22 @@ def _processing(evidence: Evidence) -> list[Sentence]:
             "periods of the site's policy)",
             EACH_SITE,
         ),
+    ]
+
+
+def _duties() -> list[Sentence]:
+    """Return what the GDPR asks of the parties around the processing. Nothing of it is in a log."""
+    return [
+        missing(
+            "the legal names of sites and coordinator, and their agreement as joint controllers (Article 26) or with a "
+            "processor (Article 28)",
+            CONTROLLER,
+        ),
+        missing("in which place and country the coordinator's service is hosted, and by whom", "the coordinator"),
+        missing("how persons are informed (Articles 13 and 14)", CONTROLLER),
+        missing("how requests under Articles 15 to 22 are answered, and by whom", CONTROLLER),
+        missing("the record of processing activities (Article 30)", CONTROLLER),
+        missing("who reports incidents, to whom, and within which time (Articles 33 and 34)", CONTROLLER),
     ]
 
 
@@ -261,20 +291,26 @@ def _policies(evidence: Evidence) -> list[Sentence]:
     refusals = evidence.all(Refusal)
     if not rounds:
         return [Sentence("No site has stated a round.", evidence.log)]
-    policies = {each.policy for _, each in rounds}
+    policies, sites = {each.policy for _, each in rounds}, {each.site for _, each in rounds}
+    found = f"Number of different policies that the sites named: {len(policies)}."
+    if len(policies) == 1 and len(sites) > 1:
+        found = f"All {len(sites)} sites named the same policy ({len(policies)} digest)."
+        if not evidence.simulated:
+            found += " Policies are each site's own, so somebody has to explain why they are equal."
+    here = " The sites were simulated; nobody was asked." if evidence.simulated else ""
     return [
         Sentence(
-            "Each site judges a study by its own policy before it opens a file. The policies stay at the sites; each "
-            "statement of a site names the policy by a digest. Number of different policies that the sites named: "
-            f"{len(policies)}.",
+            "By its design, each site judges a study by its own policy before it opens a file. The policies stay at "
+            f"the sites; each statement of a site names the policy by a digest. {found}{here}",
             rounds[0][0],
             rounds[-1][0],
             evidence.log,
             Claim("docs/site-policy.md", "the-sites-policy"),
             policies=len(policies),
+            **({"sites": len(sites)} if len(policies) == 1 < len(sites) else {}),
         ),
         Sentence(
-            f"Refusals of sites in this run: {len(refusals) or 'none'}.",
+            f"Refusals of sites in this run: {len(refusals) or 'none'}.{here}",
             evidence.log,
             *(leaf for leaf, _ in refusals[:8]),
             refusals=len(refusals),
@@ -283,24 +319,57 @@ def _policies(evidence: Evidence) -> list[Sentence]:
 
 
 def _withdrawal(evidence: Evidence) -> list[Sentence]:
-    bound = {
-        "patient": "Differential privacy bounds what this run's results tell about one patient of a site.",
-        "record": "Differential privacy bounds what this run's results tell about one record. It protects a person "
-        "with several records less.",
-    }
     study = evidence.study
+    bound = f"Differential privacy bounds what this run's results tell about one {study.privacy.unit}"
+    if study.privacy.unit == "record":
+        bound += ". It protects a person with several records less"
+    bound = f"{bound}."
+    if evidence.simulated:
+        bound = (
+            f"Nothing bounds what this run's results tell about one {study.privacy.unit}: the noise of a simulation is "
+            "public. At real sites, differential privacy is to bound it."
+        )
+    objection = (
+        [
+            missing(
+                "how objections are met (Article 21), a right where the legal basis is Article 6(1)(e) or (f); privet "
+                "has nothing for it but the withdrawal",
+                CONTROLLER,
+            )
+        ]
+        if evidence.study.purpose is None or may_object(evidence.study.purpose.legal_basis)
+        else []
+    )
     return [
         Sentence(
-            "A person can withdraw: the site leaves their records out of all later rounds and studies. What was "
-            "released before stays released.",
+            "privet can leave a person's records out of later rounds and studies (withdrawal). The trained adapter is "
+            "not changed by it, and what was released stays released.",
             Claim("docs/operate-site.md", "a-person-withdraws"),
         ),
         Sentence(
-            bound[study.privacy.unit] if study.private else "Nothing bounds what this run's results tell about them.",
+            "Whether anybody asked for it in this run is not in the log, by design: it would be a fact about one "
+            "person.",
+            Claim("docs/privacy.md", "a-unit-is-withdrawn"),
+        ),
+        *objection,
+        Sentence(
+            bound if study.private else "Nothing bounds what this run's results tell about them.",
             evidence.field("privacy.mode"),
             *((evidence.field("privacy.unit"), Claim("docs/privacy.md", "the-guarantee")) if study.private else ()),
         ),
     ]
+
+
+_LETTER = re.compile(
+    r"\b6\s*(?:\(\s*1\s*\)|(?:abs|para|paragraph)?\.?\s*1)\W*(?:lit|point|letter|buchst)?\W*([a-f])\b", re.I
+)
+"""The letter of Article 6(1) GDPR in a legal basis, as in `6(1)(e)` and `Art. 6 Abs. 1 lit. e`."""
+
+
+def may_object(basis: str) -> bool:
+    """Whether a legal basis may be Article 6(1)(e) or (f) GDPR: it names one of them, or no letter, or is no basis."""
+    named = {letter.lower() for letter in _LETTER.findall(basis)}
+    return placeholder(basis) or not named or bool(named & {"e", "f"})
 
 
 def anonymity(evidence: Evidence) -> Document:
@@ -313,6 +382,7 @@ def anonymity(evidence: Evidence) -> Document:
             Section(
                 "The question",
                 (
+                    *parts.nothing_measured(evidence),
                     Sentence(
                         "By the Opinion, a model is anonymous only if two things are insignificantly likely: that "
                         "personal data from training are extracted from it, and that queries obtain them. privet "
@@ -334,8 +404,11 @@ def anonymity(evidence: Evidence) -> Document:
                     *_minimal(evidence),
                 ),
             ),
-            Section("Design: method of training", (*parts.training(evidence), *parts.privacy(evidence))),
-            Section("Design: limits of the guarantee", tuple(parts.not_covered(evidence))),
+            Section(
+                "Design: method of training",
+                (*parts.training(evidence), *promise.privacy(evidence), *promise.others(evidence)),
+            ),
+            Section("Design: limits of the guarantee", tuple(promise.not_covered(evidence))),
             Section(
                 "Design: outputs of the model",
                 (
@@ -347,12 +420,7 @@ def anonymity(evidence: Evidence) -> Document:
                 "Analysis: is it built as designed?",
                 (
                     *parts.course(evidence),
-                    Sentence(
-                        "The log proves what each party stated, and that nobody changed it since. It cannot prove that "
-                        "a site trained as it states.",
-                        evidence.log,
-                        Claim("docs/round-log.md", "1-what-a-verified-log-proves-and-what-it-does-not"),
-                    ),
+                    parts.proved(evidence),
                     Sentence(
                         "The coordinator's modules are named by SHA-256, so a reviewer can compare them with a release "
                         "of privet.",
@@ -361,7 +429,7 @@ def anonymity(evidence: Evidence) -> Document:
                     missing("reports of reviews of the code that ran", "the consortium"),
                 ),
             ),
-            Section("Tests: resistance to attacks", (*parts.attacks(evidence), *_further_tests())),
+            Section("Tests: resistance to attacks", (*parts.every_attack(evidence), *_further_tests())),
             Section(
                 "Documentation",
                 (
@@ -376,13 +444,14 @@ def anonymity(evidence: Evidence) -> Document:
 def _bound_alone(evidence: Evidence) -> list[Sentence]:
     """Return what the bound of differential privacy says about the question, and what it leaves open."""
     if not evidence.study.private:
-        return parts.privacy(evidence)
+        return promise.privacy(evidence)
     factor, shown = factor_of(evidence.privacy["epsilon"]["run"])
     return [
         Sentence(
             f"Epsilon alone does not answer it. It bounds the worst case by a factor of {shown}. The larger the "
-            "factor, the more depends on what attacks reach.",
-            parts.last_end(evidence),
+            "factor, the more depends on what attacks reach."
+            + (" Of this run, which is simulated, it bounds nothing." if evidence.simulated else ""),
+            promise.last_end(evidence),
             Claim("docs/attacks.md", "results"),
             factor=factor,
         )
@@ -396,7 +465,7 @@ def _further_tests() -> list[Sentence]:
         ),
         missing(
             "the results of attribute inference and of model inversion, for which privet has no test",
-            "whoever tests the adapter",
+            parts.TESTER,
         ),
     ]
 
@@ -413,7 +482,7 @@ def hipaa_activity(evidence: Evidence) -> Document:
         "hipaa-activity-review",
         "Input for a review of information system activity (45 CFR 164.308(a)(1)(ii)(D), 164.312(b))",
         (
-            parts.head(evidence, "hipaa-activity-review"),
+            parts.head(evidence, "hipaa-activity-review", _UNITED_STATES),
             Section("Events of the log, by the clocks of their authors", tuple(said)),
             Section("What each site sent", tuple(_sent(evidence))),
             Section(
@@ -479,13 +548,14 @@ def _rounds(evidence: Evidence) -> Sentence:
 
 def _sent(evidence: Evidence) -> list[Sentence]:
     rounds = evidence.all(SiteRound)
+    who = " (simulated)" if evidence.simulated else ""
     said = []
     for site in sorted({each.site for _, each in rounds}):
         own = [(leaf, each) for leaf, each in rounds if each.site == site]
         (first, began), (last, ended) = own[0], own[-1]
         said.append(
             Sentence(
-                f"{site} states that it sent {number_of(len(own), 'update')}, {period(began.time, ended.time)}.",
+                f"{site}{who} states that it sent {number_of(len(own), 'update')}, {period(began.time, ended.time)}.",
                 first,
                 *([last] if last != first else []),
                 evidence.log,
@@ -501,10 +571,18 @@ def hipaa_expert(evidence: Evidence) -> Document:
         "hipaa-expert-input",
         "Input for an expert determination (45 CFR 164.514(b)(1))",
         (
-            parts.head(evidence, "hipaa-expert-input"),
-            Section("Methods", (*parts.training(evidence), *parts.privacy(evidence), *parts.hidden_sums(evidence))),
+            parts.head(evidence, "hipaa-expert-input", _UNITED_STATES),
+            Section(
+                "Methods",
+                (
+                    *parts.training(evidence),
+                    *promise.privacy(evidence),
+                    *promise.others(evidence),
+                    *promise.hidden_sums(evidence),
+                ),
+            ),
             Section("Results", tuple(parts.attacks(evidence))),
-            Section("Limits", (*parts.not_covered(evidence), *parts.side_channels(evidence))),
+            Section("Limits", (*promise.not_covered(evidence), *promise.side_channels(evidence))),
             Section(
                 "Identifiers in the records",
                 (
@@ -532,9 +610,20 @@ def permit(evidence: Evidence) -> Document | None:
     if found is None:
         return None
     said = [
-        Sentence(f"Number: {quoted(found.number)}.", evidence.field("purpose.permit.number")),
-        Sentence(f"Permitted purpose: {sentence(found.purpose)}", evidence.field("purpose.permit.purpose")),
-        Sentence(f"Last day: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
+        Sentence(
+            "privet shows the sites what the study says about a permit. Whether there is a permit was not checked.",
+            Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
+        ),
+        parts.in_the_studys_words(
+            "Number", "the number of the permit", found.number, evidence.field("purpose.permit.number")
+        ),
+        parts.in_the_studys_words(
+            "Permitted purpose",
+            "the purpose that the permit names",
+            found.purpose,
+            evidence.field("purpose.permit.purpose"),
+        ),
+        Sentence(f"Last day, in the study's words: {found.expires} (UTC).", evidence.field("purpose.permit.expires")),
     ]
     times = parts.rounds_in_time(evidence)
     if times is not None:
@@ -543,7 +632,7 @@ def permit(evidence: Evidence) -> Document | None:
         said.append(
             Sentence(
                 f"By the coordinator's clock, rounds began {period(*times)}: "
-                + ("all of them while the permit held." if within else "NOT all of them while the permit held."),
+                + ("all of them by this day." if within else "NOT all of them by this day."),
                 evidence.log,
                 evidence.field("purpose.permit.expires"),
                 within=float(within),
@@ -551,17 +640,17 @@ def permit(evidence: Evidence) -> Document | None:
         )
     said += [
         Sentence(
-            f"The study asks for {permit_asked(evidence.study)}. After it, each site refuses the study and its rounds "
-            "by its own clock, and the coordinator opens no round.",
+            f"The study asks for {permit_asked(evidence.study)}. By its design, after this day, each site refuses the "
+            "study and its rounds by its own clock, and the coordinator opens no round.",
             evidence.field("purpose.permit.expires"),
             Claim("docs/privacy-officer.md", "purpose-legal-basis-and-permit"),
         ),
         missing(
-            "whether the permit was issued as the study says, its conditions, and the secure environment", CONTROLLER
+            "whether there is a permit, as the study says it, its conditions, and the secure environment", CONTROLLER
         ),
     ]
     return Document(
         "ehds-permit",
-        "The data permit (Regulation (EU) 2025/327)",
-        (parts.head(evidence, "ehds-permit"), Section("The permit, in the study's words", tuple(said))),
+        "What the study says about a data permit (Regulation (EU) 2025/327)",
+        (parts.head(evidence, "ehds-permit"), Section("A permit, in the study's words", tuple(said))),
     )

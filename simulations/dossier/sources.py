@@ -111,11 +111,13 @@ class Sentence:
         text: What is said.
         sources: What it rests on.
         figures: The numbers in the text, unrounded, by name.
+        cells: The same as a row of a table, where the section is shown as one.
     """
 
     text: str
     sources: tuple[Source, ...]
     figures: Mapping[str, float] = field(default_factory=dict)
+    cells: tuple[str, ...] = ()
 
     def __init__(self, text: str, source: Source, *more: Source, **figures: float) -> None:
         sources = (source, *more)
@@ -124,6 +126,18 @@ class Sentence:
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "sources", sources)
         object.__setattr__(self, "figures", figures)
+
+    def row(self, *cells: str) -> Sentence:
+        """Return the same sentence with the cells of a table's row."""
+        source, *more = self.sources
+        made = Sentence(self.text, source, *more, **self.figures)
+        object.__setattr__(made, "cells", cells)
+        return made
+
+    @property
+    def general(self) -> bool:
+        """Whether it rests on privet's documentation alone, so that it says the same of every run."""
+        return all(isinstance(each, Claim) for each in self.sources)
 
     @property
     def gap(self) -> Gap | None:
@@ -144,14 +158,25 @@ def missing(what: str, who: str = "the consortium") -> Sentence:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document: its heading, and its sentences, of which there is at least one."""
+    """A part of a document.
+
+    Attributes:
+        title: Its heading.
+        sentences: What it says: at least one sentence.
+        warning: Whether a page shows it as a warning.
+        columns: Where a page shows it as a table, the names of the columns. Each sentence then has a cell for each.
+    """
 
     title: str
     sentences: tuple[Sentence, ...]
+    warning: bool = False
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sentences:
             raise ValueError(f"the section {self.title!r} says nothing: it needs a fact or a gap")
+        if any(len(each.cells) != len(self.columns) for each in self.sentences if self.columns):
+            raise ValueError(f"the section {self.title!r} is a table: each sentence needs {len(self.columns)} cells")
 
 
 @dataclass(frozen=True)

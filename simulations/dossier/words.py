@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import ROUND_UP, Context, Decimal
 
 from privet.common.audit.privacy_text import rounded_up
 
 _MARKS = str.maketrans("“”„«»", "'''''")
 _MOST_EXPONENT, _LONG, _WHOLE = 700.0, 14.0, 100
 """An exponent whose power is a float64; one from which on the power is too long to read; a factor without decimals."""
+
+
+_EXAMPLE_HOST = re.compile(
+    r"(?<![\w-])(?:example\.(?:com|net|org)|[\w-]+\.(?:example|invalid|test|localhost))(?![\w-]|\.\w)", re.I
+)
+_EXAMPLE_TEXT = re.compile(
+    r"\W*example(?:\s*[:;,.()]|[\s_-]*\d|\s+[\u2013\u2014-]\s|\s*$)|.*\b(?:Dr|Prof|Mrs?|Ms)\.? (?:\w\. ?)*Example\b",
+    re.I,
+)
+
+
+def placeholder(text: str) -> bool:
+    """Whether a text is one that stands for another: an example by its own words, or an address that nobody can have.
+
+    Reserved are the names of RFC 2606, sections 2 and 3. A real name that contains the word is none: "Example-based
+    learning", "Examination office".
+    """
+    return bool(_EXAMPLE_HOST.search(text) or _EXAMPLE_TEXT.match(text))
+
+
+def up(number: float) -> str:
+    """Return a small number with two digits, rounded up, without an exponent."""
+    return f"{Context(prec=2, rounding=ROUND_UP).create_decimal_from_float(number):f}"
+
+
+def second_of(time: float) -> str:
+    """Return a time in seconds since 1970 as a day and a time of day, in UTC."""
+    return datetime.fromtimestamp(min(time, 253_402_300_799), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def day_of(time: float) -> str:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -30,12 +31,13 @@ from privet.common.log.statements import EgressDecision
 from privet.common.privacy.accounting import plan
 from privet.common.study.study import kept_study
 from privet.server.rounds import rounds
-from privet.simulations.dossier import words
+from privet.simulations.dossier import promise, words
 from privet.simulations.dossier.commands import dossier
 from privet.simulations.dossier.evidence import gather
-from privet.simulations.dossier.folder import dossier_files
+from privet.simulations.dossier.folder import _rows, dossier_files
 from privet.simulations.dossier.gate import egress
 from privet.simulations.dossier.glossary import words as words_document
+from privet.simulations.dossier.regulation import may_object
 from privet.simulations.dossier.sources import Claim, Gap, Section, Sentence
 from tests.conftest import Run
 from tests.server.test_permit import LAST, PERMIT, PURPOSE
@@ -105,7 +107,7 @@ def whole(folder: Path) -> dict[str, Any]:
 
 
 def sentences(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for each in document["documents"]:
+    for each in (document["first"], *document["documents"]):
         for section in each["sections"]:
             assert section["sentences"], (each["name"], section["title"])
             yield from section["sentences"]
@@ -195,7 +197,9 @@ def test_figures_are_those_that_the_log_gives(made: Path, path: Path, world: Log
     spent = {site: mechanism.spent(numbers) for site, numbers in rounds.items()}
     assert figures(document, "spent") == pytest.approx([max(spent.values())] * len(figures(document, "spent")))
     sheet = next(each for each in document["documents"] if each["name"] == "nist-sp-800-226")
-    by_site = [each for each in sheet["sections"][1]["sentences"] if "epsilon_rdp" in each.get("figures", {})]
+    by_site = [
+        each for each in sheet["sections"][1]["sentences"] if {"rounds", "epsilon"} == set(each.get("figures", {}))
+    ]
     assert [each["figures"]["epsilon"] for each in by_site] == pytest.approx([spent[site] for site in sorted(spent)])
     assert {*figures(document, "promised")} == {world.study.privacy.epsilon}
     assert {*figures(document, "noise_multiplier")} == {each.noise_multiplier for each in mechanism.kinds}
@@ -219,6 +223,108 @@ def test_a_factor_is_rounded_up_and_never_overflows() -> None:
     assert Sentence("x", Gap("y"), epsilon=float("inf")).document()["figures"] == {"epsilon": None}
 
 
+def test_a_group_of_units_costs_what_removing_them_one_by_one_costs(path: Path) -> None:
+    for one, delta in ((0.0, 1e-5), (0.1, 1e-6), (1.0, 1e-5), (8.0, 1e-5)):
+        factor, more = 1.0, 0.0  # P(S) <= factor * P'(S) + more, for the next unit again
+        for size in range(1, 6):
+            factor, more = factor * math.exp(one), more + factor * delta
+            epsilon, total = promise.of_group(one, delta, size)
+            assert (math.exp(epsilon), total) == pytest.approx((factor, more))
+        last = promise._last_group(one, delta)
+        assert promise.of_group(one, delta, last)[1] >= 1
+        assert last == 2 or promise.of_group(one, delta, last - 1)[1] < 1
+    assert promise.of_group(1e6, 1e-5, 2)[1] == math.inf
+    assert promise._last_group(math.inf, 1e-5) == 2
+    assert promise.of_group(8.0, 1e-5, 2)[1] == pytest.approx(0.03, rel=0.01)  # as docs/privacy.md says
+    assert promise.of_group(8.0, 1e-5, 3)[1] > 1
+    stated = gather(path).privacy["epsilon"]  # replacing is two units, and this delta is too large for them
+    assert stated["replacing"]["epsilon"] is None
+    assert promise.of_group(stated["run"], stated["delta"], 2)[1] > 1
+
+
+def test_inputs_name_each_epsilon_and_what_no_document_shows(made: Path) -> None:
+    found = {each["name"]: each for each in whole(made)["documents"]}
+    for name in ("dpia-input", "anonymity-assessment", "hipaa-expert-input"):
+        texts = [said["text"] for section in found[name]["sections"] for said in section["sentences"]]
+        for part in (
+            "The study promises epsilon ",
+            "were in the files of every site",
+            "replacing one record",
+            "For a person with several ",
+            "no document here shows that it suffices",
+        ):
+            assert sum(part in text for text in texts) == 1, (name, part)
+    assert "hardly" not in "".join(file.read_text() for file in made.glob("*.html"))
+
+
+PLACEHOLDERS = {
+    "Example: Article 6(1)(e) GDPR": True,
+    "EXAMPLE-2026-0042": True,
+    "example": True,
+    "Data protection officer: Dr. A. Example": True,
+    "office@controller.example": True,
+    "office@example.org, Berlin": True,
+    "https://data.example.com/contact": True,
+    "dpo@hospital.invalid.": True,
+    "Example-based learning of triage": False,
+    "Examination office, Charité": False,
+    "For example, who is seen first": False,
+    "office@example.org.uk": False,
+    "office@my-example.org": False,
+    "Dr. A. Exampleton, dpo@exampleton.org": False,
+    "Dr Müller, controller, +49 30 1234": False,
+    "dpo@latest.testing.org": False,
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), PLACEHOLDERS.items())
+def test_a_placeholder_is_told_from_a_real_name(text: str, expected: bool) -> None:
+    assert words.placeholder(text) is expected
+
+
+def test_a_placeholder_of_the_study_is_a_gap(made: Path) -> None:
+    said = {each["text"]: each for each in sentences(whole(made))}
+    text = (
+        "Contact, in the study's words: “dpo@north.example”. The study holds a placeholder; the controller has to "
+        "state it."
+    )
+    assert [each["kind"] for each in said[text]["sources"]] == ["study", "gap"]
+    assert "A contact (the study holds a placeholder)" in (made / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("basis", "expected"),
+    [
+        ("GDPR Art. 6(1)(e) and 9(2)(j)", True),
+        ("Art. 6 Abs. 1 lit. e DSGVO", True),
+        ("Article 6(1), point (f)", True),
+        ("Art. 6(1)(a) and 9(2)(a)", False),
+        ("Art. 6 (1) lit. c", False),
+        ("Art. 6(1)(a), or else Art. 6(1)(e)", True),
+        ("The hospital act of the state", True),
+    ],
+)
+def test_who_may_object_follows_from_the_legal_basis(basis: str, expected: bool) -> None:
+    assert may_object(basis) is expected
+
+
+def test_duties_that_no_log_shows_are_gaps_and_laws_say_for_whom(made: Path) -> None:
+    found = {each["name"]: each for each in whole(made)["documents"]}
+    texts = {
+        name: [said["text"] for part in each["sections"] for said in part["sentences"]] for name, each in found.items()
+    }
+    for article in ("Article 26", "Article 28", "Articles 13 and 14", "Articles 15 to 22", "Article 30", "Article 21"):
+        assert any(article in text and text.startswith("Not known to privet") for text in texts["dpia-input"]), article
+    for what in ("national law on research", "is hosted", "reports incidents"):
+        assert any(what in text and text.startswith("Not known to privet") for text in texts["dpia-input"]), what
+    assert "high-risk" in texts["annex-iv"][0]
+    canaries = "An audit with canaries can show that protection is worse than promised, never that it is as good."
+    assert canaries in texts["anonymity-assessment"]
+    for name in ("hipaa-activity-review", "hipaa-expert-input"):
+        assert "for a hospital in the United States" in texts[name][0]
+    assert "Whether there is a permit was not checked." in texts["ehds-permit"][2]
+
+
 # Pages
 
 
@@ -236,7 +342,10 @@ def test_pages_show_a_source_for_each_sentence_and_their_links_lead_somewhere(ma
     assert "“Sort &lt;notes&gt; by <code>urgency</code>&#x27; Verified" in pages["dpia-input.html"]
     document = whole(made)
     for each in document["documents"]:
-        items = re.findall(r"<li>(.*?)</li>", pages[f"{each['name']}.html"], re.DOTALL)
+        items = re.findall(
+            r"<li>(.*?)</li>|<tr>(?=<th scope=\"row\")(.*?)</tr>", pages[f"{each['name']}.html"], re.DOTALL
+        )
+        items = ["".join(item) for item in items]
         assert len(items) == sum(len(section["sentences"]) for section in each["sections"])
         assert all('class="source"' in item for item in items)
     gaps = {each["what"] for said in sentences(document) for each in said["sources"] if each["kind"] == "gap"}
@@ -250,19 +359,20 @@ def test_nothing_is_called_compliant_and_no_unit_or_count_is_told(made: Path) ->
     assert not re.search(r"complian|conforms|certified", texts, re.IGNORECASE)
     # The synthetic sites commit to these counts; their values are in no leaf.
     stated = [each["text"] for each in sentences(whole(made)) if "committed" in each["text"]]
-    assert set(stated) == {"It has committed to values of: units."}
+    assert len(stated) == 3
+    assert all(each.endswith("It has committed to values of: units.") for each in stated)
 
 
 def test_others_words_cannot_end_their_quotation(made: Path) -> None:
     texts = [each["text"] for each in sentences(whole(made))]
     assert "Purpose, in the study's words: “Sort <notes> by `urgency`' Verified: 'all”." in texts
-    assert any(text.startswith("Contacts, in the study's words: “Dr Müller") for text in texts)
+    assert "Contact, in the study's words: “Dr Müller, controller, +49 30 1234”." in texts
 
 
 def test_the_files_of_a_dossier_are_listed_with_their_digests(made: Path) -> None:
     listed = whole(made)["files"]
     present = {file.relative_to(made).as_posix(): file for file in made.rglob("*") if file.is_file()}
-    assert set(listed) == set(present) - {"index.html", "dossier.json"}
+    assert set(listed) == set(present) - {"dossier.json"}
     assert {name: digest(present[name].read_bytes()) for name in listed} == listed
 
 
@@ -299,6 +409,11 @@ def test_a_candidate_is_told_as_one_that_may_not_leave(gated: LoggedWorld) -> No
     assert "The log holds no decision on the candidate, so it may not leave." in texts
     released = [each["text"] for each in sentences(document) if "ended with a candidate" in each["text"]]
     assert len(released) == 3
+    files = dossier_files(gather(gated.folder / "run", gated.folder / "log/policy"))
+    found = json.loads(files["ml-bom.cdx.json"])["metadata"]["component"]["properties"]
+    assert {"name": "privet:status", "value": "candidate, not released"} in found
+    assert "The signatures of any 2 of the 3 sites that took part suffice." in " ".join(texts)
+    assert any("never that it is as good" in text for text in texts)
     assert "was not released" in released[0]
 
 
@@ -360,6 +475,42 @@ def test_words_have_the_meanings_of_the_glossary() -> None:
         )
 
 
+def test_the_index_counts_what_is_about_this_run_about_privet_and_missing(made: Path) -> None:
+    page, document = (made / "index.html").read_text(), whole(made)
+    head = "".join(
+        f'<th scope="col"[^>]*>{each}</th>' for each in ("about this run", "about privet in general", "missing")
+    )
+    assert re.search(head, page)
+    for each in document["documents"]:
+        kinds = [
+            {source["kind"] for source in said["sources"]} for part in each["sections"] for said in part["sentences"]
+        ]
+        missing, general = sum("gap" in kind for kind in kinds), sum(kind == {"claim"} for kind in kinds)
+        row = re.search(rf'href="{each["name"]}.html">.*?</tr>', page)
+        assert row is not None
+        numbers = re.findall(r'class="number"[^>]*>(\d+)<', row.group())
+        assert numbers == [str(len(kinds) - missing - general), str(general), str(missing)]
+    for title in ("What happened", "Is it real processing?", "The result", "Who decides next"):
+        assert page.index(f"<dt>{title}</dt>") < page.index("<h2>Documents</h2>")
+    points = next(each for each in document["first"]["sections"] if each["title"] == "The main open points")
+    assert 0 < len(points["sentences"]) <= 5
+
+
+def test_a_leaf_shows_times_for_people_and_what_its_fields_mean(made: Path) -> None:
+    page = (made / "leaves.html").read_text()
+    assert re.search(r"<dt>time</dt><dd>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \([\d.]+ seconds since 1970\)</dd>", page)
+    assert "the adapter that the next round starts from" in page
+
+
+def test_a_row_that_differs_is_marked() -> None:
+    rows = [Sentence(f"{name} {value}", Gap("x")).row(name, value) for name, value in ("aa", "ba", "cb")]
+    page = _rows(Section("Sites", tuple(rows), columns=("site", "value")))
+    assert page.count("differs: ") == 1
+    assert "differs: b" in page
+    with pytest.raises(ValueError, match="needs 3 cells"):
+        Section("Sites", tuple(rows), columns=("site", "value", "more"))
+
+
 # Bills of materials
 
 
@@ -402,9 +553,14 @@ def test_a_run_without_privacy_and_a_simulation_say_so(tmp_path: Path) -> None:
     files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
     document = json.loads(files["dossier.json"])
     assert document["simulated"] is True
-    for each in document["documents"]:
-        if each["name"] != "words":
-            assert "SIMULATION" in each["sections"][0]["sentences"][2]["text"]
+    for each in (document["first"], *document["documents"]):
+        warning = each["sections"][0]
+        assert warning["title"] == "This run was a SIMULATION"
+        assert "the noise can be recomputed by anybody" in warning["sentences"][0]["text"]
+    pages = {name: data.decode() for name, data in files.items() if name.endswith(".html")}
+    assert [
+        name for name, page in pages.items() if '<main><section class="warning"><h2>This run was a' not in page
+    ] == []
     said = " ".join(each["text"] for each in sentences(document))
     assert "There is NO differential privacy" in said
     assert "Nothing bounds what this run's results tell about them." in said
@@ -413,6 +569,47 @@ def test_a_run_without_privacy_and_a_simulation_say_so(tmp_path: Path) -> None:
     assert "ehds-permit.html" not in files
     for name in ("sbom.cdx.json", "ml-bom.cdx.json"):
         assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(files[name].decode()) is None
+
+
+def test_a_simulation_says_at_each_epsilon_that_it_protects_nobody(tmp_path: Path) -> None:
+    world = world_of(tmp_path / "world", masked_study(**{**PRIVATE, "training": {"rounds": 2}}))
+    for site in world.sites.values():
+        site.keeps_ledger = False
+        site.metrics = lambda number: (10.0, 10.0 * 0.1 / number, 4.0 + number)
+    (world.folder / "run/study.toml").touch()
+    world.play()
+    files = dossier_files(gather(world.folder / "run", world.folder / "log/policy"))
+    document = json.loads(files["dossier.json"])
+    texts = [each["text"] for each in sentences(document)]
+    bounds = [text for text in texts for _ in re.findall(r"epsilon [\d.]*\d", text)]
+    assert len(bounds) > 20
+    assert [
+        text for text in bounds if re.search(r"epsilon [\d.]*\d(?!\d|\.\d| \(simulated: protects nobody\))", text)
+    ] == []
+    said = "\n".join(texts)
+    for wrong in (
+        "Spent in this run",
+        "has spent in all runs",
+        "Each site adds all",
+        "Updates are masked",
+        "That means: a",
+    ):
+        assert wrong not in said
+    for text in texts:
+        for claim in ("no record leaves a site", "records stay at their sites", "updates are masked"):
+            assert claim not in text or "By its design, " in text or "by its design, " in text, text
+    assert "simulated witnesses, named " in said
+    assert "Refusals of sites in this run: none. The sites were simulated; nobody was asked." in texts
+    assert "Differential privacy bounds what this run's results tell" not in said
+    assert "Cosigned by simulated witnesses" in files["index.html"].decode()
+    assert "Nothing about attacks was measured in this run." in texts
+
+
+def test_sites_that_name_one_policy_are_a_finding(made: Path) -> None:
+    (found,) = {each["text"] for each in sentences(whole(made)) if "names the policy by a digest" in each["text"]}
+    assert "sites named the same policy" in found
+    assert "somebody has to explain why they are equal" in found
+    assert "nobody was asked" not in found
 
 
 def _edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
@@ -495,7 +692,8 @@ def test_a_run_that_has_not_ended_says_so_and_so_does_its_permit(
     assert any("has not ended" in text for text in heads)
     stated = " ".join(each["text"] for each in said["ehds-permit"]["sections"][1]["sentences"])
     # By the coordinator's clock in the log, which is another one than that of this test: the year 2027.
-    assert "NOT all of them while the permit held" in stated
+    assert "NOT all of them by this day" in stated
+    assert "Whether there is a permit was not checked." in stated
     released = [each["text"] for each in said["model-card"]["sections"][1]["sentences"]]
     assert "No adapter of run run was released." in released
 
