@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -272,9 +273,47 @@ def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
     if host.device.type == "cpu":
         host.threads = _whole_vectors(host, features, companies)
     _check_same(host, features, companies)
+    _check_spoiled(host, features, companies[1:])
     _check_places(host, features)
     _make_ties(host)
     _check_same(host, features, companies[:3])
+
+
+def _check_spoiled(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:
+    """Check that records whose values are not finite change no other record's term.
+
+    An adapter can be chosen under which one record overflows. A matrix unit that reads beyond the end of a row, and
+    takes what it finds times zero (AMX does, with rows of an odd number of bfloat16), would carry that into the record
+    before: zero times infinity is not a number.
+    """
+    for company in companies:
+        clean, passed = _terms(host, features, company), 0
+        kept = torch.zeros(company.layout.rows, dtype=torch.bool)
+        for record, (start, length) in zip(company.records, company.layout.spans, strict=True):
+            if record in (0, 1):
+                kept[start : start + length] = True
+
+        def spoil(layer: Any, given: Any, hidden: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
+            nonlocal passed
+            if hidden.shape[-2] != len(kept):
+                return hidden
+            passed += 1
+            return hidden.masked_fill(~kept.to(hidden.device)[:, None], torch.nan)
+
+        # Hooks of all of them: an embedding of positions alone would do as well.
+        embeddings = [each for each in host.model.modules() if isinstance(each, nn.Embedding)]
+        hooks = [each.register_forward_hook(spoil) for each in embeddings]
+        try:
+            spoiled = _terms(host, features, company)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not passed:
+            raise UnpackableError(
+                "the model does not read its tokens by an embedding, so one of them cannot be spoiled"
+            )
+        if not all(spoiled[record].equals(clean[record]) for record in (0, 1) if record in clean):
+            raise UnpackableError("a record whose values are not finite changes the terms of others in a pass")
 
 
 @torch.no_grad()

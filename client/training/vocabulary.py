@@ -11,6 +11,7 @@ them (`privet.client.training.packing`). `privet.client.training.probe` checks i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,11 @@ class _Part:
         slope = logits.sub_(total[:, None]).exp_()
         slope.scatter_add_(1, places, torch.full_like(own, -1.0))
         slope = slope.mul_(scale) if capped is None else slope.mul_(capped.mul_(scale))
-        return loss, None, slope.to(self._weight.dtype) @ self._weight
+        # A processor's matrix unit (AMX) may read on into the next row, where a row has an odd number of values, and
+        # take it times zero. What is not finite would reach the row before, so nothing of it enters the product.
+        spoiled = ~torch.isfinite(loss)[:, None]
+        slope = slope.masked_fill_(spoiled, 0.0).to(self._weight.dtype) @ self._weight
+        return loss, None, slope.masked_fill_(spoiled, math.nan)
 
 
 def find_vocabulary(model: nn.Module, trained: set[int]) -> Vocabulary | None:

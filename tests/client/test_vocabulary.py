@@ -58,7 +58,10 @@ def test_losses_and_gradients_are_those_of_whole_logits(found: Vocabulary, rows:
     assert mine.grad is not None
     assert theirs.grad is not None
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert not tokens.any()  # none is sought where a gradient is
     kept = labels != IGNORED
+    scored, tokens = found.losses(hidden, labels)
+    assert torch.equal(scored, losses.detach())
     assert torch.equal(tokens[kept], logits.argmax(1)[kept])
     assert not tokens[~kept].any()
 
@@ -123,8 +126,10 @@ def test_a_row_that_is_not_finite_changes_no_other(found: Vocabulary, autocast: 
     def results(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mine = values.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses, tokens = found.losses(mine, labels)
+            losses, _ = found.losses(mine, labels)
         torch.autograd.backward(losses, torch.ones(300))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _, tokens = found.losses(values, labels)
         assert mine.grad is not None
         return losses.detach()[kept], tokens[kept], mine.grad[kept]
 

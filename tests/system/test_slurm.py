@@ -31,7 +31,8 @@ from privet.common.jsonlog import log_as_json
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Genesis, Member, StatedFloor
 from privet.common.pki.keyfile import public_key
-from privet.server.log.journal import Keys, create_journal, open_journal
+from privet.server.log.journal import create_journal, open_journal
+from privet.server.log.keys import Keys
 from privet.server.network.deployed import run_over_flower
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
