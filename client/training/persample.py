@@ -189,8 +189,18 @@ class _LinearCall(torch.autograd.Function):
             collected.put(layer.weight, dy, x)
         if collected.wants(layer.bias):
             collected.put(layer.bias, dy)
-        dx = dy @ layer.weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = _rows_apart(dy, layer.weight.to(dy.dtype)) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
+
+
+def _rows_apart(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left @ right, such that no value of a row of `left` reaches another row (docs/privacy.md, overflow).
+
+    A head of an odd number of classes would otherwise be refused by the probe on processors with AMX.
+    """
+    if left.shape[-1] % 2 and left.dtype == torch.bfloat16 and left.device.type == "cpu":
+        left, right = functional.pad(left, (0, 1)), functional.pad(right, (0, 0, 0, 1))
+    return left @ right
 
 
 class _LoraCall(torch.autograd.Function):

@@ -288,17 +288,16 @@ def _check_spoiled(host: ModelHost, features: Sequence[Feature], companies: Sequ
     """
     for company in companies:
         clean, passed = _terms(host, features, company), 0
-        kept = torch.zeros(company.layout.rows, dtype=torch.bool)
+        others = torch.zeros(company.layout.rows, dtype=torch.bool)  # not of padding: no record decides its values
         for record, (start, length) in zip(company.records, company.layout.spans, strict=True):
-            if record in (0, 1):
-                kept[start : start + length] = True
+            others[start : start + length] = record > 1
 
-        def spoil(layer: Any, given: Any, hidden: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
+        def spoil(layer: Any, given: Any, hidden: torch.Tensor, others: torch.Tensor = others) -> torch.Tensor:
             nonlocal passed
-            if hidden.shape[-2] != len(kept):
+            if hidden.shape[-2] != len(others):
                 return hidden
             passed += 1
-            return hidden.masked_fill(~kept.to(hidden.device)[:, None], torch.nan)
+            return hidden.masked_fill(others.to(hidden.device)[:, None], torch.nan)
 
         # Hooks of all of them: an embedding of positions alone would do as well.
         embeddings = [each for each in host.model.modules() if isinstance(each, nn.Embedding)]
