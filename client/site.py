@@ -125,7 +125,7 @@ class SlurmSection(Section):
     """Generic resources of the job, such as "gpu:1"."""
     time: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]{2}){0,2}$")] | None = None
     """Longest time of the job, as Slurm writes it: minutes, "hours:minutes:seconds" or "days-hours"."""
-    idle: Annotated[int, Field(ge=0, le=86400)] = 600
+    idle: Annotated[int, Field(ge=30, le=86400)] = 600
     """Seconds that the job waits for a request before it ends. Rounds that follow within them need no new job."""
     extra: tuple[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]*)?$")], ...] = ()
     """Further options of `sbatch`, one a string, such as "--account=oncology"."""

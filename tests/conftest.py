@@ -64,7 +64,11 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionstart() -> None:
-    """Keep what is kept between commands out of the user's own directory, and share it between the workers."""
+    """Share what is kept between commands between the workers, out of the user's own directory.
+
+    What sites refuse until its review has ended is admitted (`client/trainer/opening.py`).
+    """
+    os.environ["PRIVET_UNREVIEWED_TRAINER"] = "1"
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="privet-tests-")
         os.environ["XDG_CACHE_HOME"] = folder

@@ -33,12 +33,13 @@ from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trainer.confinement import available, code_places, exposed
+from privet.client.trainer.opening import require_reviewed
 from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
-from privet.common.errors import PrivetError
+from privet.common.errors import PrivetError, StateError
 from privet.common.log.note import NoteKey
 from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
@@ -413,6 +414,10 @@ def _files() -> Check:
 
 def _trainer(site: SiteConfig) -> Check:
     """Check what a trainer apart needs, and say what is enforced on it. On a node of a cluster it says so itself."""
+    try:
+        require_reviewed(site)
+    except StateError as error:
+        return Check("trainer", False, error.message, error.hint)
     section = site.resources.slurm
     seen = [*code_places(), *map(str, (*site.train, *site.test, *site.resources.bases.values()))]
     if found := exposed(site, seen):

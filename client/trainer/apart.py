@@ -143,10 +143,10 @@ class Trainer:
                 confine = Packet("confine", {"read": list(self.opening.readable)})
                 confined = self._all([confine] * len(self.channels))
                 opened = self._all([Packet("open", self.opening.request)] * len(self.channels), _COUNT)
-            for answer in confined[:1]:
-                self.said(answer.head)
-            for answer in opened:
-                self._learn(answer)
+                for answer in confined[:1]:
+                    self.said(answer.head)
+                for answer in opened:
+                    self._learn(answer)
             self._ready = True
 
     @property
@@ -191,6 +191,7 @@ class Trainer:
             size: k.
             clipping: The bound of a unit's term, and the lattice.
         """
+        self.ready()  # before rows are drawn, and so paid for
         units = self.data.training.units
         rows = ragged("rows", counted_rows(study, units, sampling) if study.kind == "statistics" else [])
         answer = self._one(
@@ -260,11 +261,15 @@ class Trainer:
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
-        """End all trainers if an exchange fails, unless they wait in a queue: no answer is taken that comes late."""
+        """End all trainers if an exchange fails, unless they wait in a queue before a session: no answer may come late.
+
+        Within a session, the next request would have the number of the one that failed.
+        """
         try:
             yield
         except BaseException:
-            if not any(channel.queued for channel in self.channels):
+            if self._ready or not any(channel.queued for channel in self.channels):
+                self._ready = False
                 self.close()
             raise
 

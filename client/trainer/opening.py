@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -69,13 +70,29 @@ def opening(
     return Opening(study, sorted({*records, str(base.resolve()), *files}), request, config.declared_count)
 
 
+UNREVIEWED = "PRIVET_UNREVIEWED_TRAINER"
+"""Name of the environment variable that admits trainers apart although their review found open faults: 1."""
+
+
+def require_reviewed(config: SiteConfig) -> None:
+    """Raise `StateError` for a trainer apart, unless whoever serves the site has admitted it as it is."""
+    if config.resources.trainer != "inside" and os.environ.get(UNREVIEWED) != "1":
+        raise StateError(
+            f"resources.trainer: a trainer apart ({config.resources.trainer}) is refused, as a review found faults in "
+            "it that are open",
+            'set trainer = "inside" under [resources] in the site file; to try it on records that need no protection, '
+            f"set {UNREVIEWED}=1 in the environment of `privet site serve SITE`",
+        )
+
+
 def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
     """Return the trainer of a study, as the site file says where it runs. Nothing runs yet.
 
     Raises:
         RefusedError: The site file names no round log, beside which trainers have their files.
-        StateError: It asks for a trainer that this version does not have.
+        StateError: It asks for a trainer that this version does not have, or nobody has admitted what is not reviewed.
     """
+    require_reviewed(config)
     if config.log is None:
         raise RefusedError(
             f"the site file of {config.name} names no round log, and a trainer apart has its files beside it",

@@ -30,7 +30,7 @@ from privet.common.files import write_durably
 
 _log = logging.getLogger("privet.site")
 _SECONDS = 60
-_QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED"}
+_QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 COMMANDS = ("sbatch", "squeue", "scancel")
 """The programs of Slurm that a site uses."""
 
@@ -53,7 +53,10 @@ class SlurmJob:
 
     def state(self) -> State:
         """Return where the job is; unknown if the controller does not answer."""
-        done = _run("squeue", "--noheader", f"--name={self.name}", "--format=%T")
+        try:  # a stranger may give a job the same name
+            done = _run("squeue", "--me", "--noheader", f"--name={self.name}", "--format=%T")
+        except StateError:
+            return "unknown"
         if done.returncode:
             return "unknown"
         states = set(done.stdout.split())
@@ -64,7 +67,7 @@ class SlurmJob:
     def fate(self) -> str:
         """Return how it ended, as far as the controller still knows."""
         with suppress(StateError):
-            done = _run("squeue", "--noheader", f"--name={self.name}", "--states=all", "--format=%T %r")
+            done = _run("squeue", "--me", "--noheader", f"--name={self.name}", "--states=all", "--format=%T %r")
             if done.returncode == 0 and done.stdout.strip():
                 return " ".join(done.stdout.split())[:200]
         return "the controller does not say how"
@@ -104,7 +107,7 @@ class SlurmJobs:
         if known is None:
             return
         with suppress(StateError):  # a job without its directory ends by itself
-            _run("scancel", f"--name={known.name}")
+            _run("scancel", "--me", f"--name={known.name}")
         discard(known.folder)
         self.record.unlink(missing_ok=True)
 

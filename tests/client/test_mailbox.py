@@ -281,7 +281,7 @@ def test_a_job_is_taken_over_if_it_is_of_use_and_cancelled_if_not(tmp_path: Path
     other = jobs_of(tmp_path, "another study").take()
     assert other != job
     assert not job.folder.exists()
-    assert f"scancel --name={job.name}" in paper.calls
+    assert f"scancel --me --name={job.name}" in paper.calls
     paper.says("")  # it has ended
     third = jobs_of(tmp_path, "another study").take()
     assert third not in (job, other)

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from privet.client.rounds.worker import Worker
-from privet.client.trainer.apart import Trainer
+from privet.client.site import Resources, SiteConfig
+from privet.client.trainer.apart import Opening, Trainer
 from privet.client.trainer.confinement import available
+from privet.client.trainer.opening import UNREVIEWED, trainer_of
 from privet.client.trainer.pipe import PipeChannel
 from privet.client.trainer.wire import Packet, unpack
 from privet.common.errors import PrivetError, SpentRoundError, StateError
@@ -309,3 +311,16 @@ def test_a_trainer_that_answers_too_late_or_too_much_is_ended(tmp_path: Path, mo
     with pytest.raises(StateError, match="did not answer within hours"):
         channel.receive(10, time.monotonic() + 0.2)
     channel.close()
+
+
+@pytest.mark.parametrize("given", [None, "0", "yes"])
+def test_a_trainer_apart_is_refused_until_its_review_has_ended(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.delenv(UNREVIEWED)
+    if given is not None:
+        monkeypatch.setenv(UNREVIEWED, given)
+    config = SiteConfig(name="ash", train=(Path("notes.csv"),), resources=Resources(trainer="process"))
+    with pytest.raises(StateError, match="a review found faults") as caught:
+        trainer_of(config, cast("Opening", None))
+    assert 'trainer = "inside"' in caught.value.hint

@@ -81,10 +81,12 @@ def test_the_readme_s_path_is_run_where_the_tutorial_is() -> None:
 def test_its_files_are_valid() -> None:
     tables = [tomllib.loads(block) for block in blocks("docs/researcher.md", "toml")]
     (simulation,) = [table for table in tables if "sites" in table.get("simulation", {})]
-    site, formats, kept = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    site, *apart, formats, kept = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
     assert validate(FormatSection, formats["format"], what="format").labels == {"J": "yes", "N": "no"}
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
+    trainers = [validate(SiteConfig, {**site, **table}, what="site").resources.trainer for table in apart]
+    assert trainers == ["process", "slurm"]
     assert validate(SiteConfig, {**site, **kept}, what="site").retention == RetentionSection()
     (purpose,) = (tomllib.loads(block) for block in blocks("docs/privacy-officer.md", "toml"))
     assert validate(PurposeSection, purpose["purpose"], what="purpose").permit is not None
