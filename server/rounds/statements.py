@@ -86,7 +86,7 @@ def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, ro
     statement = {
         **common,
         "type": "round-abort",
-        "reason": f"{type(error).__name__}: {'; '.join(map(str.strip, error.message.splitlines()))}",
+        "reason": f"{type(error).__name__}: {error.message}",
         "adapter_after": common["adapter_before"],
         "adapter_published": common["adapter_before"],
         "metrics": None,
