@@ -29,6 +29,7 @@ from privet.client.scan.kinds import ANY, COUNTED, FAULTS, KINDS
 from privet.client.scan.patterns import kinds_in, plain
 from privet.client.scan.twins import Twins
 from privet.client.site import load_site
+from privet.client.training.host import ModelHost
 from privet.common.errors import PrivetError, RefusedError, ScanError
 from privet.common.study.sections import EvaluationSection
 from privet.common.study.study import load_study
@@ -488,7 +489,7 @@ def test_a_worker_compares_the_files_before_it_loads_them(site: Path, monkeypatc
         RealSite(load_site(file)).check_agreed(study)
     run(scan.scan_site, site, "--study", site.parent / "study.toml")
     worker, loaded = Worker(RealSite(load_site(file))), list[str]()
-    monkeypatch.setattr(worker, "_host", lambda study: None)
+    monkeypatch.setattr(worker, "_host", lambda study: ModelHost.__new__(ModelHost))
     monkeypatch.setattr("privet.client.rounds.worker.load_data", lambda *args, **kwargs: loaded.append("all"))
     worker.open(study)
     assert loaded == ["all"]
