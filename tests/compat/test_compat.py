@@ -175,7 +175,12 @@ def as_before(look: str, text: str) -> str:
       printed whole digests, which are in its JSON.
     * `audit verify` did not compute the cost of accounts, took proofs unread, and did not say what it does not check,
       nor what rests on Ed25519 alone.
+    * `predict` left the most probable label to be found among the probabilities.
     """
+    if "--json" in look and look.startswith("predict"):
+        results = json.loads(text)
+        assert all(each.pop("label") == max(p := each["probabilities"], key=p.__getitem__) for each in results)
+        return json.dumps(results)
     if look.startswith("audit verify"):
         return verified_before(look, text)
     if "--json" in look and look.startswith("check"):
