@@ -187,7 +187,7 @@ class _PackedAttention(torch.autograd.Function):
         layout: Layout = ctx.layout
         kind: _Kind = ctx.kind
         heads = _Heads(len(q), len(k))
-        slopes: tuple[list[torch.Tensor], ...] = ([], [], [])
+        slopes: list[tuple[torch.Tensor, ...]] = []
         parts_of = (layout.parts(x, 1) for x in (q, k, v, grad.transpose(0, 1)))
         for block, *rows in zip(layout.blocks, *parts_of, strict=True):
             qs, ks, vs = heads.queries(rows[0], block), heads.keys(rows[1], block), heads.keys(rows[2], block)
@@ -206,11 +206,8 @@ class _PackedAttention(torch.autograd.Function):
                      torch.bmm(used.transpose(1, 2), _at(do, part)))
                 )  # fmt: skip
             dq, dk, dv = (_together(each) for each in zip(*found, strict=True))
-            for into, each in zip(
-                slopes, (heads.rows(dq, block), heads.key_rows(dk, block), heads.key_rows(dv, block)), strict=True
-            ):
-                into.append(each)
-        return (*(layout.joined(each, 1) for each in slopes), None, None)
+            slopes.append((heads.rows(dq, block), heads.key_rows(dk, block), heads.key_rows(dv, block)))
+        return (*(layout.joined(each, 1) for each in zip(*slopes, strict=True)), None, None)
 
 
 def _together(found: Sequence[torch.Tensor]) -> torch.Tensor:

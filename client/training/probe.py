@@ -13,8 +13,8 @@ a record twice, with others between, must give the same bits. A model that fails
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,46 +273,35 @@ def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
     if host.device.type == "cpu":
         host.threads = _whole_vectors(host, features, companies)
     _check_same(host, features, companies)
-    _check_spoiled(host, features, companies[1:])
     _check_places(host, features)
     _make_ties(host)
     _check_same(host, features, companies[:3])
 
 
-def _check_spoiled(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:
-    """Check that records whose values are not finite change no other record's term.
+@contextmanager
+def _spoiled(host: ModelHost, rows: torch.Tensor) -> Iterator[None]:
+    """Give the tokens of these rows [rows, bool] of a pass values that are not a number.
 
     An adapter can be chosen under which one record overflows. A matrix unit that reads beyond the end of a row, and
     takes what it finds times zero (AMX does, with rows of an odd number of bfloat16), would carry that into the record
     before: zero times infinity is not a number.
     """
-    for company in companies:
-        clean, passed = _terms(host, features, company), 0
-        others = torch.zeros(company.layout.rows, dtype=torch.bool)  # not of padding: no record decides its values
-        for record, (start, length) in zip(company.records, company.layout.spans, strict=True):
-            others[start : start + length] = record > 1
+    seen = []
 
-        def spoil(layer: Any, given: Any, hidden: torch.Tensor, others: torch.Tensor = others) -> torch.Tensor:
-            nonlocal passed
-            if hidden.shape[-2] != len(others):
-                return hidden
-            passed += 1
-            return hidden.masked_fill(others.to(hidden.device)[:, None], torch.nan)
+    def spoil(layer: Any, given: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[-2] == len(rows))
+        return hidden.masked_fill(rows.to(hidden.device)[:, None], torch.nan) if seen[-1] else hidden
 
-        # Hooks of all of them: an embedding of positions alone would do as well.
-        embeddings = [each for each in host.model.modules() if isinstance(each, nn.Embedding)]
-        hooks = [each.register_forward_hook(spoil) for each in embeddings]
-        try:
-            spoiled = _terms(host, features, company)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not passed:
-            raise UnpackableError(
-                "the model does not read its tokens by an embedding, so one of them cannot be spoiled"
-            )
-        if not all(spoiled[record].equals(clean[record]) for record in (0, 1) if record in clean):
-            raise UnpackableError("a record whose values are not finite changes the terms of others in a pass")
+    # Hooks of all of them: an embedding of positions alone would do as well.
+    embeddings = [each for each in host.model.modules() if isinstance(each, nn.Embedding)]
+    hooks = [each.register_forward_hook(spoil) for each in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not any(seen):
+        raise UnpackableError("the model does not read its tokens by an embedding, so one of them cannot be spoiled")
 
 
 @torch.no_grad()
@@ -367,6 +356,7 @@ def most_threads(vectors: Iterable[tuple[int, int]], available: int) -> int:
 
 
 def _check_same(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:
+    """Check a watched record's term: the same bits in all passes, also where all other records overflow."""
     known: dict[int, Term] = {}
     traces: dict[int, list[tuple[Any, ...]]] = {}
     for company in companies:
@@ -383,6 +373,21 @@ def _check_same(host: ModelHost, features: Sequence[Feature], companies: Sequenc
                 raise UnpackableError(
                     "a record's loss or gradient changes in its last bits with the other records of a pass"
                 )
+    for company, rows in ((each, _rows_of_others(each)) for each in companies):
+        if not bool(rows.any()):
+            continue
+        with _spoiled(host, rows):
+            found = _terms(host, features, company)
+        if not all(found[record].equals(term) for record, term in known.items() if record in found):
+            raise UnpackableError("a record whose values are not finite changes the terms of others in a pass")
+
+
+def _rows_of_others(company: Placed) -> torch.Tensor:
+    """Return which rows hold records that are not watched. Padding is none of them: no record decides its values."""
+    found = torch.zeros(company.layout.rows, dtype=torch.bool)
+    for record, (start, length) in zip(company.records, company.layout.spans, strict=True):
+        found[start : start + length] = record > 1
+    return found
 
 
 class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
