@@ -21,12 +21,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, NoReturn, Self
+from typing import IO, Any, NoReturn, Self
 
 ROOT = Path(__file__).parents[2]
 _LARGEST = 2**20
@@ -216,3 +217,15 @@ def training_processes(*modules: str) -> ForkServerContext:
 def end_training_processes() -> None:
     """End the process of `training_processes`, so that the next one loads what its own user asks for."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def forked(target: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]:
+    """Run a function in a training process, until the block ends at the latest."""
+    process = training_processes().Process(target=target, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()

@@ -10,16 +10,20 @@ import os
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from privet.simulations.deploy import free_ports
+from tests.support.fleet_world import until
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 REQUIRED = "PRIVET_REQUIRE_SLURM"
+_STARTED = 60.0
+"""Seconds that a daemon may take to start."""
 _CONF = """ClusterName=privet
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -77,19 +81,6 @@ class Slurm:
         return self.run("squeue", "--noheader", "--format=%j", *chosen).split()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [each.getsockname()[1] for each in found]
-
-
 def check_installed() -> None:
     """Skip the test where Slurm is not installed or this user may not run it, unless the environment requires it."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None and not Path("/usr/sbin", name).exists()]
@@ -107,7 +98,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
     conf = folder / "slurm.conf"
-    conf.write_text(_CONF.format(host=host, ports=_free_ports(2), folder=folder, cpus=os.cpu_count()))
+    conf.write_text(_CONF.format(host=host, ports=free_ports(2), folder=folder, cpus=os.cpu_count()))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -117,11 +108,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         patch.setenv("SLURM_CONF", str(conf))
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
         stack.enter_context(_daemon(folder, munged))
-        until((folder / "munge.socket").exists)
+        until((folder / "munge.socket").exists, _STARTED)
         stack.enter_context(_daemon(folder, ["slurmctld", "-D", "-f", str(conf)]))
         stack.enter_context(_daemon(folder, ["slurmd", "-D", "-f", str(conf), "-N", host]))
         cluster = Slurm(folder)
-        until(lambda: _idle(cluster))
+        until(lambda: _idle(cluster), _STARTED)
         try:
             yield cluster
         finally:

@@ -9,8 +9,8 @@ import io
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from privet.server.rounds.timing import Timing
 from privet.simulations.engines import ray_client
 from privet.simulations.sites import SimulatedSite, load_simulated
 from tests.support.fleet_world import World, node_file, online, until
-from tests.support.forks import training_processes
+from tests.support.forks import forked
 from tests.support.memory_grid import MemoryGrid
 from tests.support.tiny import class_rows, private, site_toml, tiny_study
 
@@ -81,15 +81,8 @@ def serve(file: Path) -> None:
     serve_worker(Worker(SimulatedSite(load_simulated(file))), file)
 
 
-@contextmanager
-def site_process(file: Path) -> Iterator[BaseProcess]:
-    process = training_processes().Process(target=serve, args=(file,))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
+def site_process(file: Path) -> AbstractContextManager[BaseProcess]:
+    return forked(serve, file)
 
 
 def exit_code(process: BaseProcess) -> int | None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,11 +37,11 @@ from privet.server.network.deployed import run_over_flower
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.timing import Timing
-from tests.support.fleet_world import World, node_file, online
-from tests.support.forks import training_processes
+from tests.support.fleet_world import World, node_file, online, until
+from tests.support.forks import forked
 from tests.support.log_world import ORIGIN, private, public
 from tests.support.logged_world import NOW, RELEASE_KEY
-from tests.support.slurm_world import Slurm, slurm, until
+from tests.support.slurm_world import Slurm, slurm
 from tests.support.tiny import private as local
 from tests.support.tiny import tiny_study
 from tests.support.trainer_world import place, with_table
@@ -71,7 +71,8 @@ def mortal(kind: type[Any], name: str, marker: Path, *, after: bool) -> None:
     setattr(kind, name, call)
 
 
-def serve(file: Path) -> None:
+def serve(file: Path, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # that of the server of forks may be older than the cluster
     with file.with_suffix(".log").open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -86,13 +87,8 @@ def serving(world: World, file: Path) -> Iterator[BaseProcess]:
     # What the coordinator notices within a minute: that the process before is gone.
     for number in online(world):
         world.link._state.deactivate_node(number)
-    process = training_processes().Process(target=serve, args=(file,))
-    process.start()
-    try:
+    with forked(serve, file, {name: os.environ[name] for name in ("SLURM_CONF", "PATH")}) as process:
         yield process
-    finally:
-        process.kill()
-        process.join()
 
 
 def begun(file: Path) -> list[int]:
