@@ -184,13 +184,12 @@ def approve(
     made = _open(directory, passphrase_file)
     if told is None:
         _check_waiting(made, sites)  # before anybody types twelve words
-    refused: list[tuple[str, RefusedError]] = []
-    for number, site in enumerate(sites):
-        heard = told[number] if told is not None else _ask_words(site)
+    refused: dict[str, RefusedError] = {}
+    for site, heard in zip(sites, map(_ask_words, sites) if told is None else told, strict=True):
         try:
             row = made.approve(site, heard, now())
         except RefusedError as error:
-            refused.append((site, error))
+            refused[site] = error
             if len(sites) > 1:
                 typer.echo(folded(f"refused  {site}: {error.message}", 9))
             continue
@@ -199,14 +198,13 @@ def approve(
     _write_log(made)
     if not refused:
         typer.echo(in_directory("next: privet coordinator run STUDY, when all sites have joined", directory))
-    if refused and len(sites) == 1:
-        raise refused[0][1]
-    if refused:
-        names = ", ".join(site for site, _ in refused)
-        again = f"`privet coordinator approve {' '.join(site for site, _ in refused)}` asks for their words once more"
-        raise RefusedError(
-            f"{len(refused)} of {len(sites)} sites are not approved: {names}", f"{again}. {refused[0][1].hint}"
-        )
+        return
+    first = next(iter(refused.values()))
+    if len(sites) == 1:
+        raise first
+    again = f"`privet coordinator approve {' '.join(refused)}` asks for their words once more"
+    raise RefusedError(f"{len(refused)} of {len(sites)} sites are not approved: {', '.join(refused)}",
+                       f"{again}. {first.hint}")  # fmt: skip
 
 
 def _check_waiting(made: Coordinator, sites: list[str]) -> None:

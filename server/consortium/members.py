@@ -341,14 +341,13 @@ class Members:
     def rows(self) -> tuple[Row, ...]:
         """Return the sites that asked to join, are members or were revoked, by name."""
         with self._transaction() as database:
-            found = _all(database, f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received")
+            found = _all(database, _SEEN)
         return tuple(map(_row, found))
 
     def listed(self) -> tuple[Listed, ...]:
         """Return the same sites for a page. Their keys were verified when they came, and are not verified again."""
         with self._transaction() as database:
-            query = f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received"
-            return tuple(_listed(row) for row in database.execute(query))
+            return tuple(_listed(row) for row in database.execute(_SEEN))
 
     def members(self) -> tuple[SiteKeys, ...]:
         """Return the members, ascending by name."""
@@ -445,6 +444,7 @@ _ROWS = (
     "SELECT r.*, (SELECT pem FROM certificates c WHERE c.request = r.digest ORDER BY issued DESC, rowid DESC LIMIT 1) "
     "AS pem FROM requests r"
 )
+_SEEN = f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received"
 
 
 def _one(database: sqlite3.Connection, query: str, *values: str) -> dict[str, Any] | None:
