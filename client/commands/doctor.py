@@ -33,7 +33,7 @@ from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trainer.confinement import available, code_places, exposed
-from privet.client.trainer.opening import require_reviewed
+from privet.client.trainer.reviewed import require_reviewed
 from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
 from privet.client.trust import read_trusted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from privet.client.trainer.apart import Channel, Opening, Trainer
 from privet.client.trainer.confinement import Confined
 from privet.client.trainer.mailbox import MailboxChannel
 from privet.client.trainer.pipe import PipeChannel
+from privet.client.trainer.reviewed import require_reviewed
 from privet.client.trainer.slurm import SlurmJobs
 from privet.client.training.canaries import Planting
 from privet.common.errors import RefusedError, StateError
@@ -68,21 +68,6 @@ def opening(
         "withdrawn": None if withdrawn is None else withdrawn.document(),
     }
     return Opening(study, sorted({*records, str(base.resolve()), *files}), request, config.declared_count)
-
-
-UNREVIEWED = "PRIVET_UNREVIEWED_TRAINER"
-"""Name of the environment variable that admits trainers apart although their review found open faults: 1."""
-
-
-def require_reviewed(config: SiteConfig) -> None:
-    """Raise `StateError` for a trainer apart, unless whoever serves the site has admitted it as it is."""
-    if config.resources.trainer != "inside" and os.environ.get(UNREVIEWED) != "1":
-        raise StateError(
-            f"resources.trainer: a trainer apart ({config.resources.trainer}) is refused, as a review found faults in "
-            "it that are open",
-            'set trainer = "inside" under [resources] in the site file; to try it on records that need no protection, '
-            f"set {UNREVIEWED}=1 in the environment of `privet site serve SITE`",
-        )
 
 
 def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:

@@ -18,8 +18,9 @@ from privet.client.rounds.worker import Worker
 from privet.client.site import Resources, SiteConfig
 from privet.client.trainer.apart import Opening, Trainer
 from privet.client.trainer.confinement import available
-from privet.client.trainer.opening import UNREVIEWED, trainer_of
+from privet.client.trainer.opening import trainer_of
 from privet.client.trainer.pipe import PipeChannel
+from privet.client.trainer.reviewed import UNREVIEWED
 from privet.client.trainer.wire import Packet, unpack
 from privet.common.errors import PrivetError, SpentRoundError, StateError
 from privet.common.study.messages import Contribution
