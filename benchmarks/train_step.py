@@ -326,12 +326,17 @@ def memory(case: Case) -> dict[str, Any]:
 
 
 def llama(directory: Path, layers: int, hidden: int, targets: list[str], tokens: int) -> Study:
-    """Write a randomly initialised Llama, with 64 values per head, and return a study on it."""
+    """Write a randomly initialised Llama, with 64 values per head, and return a study on it.
+
+    Its widths are multiples of 64, as those of real ones are (docs/privacy.md, "Records that overflow", says why it
+    matters).
+    """
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=hidden, intermediate_size=2752 * hidden // 1024, num_hidden_layers=layers,
+        vocab_size=32_000, hidden_size=hidden, intermediate_size=-(-2752 * hidden // 1024 // 64) * 64,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
     )  # fmt: skip
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
