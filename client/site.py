@@ -113,6 +113,15 @@ class CoordinatorSection(Section):
     """Port on 127.0.0.1 for Prometheus metrics; 0 for none."""
 
 
+_SBATCH = frozenset({
+    "account", "begin", "comment", "constraint", "cores-per-socket", "cpus-per-gpu", "cpus-per-task", "deadline",
+    "exclude", "exclusive", "gpus", "gpus-per-node", "gpus-per-task", "hint", "licenses", "mem", "mem-per-cpu",
+    "mem-per-gpu", "nice", "nodelist", "oversubscribe", "prefer", "priority", "qos", "reservation", "sockets-per-node",
+    "switches", "threads-per-core", "tmp", "wckey",
+})  # fmt: skip
+"""Options of `sbatch` that change where and when a job runs, and nothing of what it does."""
+
+
 class SlurmSection(Section):
     """How the trainer's job is submitted to Slurm (`trainer = "slurm"`)."""
 
@@ -128,14 +137,15 @@ class SlurmSection(Section):
     idle: Annotated[int, Field(ge=30, le=86400)] = 600
     """Seconds that the job waits for a request before it ends. Rounds that follow within them need no new job."""
     extra: tuple[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]*)?$")], ...] = ()
-    """Further options of `sbatch`, one a string, such as "--account=oncology"."""
+    """Further options of `sbatch`, one a string, such as "--account=oncology": those that say which machines run the
+    job, when, and on whose account."""
 
     @field_validator("extra")
     @classmethod
     def _leaves_the_job_alone(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
-        taken = {"array", "error", "input", "job-name", "output", "parsable", "requeue", "wait", "wrap"}
-        if found := [option for option in extra if option[2:].partition("=")[0] in taken]:
-            raise ValueError(f"extra: expected no option that privet sets itself, found {', '.join(found)}")
+        # Whole names of these alone: `sbatch` takes the first letters of a name for it, so a list of others leaks.
+        if found := [option for option in extra if option[2:].partition("=")[0] not in _SBATCH]:
+            raise ValueError(f"extra: expected options of {', '.join(sorted(_SBATCH))}, found {', '.join(found)}")
         return extra
 
 

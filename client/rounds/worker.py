@@ -6,7 +6,8 @@ Its API is narrow, and every call checks before it acts. Only its return values 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.site import load_site
 from privet.client.trainer.apart import Trainer
-from privet.client.trainer.opening import opening, trainer_of
+from privet.client.trainer.opening import forget, opening, trainer_of
 from privet.client.training.counts import count_sum, score_sum
 from privet.client.training.headstart import class_sums
 from privet.client.training.host import ModelHost
@@ -38,7 +39,7 @@ from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
 from privet.client.training.validation import EXACT, SENSITIVITY, validation_points
 from privet.common.canonical import digest
-from privet.common.errors import DivergedError, ProtocolError, RefusedError, StateError
+from privet.common.errors import DivergedError, PrivetError, ProtocolError, RefusedError, StateError
 from privet.common.log.statements import Charge
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import check_count, suite_of
@@ -82,6 +83,9 @@ class Worker:
         # Called with what a round cost the dataset, before its update leaves; the numbers stay at the site.
         self.charged: Callable[[Study, int, Charge | None], None] = lambda study, number, charge: None
         self._open: tuple[str, Head | None, SiteData, Host] | None = None
+        # Also while it is queued or loads, when nothing is open.
+        self._trainer: Trainer | None = None
+        self._ended = False
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
         # A thread takes locks in this order: a study's turn, what is open, and the open model's own.
@@ -97,7 +101,8 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             self._masking(study)
         data, host = self._opened_for(study)
-        check_count(study, data.training.declared)  # also where the site file declares none
+        with _kept(host):
+            check_count(study, data.training.declared)  # also where the site file declares none
         # The round log names its members by identity key, so the consent carries it also where nothing is masked.
         key = self.site.config.identity_key()
         public = "" if key is None else public_key(key)
@@ -119,11 +124,14 @@ class Worker:
         return data, host
 
     def close(self) -> None:
-        """End what runs beside this process. A batch job is cancelled."""
-        with self._opening:
-            found, self._open = self._open, None
-            if found is not None and isinstance(found[3], Trainer):
-                found[3].close()
+        """End what runs beside this process. A batch job is cancelled, wherever it is in its queue.
+
+        It takes no lock, as a message that waits for the job holds it, and may wait for hours.
+        """
+        self._ended = True
+        if self._trainer is not None:
+            self._trainer.close()
+        forget(self.site.config)
 
     def _opened_for(self, study: Study) -> tuple[SiteData, Host]:
         """As `open`, also where a trainer apart has the model. Then it runs, or `StateError` says why it does not."""
@@ -153,30 +161,31 @@ class Worker:
         self, study: Study, found: tuple[str, Head | None, SiteData, Host] | None, withdrawn: Withdrawn | None
     ) -> tuple[SiteData, Trainer]:
         """Return a study's records, without contents, and the trainer that has them."""
-        site, host = self.site, None if found is None else found[3]
+        if self._ended:
+            raise StateError("this site's process ends", "ask again once it serves")
+        site, trainer = self.site, self._trainer
         head = None if withdrawn is None else withdrawn.head
-        if found is None or not isinstance(host, Trainer) or found[:2] != (study.digest, head) or host.stale:
+        if found is None or trainer is None or found[:2] != (study.digest, head) or trainer.stale:
             site.check_files(study)
-            trainer = trainer_of(
+            opened = opening(
                 site.config,
-                opening(
-                    site.config,
-                    study,
-                    begun=site.has_begun(study),
-                    split_key=site.split_key(),
-                    distinct=site.distinct_files,
-                    planting=plant(site.config, study),
-                    withdrawn=withdrawn,
-                ),
+                study,
+                begun=site.has_begun(study),
+                split_key=site.split_key(),
+                distinct=site.distinct_files,
+                planting=plant(site.config, study),
+                withdrawn=withdrawn,
             )
-            # A job that was submitted before this process began, and for this very study, is taken over.
-            if isinstance(host, Trainer):
-                host.close()
-            host = trainer
+            # One that was queued when its answer was awaited last is this study's still. And a job that was submitted
+            # before this process began is taken over, if it is for this very study.
+            if trainer is None or trainer.stale or trainer.opening.digest != opened.digest:
+                if trainer is not None:
+                    trainer.close()
+                trainer = self._trainer = trainer_of(site.config, opened, lambda: site.check_files(study))
         self._open = None
-        host.ready()
-        self._open = (study.digest, head, host.data, host)
-        return host.data, host
+        trainer.ready()
+        self._open = (study.digest, head, trainer.data, trainer)
+        return trainer.data, trainer
 
     def _host(self, study: Study) -> ModelHost:
         return open_host(study, self.site.config.resources, begun=self.site.has_begun(study))
@@ -316,7 +325,7 @@ class Worker:
                 _AS_STUDY,
             )
         random_bytes = self.site.random_bytes(opened.round)
-        with self._turn(study.digest):
+        with self._turn(study.digest), _kept(host):
             return self._masking(study).open(
                 study, host.spec, opened, data.training.declared, random_bytes, self._contribution
             )
@@ -351,9 +360,10 @@ class Worker:
         # Only now, as the work grows with the cohort, which the log has confirmed.
         self.site.check_lost(study, opened)
         data, host = self._opened_for(study)
-        whole = completed(host, study, opened, lambda: _start(study, host))
-        if study.counts:
-            check_measured(study, read_adapter(host, whole))
+        with _kept(host):
+            whole = completed(host, study, opened, lambda: _start(study, host))
+            if study.counts:
+                check_measured(study, read_adapter(host, whole))
         if seen is not None:
             self._checked = whole, seen
         return study, data, host, whole
@@ -385,6 +395,10 @@ class Worker:
             # Again, as the operator may have withdrawn a confirmation since the round was opened.
             check_known(opened, self.site.config.pins())
         data, host = self._opened_for(study)
+        with _kept(host):
+            return self._made(study, opened, data, host)
+
+    def _made(self, study: Study, opened: RoundOpen, data: SiteData, host: Host) -> Contribution:
         adapter = read_adapter(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
@@ -518,6 +532,19 @@ class Worker:
     def _draws(self, round_number: int, payment: Payment) -> Draws:
         sampling, noise = (self.site.randomness(round_number, purpose) for purpose in ("sampling", "noise"))
         return Draws(Paid(sampling, payment), Paid(noise, payment))
+
+
+@contextmanager
+def _kept(host: Host) -> Iterator[None]:
+    """Keep the texts of errors at the site where a trainer apart stated the layout and the counts that they name.
+
+    One that is broken into could write a record into these numbers.
+    """
+    try:
+        yield
+    except PrivetError as error:
+        error.private = error.private or isinstance(host, Trainer)
+        raise
 
 
 def _start(study: Study, host: Host) -> Adapter:

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from privet.client.trainer.wire import SPARE, Packet, lists, malformed, pack, ragged, unpack
+from privet.client.trainer.wire import SPARE, VERSION, Packet, lists, malformed, pack, ragged, unpack
 from privet.client.trainer.work import clipping_head, rows_of
 from privet.client.training.counts import counted_rows
 from privet.client.training.dp import Clipping, TermSum
@@ -40,7 +40,7 @@ from privet.common.errors import (
 )
 from privet.common.privacy.noise import Randomness
 from privet.common.privacy.shared_noise import Integers
-from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorRole, TensorSpec
 from privet.common.study.study import Study
 
 _PATIENCE = 21_600.0
@@ -107,6 +107,7 @@ class Trainer:
         opening: What they are opened with.
         channels: The ways to them; the units of a step are dealt over all.
         said: Receives what is enforced on a trainer, once it is known.
+        check: Checks the data files, whenever trainers have read them.
         lock: Held by whoever uses the trainers.
         meter: Counts what they take.
         kept: As of a `ModelHost`.
@@ -116,6 +117,7 @@ class Trainer:
     opening: Opening
     channels: Sequence[Channel]
     said: Callable[[Mapping[str, Any]], None] = lambda confined: None
+    check: Callable[[], None] = lambda: None
     lock: threading.RLock = field(default_factory=threading.RLock)
     meter: Meter = field(default_factory=Meter)
     kept: dict[str, bytes] = field(default_factory=dict, repr=False)
@@ -142,11 +144,15 @@ class Trainer:
                 self._totals = [Meter() for _ in self.channels]
                 confine = Packet("confine", {"read": list(self.opening.readable)})
                 confined = self._all([confine] * len(self.channels))
+                for answer in confined:
+                    _check_version(answer)
                 opened = self._all([Packet("open", self.opening.request)] * len(self.channels), _COUNT)
                 for answer in confined[:1]:
                     self.said(answer.head)
                 for answer in opened:
                     self._learn(answer)
+                # After they were read: files that changed before would go unseen otherwise, for good.
+                self.check()
             self._ready = True
 
     @property
@@ -178,7 +184,8 @@ class Trainer:
         answer = self._one(Packet("validate", {"lattice": lattice}, _adapter(adapter)))
         points = _array(answer, "points", np.int64, 3)
         # Each unit adds three values from 0 to 1.
-        _check(bool((points >= 0).all()) and points.max() * lattice <= len(self.data.validation_units))
+        _check(bool((points >= 0).all()) and 0 <= points.max() < 2**60)
+        _check(points.max() * lattice <= len(self.data.validation_units))
         return points
 
     def unit_sum(self, study: Study, adapter: Adapter, sampling: Randomness, size: int, clipping: Clipping) -> Integers:
@@ -277,7 +284,10 @@ class Trainer:
         """Take what a trainer says of the records. Refuse it where something else was said before."""
         facts = {name: value for name, value in answer.head.items() if name != "meter"}
         arrays = {name: digest(value.tobytes()) for name, value in answer.arrays.items()}
-        known = digest(canonical_json({"facts": facts, "arrays": arrays}))
+        try:
+            known = digest(canonical_json({"facts": facts, "arrays": arrays}))
+        except (ValueError, RecursionError):
+            raise malformed("what it says of the records") from None
         if self._facts is None:
             self._facts = known, *self._read(answer)
         elif self._facts[0] != known:
@@ -294,9 +304,13 @@ class Trainer:
             declared = int(head["declared"]) if self.opening.declared is None else self.opening.declared
             classes = _array(answer, "classes", np.int64).tolist()
             held_out, names = int(head["held-out"]), str(head["names"])
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise malformed("what it says of the records") from None
-        _check(len(classes) in (0, len(units)) and 0 <= held_out <= _COUNT)
+        # More units than the study admits of a site would be refused later, by errors that say how many.
+        most = self.opening.study.aggregation.largest_count
+        _check(len(classes) in (0, len(units)) and declared >= 1 and 0 <= held_out <= most)
+        _check(all(type(size) is int and 0 < size < _COUNT for tensor in spec.tensors for size in tensor.shape))
+        _check(all(isinstance(tensor.name, str) and tensor.role in get_args(TensorRole) for tensor in spec.tensors))
         training = TrainingSet((), units, declared, classes)
         return spec, SiteData(training, (), [()] * held_out, (), names)
 
@@ -308,9 +322,13 @@ class Trainer:
         try:
             seconds = {name: float(found["seconds"][name]) for name in self.meter.seconds}
             total = Meter(int(found["tokens"]), int(found["records"]), float(found["loss"]), seconds)
-        except (KeyError, TypeError, ValueError):
+            more = total.since(self._totals[way])
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise malformed("what it has counted") from None
-        self.meter.add(total.since(self._totals[way]))
+        counted = [more.tokens, more.records, *more.seconds.values()]
+        if not all(0 <= each < _COUNT**2 for each in counted) or not math.isfinite(more.loss):
+            raise malformed("what it has counted")
+        self.meter.add(more)
         self._totals[way] = total
 
 
@@ -374,7 +392,7 @@ def _array(answer: Packet, name: str, kind: type[np.generic], size: int | None =
 
 def _number(head: Mapping[str, Any], name: str) -> float:
     found = head.get(name)
-    if not isinstance(found, int | float) or not math.isfinite(found):
+    if not isinstance(found, int | float) or not abs(found) < _COUNT:
         raise malformed(f"the number {name}")
     return float(found)
 
@@ -392,6 +410,15 @@ def _check(honest: bool) -> None:
             "the trainer returned a sum that no records can have, and it was refused",
             "nothing: the site sits this round out. If it happens again, take the trainer for broken into: train "
             'inside (`trainer = "inside"` under [resources] in the site file) or on another machine',
+        )
+
+
+def _check_version(answer: Packet) -> None:
+    """Check that a trainer runs the version of this process: one that began before an update has its faults still."""
+    if answer.head.get("version") != VERSION:
+        raise StateError(
+            f"the trainer runs another version of privet than the site, which has {VERSION}",
+            "nothing: the site ends it, and begins another in the next round",
         )
 
 

@@ -1,8 +1,8 @@
 """Take from this process what a trainer has no use for: network, files of others, other processes.
 
-Landlock (Linux 5.13 on) restricts files, and seccomp system calls. Neither needs rights, and neither can be undone, by
-this process or by one that it starts. Both hold for the calling thread and the threads that it starts later, so they
-come before any library that starts some. What the kernel does not offer is not enforced, and `confine` says so.
+Landlock (Linux 5.13 on) restricts files, and seccomp system calls. Neither needs rights, and neither can be undone.
+Both hold for the calling thread and the threads that it starts later, so they come before any library that starts
+some. What the kernel does not offer is not enforced, and `confine` says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # it imports NumPy, which starts threads
 
 _NO_NEW_PRIVS, _DUMPABLE, _SECCOMP = 38, 4, 22
 _FILTER = 2
-_EPERM = 1
+_EPERM, _ENOSYS = 1, 38
+_CLONE_THREAD = 0x10000
 # linux/capability.h: version 3 of the interface, and CAP_DAC_READ_SEARCH.
 _CAPABILITIES, _READ_ALL = 0x20080522, 1 << 2
 
@@ -34,13 +35,42 @@ _FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
 _TCP, _SCOPES = 0b11, 0b11  # since 4: bind and connect; since 6: abstract sockets and signals
 _TCP_SINCE, _SCOPES_SINCE = 4, 6
 
-# System calls that are refused, by architecture: its number in linux/audit.h, and the calls' numbers. Sockets, io_uring
-# (which makes sockets, too), memory and files of other processes, kernel keys, tracing.
-_CALLS = {
-    "x86_64": (0xC000003E, (41, 101, 248, 249, 250, 298, 310, 311, 321, 425, 426, 427, 438)),
-    "aarch64": (0xC00000B7, (198, 117, 217, 218, 219, 241, 270, 271, 280, 425, 426, 427, 438)),
-}
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""By machine: its column below, and its number in linux/audit.h."""
+# System calls that are refused, with their numbers on both machines; None: the machine has no such call.
+_REFUSED: dict[str, tuple[int | None, int | None]] = {
+    # The network, and io_uring, which makes sockets too.
+    "socket": (41, 198), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    # Memory and files of other processes, the kernel's keys, tracing.
+    "ptrace": (101, 117), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "perf_event_open": (298, 241), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280),
+    "pidfd_getfd": (438, 438), "kcmp": (312, 272), "userfaultfd": (323, 282), "process_madvise": (440, 440),
+    "move_pages": (279, 239), "migrate_pages": (256, 238), "process_mrelease": (448, 448),
+    # Landlock forbids to open a file, and not to change whose it is and who may read it; the older, to truncate it.
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45), "utime": (132, None),
+    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    # What other processes share without a file: memory, semaphores and messages of System V, queues of POSIX.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197), "semget": (64, 190),
+    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189),
+    "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
+    # The order in which others run.
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "ioprio_set": (251, 30),
+    "sched_setattr": (314, 274),
+    # Other processes: a child would outlive this one, which is ended by its number.
+    "fork": (57, None), "vfork": (58, None), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    # Another view of the file system, or of the rights in it.
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+}  # fmt: skip
+_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
 _X32 = 0x40000000
+_FIRST = 16
+"""Where `struct seccomp_data` has the lower half of the first argument."""
 
 SYSTEM = (
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/proc", "/sys", "/run/nvidia-persistenced",
@@ -58,7 +88,7 @@ class Confined:
     Attributes:
         network: No socket can be made.
         files: Only what was named can be read, and only one directory written.
-        signals: No signal reaches a process outside.
+        signals: No signal reaches another process, and none is started.
     """
 
     network: bool
@@ -86,17 +116,17 @@ def confine(readable: Iterable[str], writable: Sequence[str]) -> Confined:
         return Confined(network=False, files=False, signals=False)
     _drop_capabilities(libc)
     version = _landlock(libc, [*code_places(), *readable], writable)
-    network = _seccomp(libc)
+    calls = _seccomp(libc)
     # Another thread would have kept all rights.
-    return Confined(alone and network, alone and version > 0, alone and version >= _SCOPES_SINCE)
+    return Confined(alone and calls, alone and version > 0, alone and calls)
 
 
 def available() -> Confined:
     """Return what `confine` could enforce here, without doing so."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_CREATE, None, ctypes.c_size_t(0), 1)
-    network = platform.machine() in _CALLS and _has_seccomp()
-    return Confined(network, files=version > 0, signals=version >= _SCOPES_SINCE)
+    calls = platform.machine() in _MACHINES and _has_seccomp()
+    return Confined(calls, files=version > 0, signals=calls)
 
 
 def hide_memory() -> None:
@@ -200,23 +230,37 @@ class _Program(ctypes.Structure):
 
 
 def _seccomp(libc: ctypes.CDLL) -> bool:
-    """Refuse some system calls, with the error EPERM. Return whether that is enforced."""
-    known = _CALLS.get(platform.machine())
+    """Refuse some system calls. Return whether that is enforced."""
+    known = _MACHINES.get(platform.machine())
     if known is None:
         return False
-    code = _program(*known)
+    code = _program(*known, os.getpid())
     program = _Program(len(code) // 8, code)
     return int(libc.prctl(_SECCOMP, _FILTER, ctypes.byref(program), 0, 0)) == 0
 
 
-def _program(architecture: int, calls: Sequence[int]) -> bytes:
-    """Return the filter: `struct sock_filter` (code, jump if true, jump if false, value), 8 bytes each."""
-    load, jump_equal, jump_least, give = 0x20, 0x15, 0x35, 0x06
-    refuse, allow = 0x00050000 | _EPERM, 0x7FFF0000
+def _program(column: int, architecture: int, process: int) -> bytes:
+    """Return the filter: `struct sock_filter` (code, jump if true, jump if false, value), 8 bytes each.
+
+    Args:
+        column: Of the numbers of system calls.
+        architecture: The machine's number.
+        process: This process's number.
+    """
+    load, jump_equal, jump_least, jump_any, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    refuse, unknown, allow = 0x00050000 | _EPERM, 0x00050000 | _ENOSYS, 0x7FFF0000
     steps = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, refuse), (load, 0, 0, 0)]
     # Calls of another convention on the same architecture have other numbers.
     steps += [(jump_least, 0, 1, _X32), (give, 0, 0, refuse)]
-    for call in calls:
-        steps += [(jump_equal, 0, 1, call), (give, 0, 0, refuse)]
+    for call in (numbers[column] for numbers in _REFUSED.values()):
+        if call is not None:
+            steps += [(jump_equal, 0, 1, call), (give, 0, 0, refuse)]
+    # A filter cannot read what `clone3` points to; libraries that are told that there is none use `clone`.
+    steps += [(jump_equal, 0, 1, _CLONE3[column]), (give, 0, 0, unknown)]
+    # By their first argument: threads, signals to this process, limits of this process.
+    tests = [(_CLONE, jump_any, _CLONE_THREAD), (_KILL, jump_equal, process), (_TGKILL, jump_equal, process)]
+    for calls, test, value in [*tests, (_PRLIMIT, jump_equal, 0)]:
+        steps += [(jump_equal, 0, 4, calls[column]), (load, 0, 0, _FIRST), (test, 1, 0, value)]
+        steps += [(give, 0, 0, refuse), (give, 0, 0, allow)]
     steps.append((give, 0, 0, allow))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)

@@ -13,6 +13,8 @@ an earlier one. Each file appears by a rename, as a whole.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import math
 import os
@@ -68,6 +70,25 @@ class Jobs(Protocol):
 
     def drop(self) -> None:
         """Cancel the job, wherever it is, and delete its directory."""
+
+
+def name_of(key: bytes) -> str:
+    """Return what names a job's key to those who may see it: its SHA-256, in hexadecimal."""
+    return hashlib.sha256(key).hexdigest()
+
+
+def unguarded(directory: Path) -> Path | None:
+    """Return the first directory, from this one up, whose entries others may rename; None if there is none.
+
+    Raises:
+        OSError: One cannot be looked at.
+    """
+    for path in (directory.resolve(), *directory.resolve().parents):
+        found = path.stat()
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if others or found.st_uid not in (0, os.getuid()):
+            return path
+    return None
 
 
 def put(path: Path, data: bytes) -> None:
@@ -241,21 +262,24 @@ class MailboxEnd:
     Args:
         folder: The job's directory.
         idle: Seconds without a request after which there will be none.
+        named: `name_of` the job's key, as the site told the batch system. The directory alone could be another one
+            by now, with a key of somebody else's, who would have this job read his list of files.
         clock: Returns the time.
 
     Raises:
-        StateError: There is no key: the job was begun before, or is not wanted.
+        StateError: There is no key, or another: the job was begun before, is not wanted, or is somebody else's.
     """
 
-    def __init__(self, folder: Path, idle: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path, idle: float, named: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._idle, self._clock = folder, idle, clock
         try:
-            self._key = (folder / KEY).read_bytes()
+            found = _content(folder / KEY, KEY_BYTES)
             (folder / KEY).unlink()
-        except OSError:
-            raise StateError("the trainer's job has no key", "the site submits a job of its own") from None
-        if len(self._key) != KEY_BYTES:
-            raise StateError("the trainer's job has a key of another length", "report this as a bug")
+        except (OSError, StateError):
+            found = None
+        if found is None or not hmac.compare_digest(name_of(found), named):
+            raise StateError("the trainer's job has no key of its own", "the site submits another job")
+        self._key = found
         self._nonce, self._number = "", 0
         self._seal: Seal | None = None
         self._seen: set[str] = set()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from privet.client.bases.names import as_begun, locate_base
 from privet.client.budget.withdrawals import Withdrawn
-from privet.client.site import SiteConfig
+from privet.client.site import SiteConfig, SlurmSection
 from privet.client.trainer.apart import Channel, Opening, Trainer
 from privet.client.trainer.confinement import Confined
 from privet.client.trainer.mailbox import MailboxChannel
@@ -54,8 +55,8 @@ def opening(
     base = locate_base(study.model, config.resources.bases)
     resources = config.resources.inside.knowing({study.model.base: base})
     told = config.model_copy(update={"resources": resources}).model_dump(mode="json", include=_TOLD)
-    # Files of a cache are links to another directory.
-    files = {str(path.resolve().parent) for path in base.glob("**/*") if path.is_file()}
+    # Files of a cache are links to another directory, of which these alone are read.
+    files = {str(path.resolve()) for path in base.glob("**/*") if path.is_file()}
     records = [str(path.resolve()) for path in (*config.train, *config.test)]
     request = {
         "study": study.document(),
@@ -70,8 +71,13 @@ def opening(
     return Opening(study, sorted({*records, str(base.resolve()), *files}), request, config.declared_count)
 
 
-def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
+def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -> Trainer:
     """Return the trainer of a study, as the site file says where it runs. Nothing runs yet.
+
+    Args:
+        config: The site file.
+        opened: What it is opened with.
+        check: Checks the data files, whenever a trainer has read them.
 
     Raises:
         RefusedError: The site file names no round log, beside which trainers have their files.
@@ -86,7 +92,7 @@ def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
     folder, resources = config.log.state / FOLDER, config.resources
     channels: list[Channel]
     if resources.slurm is not None:
-        channels = [MailboxChannel(SlurmJobs(resources.slurm, folder / "job.json", opened.digest))]
+        channels = [MailboxChannel(_jobs(resources.slurm, folder, opened.digest))]
     elif resources.trainer == "process":
         ways, home = range(resources.devices), folder / opened.digest[:16]
         # What a trainer has written is for the next one of the same study alone: it keeps the verdict of its probe
@@ -96,7 +102,17 @@ def trainer_of(config: SiteConfig, opened: Opening) -> Trainer:
         channels = [PipeChannel(home / str(way), way if resources.devices > 1 else None) for way in ways]
     else:
         raise StateError(f"there is no trainer {resources.trainer} apart", "report this as a bug")
-    return Trainer(opened, channels, _said)
+    return Trainer(opened, channels, _said, check)
+
+
+def forget(config: SiteConfig) -> None:
+    """Cancel the batch job that a site has, also one that another process of it submitted."""
+    if config.log is not None and config.resources.slurm is not None:
+        _jobs(config.resources.slurm, config.log.state / FOLDER, "").drop()
+
+
+def _jobs(section: SlurmSection, folder: Path, opening: str) -> SlurmJobs:
+    return SlurmJobs(section, folder / "job.json", opening)
 
 
 def _said(head: Mapping[str, Any]) -> None:

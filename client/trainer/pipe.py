@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import shutil
 import struct
@@ -23,12 +24,14 @@ _KEPT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ")
 _KEPT_PREFIXES = ("MKL_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "GOMP_", "ATEN_", "TORCH_", "PYTORCH_", "CUDA_",
                   "CUBLAS_", "NVIDIA_", "OPENBLAS_", "LD_LIBRARY_PATH")  # fmt: skip
 """Variables that choose language, kernels or devices. All others could hold secrets."""
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 MODULE = "privet.client.trainer.start"
 
 
 def stripped(environment: Mapping[str, str], home: Path) -> dict[str, str]:
     """Return the environment of a trainer whose files lie in `home`."""
-    kept = {n: v for n, v in environment.items() if n in _KEPT or n.startswith(_KEPT_PREFIXES)}
+    wanted = [n for n in environment if n in _KEPT or (n.startswith(_KEPT_PREFIXES) and not _SECRET.search(n))]
+    kept = {name: environment[name] for name in wanted}
     places = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "XDG_CACHE_HOME": str(home / "cache")}
     return {**kept, **places, "PATH": os.defpath}
 

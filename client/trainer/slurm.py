@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from privet.client.site import SlurmSection
-from privet.client.trainer.mailbox import ATTACHED, KEY, State, discard, put
+from privet.client.trainer.mailbox import ATTACHED, KEY, State, discard, name_of, put, unguarded
 from privet.client.trainer.pipe import MODULE
 from privet.client.trainer.wire import KEY_BYTES
 from privet.common.canonical import canonical_json
@@ -31,6 +31,8 @@ from privet.common.files import write_durably
 _log = logging.getLogger("privet.site")
 _SECONDS = 60
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+_OPTIONS = ("SBATCH_", "SQUEUE_", "SCANCEL_")
+"""Beginnings of variables that are options of these programs, of which a site sets all that it needs."""
 COMMANDS = ("sbatch", "squeue", "scancel")
 """The programs of Slurm that a site uses."""
 
@@ -116,6 +118,13 @@ class SlurmJobs:
         job = SlurmJob(name, self.section.directory / name, os.urandom(KEY_BYTES), self.opening)
         known = {"name": name, "folder": str(job.folder), "key": job.key.hex(), "opening": job.opening}
         try:
+            if (open_to_others := unguarded(self.section.directory)) is not None:
+                raise StateError(
+                    f"the directory {open_to_others}, in which the trainer's jobs lie, belongs to somebody else or can "
+                    "be changed by others, who could have a job read other files",
+                    "name a directory in this user's home, as `directory` under [resources.slurm] in the site file, or "
+                    f"run `chmod go-w {open_to_others}`",
+                )
             self.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_durably(self.record, canonical_json(known) + b"\n", mode=0o600)
             job.folder.mkdir(mode=0o700)
@@ -127,7 +136,7 @@ class SlurmJobs:
                 f"the files of the trainer's job cannot be made: {error.filename or job.folder}: {error.strerror}",
                 "correct `directory` under [resources.slurm] in the site file: this user must be able to write there",
             ) from None
-        done = _run("sbatch", *options(self.section, name, job.folder), script=script(job.folder, self.section.idle))
+        done = _run("sbatch", *options(self.section, name, job.folder), script=script(job, self.section.idle))
         if done.returncode:
             self.drop()
             said = " ".join(done.stderr.split())[:300]
@@ -167,13 +176,13 @@ def options(section: SlurmSection, name: str, folder: Path) -> list[str]:
     return [*own, *(f"--{key}={value}" for key, value in asked.items() if value is not None), *section.extra]
 
 
-def script(folder: Path, idle: int) -> str:
+def script(job: SlurmJob, idle: int) -> str:
     """Return the job's script. Its one command comes first, so no name can be read as an option of `sbatch`.
 
     Raises:
         StateError: The directory's path holds a control character.
     """
-    command = [sys.executable, "-I", "-m", MODULE, str(folder), str(idle)]
+    command = [sys.executable, "-I", "-m", MODULE, str(job.folder), str(idle), name_of(job.key)]
     if any(not character.isprintable() for word in command for character in word):
         raise StateError(
             "the path of the trainer's job, or of Python, holds a character that cannot be printed",
@@ -209,6 +218,7 @@ def _run(program: str, *arguments: str, script: str = "") -> subprocess.Complete
         return subprocess.run(
             [path, *arguments],
             input=script,
+            env={name: value for name, value in os.environ.items() if not name.startswith(_OPTIONS)},
             capture_output=True,
             text=True,
             errors="replace",

@@ -1,7 +1,8 @@
-"""The trainer's process: `python -I -m privet.client.trainer.start [FOLDER IDLE]`.
+"""The trainer's process: `python -I -m privet.client.trainer.start [FOLDER IDLE NAMED]`.
 
-Without arguments it speaks through its standard input and output, with them through a job's directory. It confines
-itself before it loads a library that starts threads, and before it reads anything but its own code.
+Without arguments it speaks through its standard input and output, with them through a job's directory, whose key has
+the name `NAMED`. It confines itself before it loads a library that starts threads, and before it reads anything but its
+own code.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from privet.client.trainer.confinement import Confined, confine
-from privet.client.trainer.mailbox import MailboxEnd
+from privet.client.trainer.mailbox import MailboxEnd, unguarded
 from privet.client.trainer.pipe import PipeEnd, stripped
-from privet.client.trainer.wire import Packet, pack, unpack
+from privet.client.trainer.wire import VERSION, Packet, pack, unpack
 from privet.common.errors import PrivetError
 
 _LOOKED = 2.0
@@ -63,8 +64,9 @@ def serve(end: End, home: Path, begun: Callable[[], None] = lambda: None) -> Non
             return
 
 
-def _said(confined: Confined) -> dict[str, bool]:
-    return {"network": confined.network, "files": confined.files, "signals": confined.signals}
+def _said(confined: Confined) -> dict[str, bool | str]:
+    limits = {"network": confined.network, "files": confined.files, "signals": confined.signals}
+    return {**limits, "version": VERSION}
 
 
 def _follow(parent: int) -> None:
@@ -85,7 +87,9 @@ def main(arguments: list[str]) -> int:
     os.umask(0o077)
     try:
         if arguments:
-            serve(MailboxEnd(home, float(arguments[1])), home)
+            if unguarded(home.parent) is not None:  # it could be another directory in a moment, with code in its caches
+                return 1
+            serve(MailboxEnd(home, float(arguments[1]), arguments[2]), home)
             return 0
         pipes = PipeEnd(os.dup(0), os.dup(1))
         for number in (0, 1):  # a library that prints would break a message

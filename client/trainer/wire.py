@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from privet.common.errors import StateError, VerificationError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+VERSION = version("privet")
+"""That of the code which this process loaded, also after another was installed."""
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 16, 16
 SPARE = 2**20
 """Bytes of a message beside its arrays, at most."""
@@ -64,7 +67,7 @@ def unpack(data: bytes) -> Packet:
     """
     try:
         (length,) = _LENGTH.unpack_from(data)
-        found = json.loads(data[_LENGTH.size : _LENGTH.size + length])
+        found = json.loads(data[_LENGTH.size : _LENGTH.size + length], parse_constant=_no_number)
         kind, head, rest = found["kind"], found["head"], data[_LENGTH.size + length :]
         if not isinstance(kind, str) or not isinstance(head, dict):
             raise TypeError
@@ -79,6 +82,10 @@ def unpack(data: bytes) -> Packet:
         return Packet(kind, head, load(rest))
     except (SafetensorError, KeyError, ValueError):
         raise malformed("its arrays") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
 
 
 def malformed(what: str) -> StateError:

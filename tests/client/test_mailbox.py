@@ -17,8 +17,18 @@ import pytest
 from pydantic import ValidationError
 
 from privet.client.site import Resources, SlurmSection
-from privet.client.trainer.mailbox import ATTACHED, KEY, MailboxChannel, MailboxEnd, State, discard, put
-from privet.client.trainer.slurm import SlurmJobs, options, script
+from privet.client.trainer.mailbox import (
+    ATTACHED,
+    KEY,
+    MailboxChannel,
+    MailboxEnd,
+    State,
+    discard,
+    name_of,
+    put,
+    unguarded,
+)
+from privet.client.trainer.slurm import SlurmJob, SlurmJobs, options, script
 from privet.client.trainer.wire import ANSWER, ASK, Packet, Seal, lists, pack, ragged, unpack
 from privet.client.waiting import awaited
 from privet.common.errors import StateError, StudyError, VerificationError
@@ -59,6 +69,10 @@ def job_in(folder: Path) -> PaperJob:
     return job
 
 
+def end_of(job: PaperJob, idle: float = 20.0) -> MailboxEnd:
+    return MailboxEnd(job.folder, idle, name_of(job.key))
+
+
 def soon(seconds: float = 20.0) -> float:
     return time.monotonic() + seconds
 
@@ -85,16 +99,38 @@ def test_messages_are_sealed_files_that_are_gone_once_they_were_read(tmp_path: P
     (asked,) = job.folder.glob("*.ask")
     assert SECRET not in asked.read_bytes()
     assert asked.stat().st_mode & 0o777 == 0o600
-    end = MailboxEnd(job.folder, idle=20)
+    end = end_of(job)
     assert not (job.folder / KEY).exists()
     with pytest.raises(StateError, match="no key"):  # a second process cannot be the job
-        MailboxEnd(job.folder, idle=20)
+        end_of(job)
     thread = answering(end, 2)
     assert channel.receive(100, soon()) == SECRET[::-1]
     channel.send(b"again", soon())
     assert channel.receive(100, soon()) == b"niaga"
     thread.join(20)
     assert {path.name for path in job.folder.iterdir()} == {ATTACHED}
+
+
+def test_a_job_obeys_no_key_but_its_own(tmp_path: Path) -> None:
+    """The directory may be another one by now, whose maker would have the job read files for him."""
+    job = job_in(tmp_path / "job")
+    job.folder.rename(tmp_path / "away")
+    strange = job_in(tmp_path / "job")
+    for key in (strange.key, job.key[:-1], b"", job.key + b"\0"):
+        put(job.folder / KEY, key)
+        with pytest.raises(StateError, match="no key of its own"):
+            end_of(job)
+        (job.folder / KEY).unlink(missing_ok=True)
+    (job.folder / KEY).symlink_to(tmp_path / "away" / KEY)
+    with pytest.raises(StateError, match="no key of its own"):
+        end_of(job)
+    (job.folder / KEY).unlink()
+    os.mkfifo(job.folder / KEY)  # on which a reader would wait
+    with pytest.raises(StateError, match="no key of its own"):
+        end_of(job)
+    (job.folder / KEY).unlink()
+    put(job.folder / KEY, job.key)
+    end_of(job)
 
 
 def test_an_answer_of_another_session_request_or_job_is_refused(tmp_path: Path) -> None:
@@ -135,7 +171,7 @@ def test_a_job_goes_on_with_a_new_session_and_never_with_an_old_one(tmp_path: Pa
     first.open()
     old = (job.folder / ATTACHED).read_bytes()
     first.send(b"of a process that is killed", soon())
-    end = MailboxEnd(job.folder, idle=20)
+    end = end_of(job)
     assert end.receive() == b"of a process that is killed"
     second.open()
     second.send(b"of the next", soon())
@@ -148,10 +184,10 @@ def test_a_job_goes_on_with_a_new_session_and_never_with_an_old_one(tmp_path: Pa
 
 
 def test_a_job_ends_when_nobody_asks_or_its_directory_is_gone(tmp_path: Path) -> None:
-    end = MailboxEnd(job_in(tmp_path / "idle").folder, idle=0.05)
+    end = end_of(job_in(tmp_path / "idle"), idle=0.05)
     assert end.receive() is None
     job = job_in(tmp_path / "gone")
-    end = MailboxEnd(job.folder, idle=20)
+    end = end_of(job)
     (job.folder / ATTACHED).unlink()
     assert end.receive() is None
 
@@ -307,6 +343,33 @@ def test_a_process_that_is_killed_while_it_submits_leaves_nothing_that_stays(tmp
     assert json.loads(record.read_bytes())["name"] != third.name
 
 
+def test_a_directory_that_others_can_rename_holds_no_job(tmp_path: Path, paper: Paper) -> None:
+    jobs = jobs_of(tmp_path)
+    assert unguarded(tmp_path / "shared") is None
+    for mode, at in ((0o770, "shared"), (0o707, "shared"), (0o775, ".")):
+        (tmp_path / at).chmod(mode)
+        with pytest.raises(StateError, match="can be changed by others") as caught:
+            jobs.take()
+        assert f"chmod go-w {(tmp_path / at).resolve()}" in caught.value.hint
+        (tmp_path / at).chmod(0o755)
+    (tmp_path / "shared").chmod(0o1777)  # in which nobody renames what is not his
+    jobs.take()
+    assert len(paper.calls) == 1
+
+
+def test_variables_that_are_options_of_slurm_are_not_passed_on(
+    tmp_path: Path, paper: Paper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin/sbatch"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\n")
+    for name in ("SBATCH_ARRAY_INX", "SQUEUE_FORMAT", "SCANCEL_USER", "SLURM_CONF"):
+        monkeypatch.setenv(name, "x")
+    jobs_of(tmp_path).take()
+    names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert "SLURM_CONF" in names
+    assert not {name for name in names if name.startswith(("SBATCH_", "SQUEUE_", "SCANCEL_"))}
+
+
 def test_what_slurm_refuses_leaves_no_directory(tmp_path: Path, paper: Paper) -> None:
     (tmp_path / "refused").write_text("sbatch: error: invalid partition\n")
     with pytest.raises(StateError, match="invalid partition"):
@@ -317,12 +380,13 @@ def test_what_slurm_refuses_leaves_no_directory(tmp_path: Path, paper: Paper) ->
 
 def test_no_name_breaks_the_script_or_an_option(tmp_path: Path) -> None:
     folder = Path("/x/'; touch y; '$(touch z) \"`a`\" #SBATCH --array=1-9/job")
-    text = script(folder, 60)
+    text = script(SlurmJob("n", folder, b"k" * 32, "o"), 60)
     assert text.startswith("#!/bin/sh\nexec ")
     assert text.count("\n") == 2
-    assert shlex.split(text.splitlines()[1])[5:] == [str(folder), "60"]
+    assert shlex.split(text.splitlines()[1])[5:] == [str(folder), "60", name_of(b"k" * 32)]
+    assert b"k".hex() * 8 not in text
     with pytest.raises(StateError, match="cannot be printed"):
-        script(Path("/x\n#SBATCH --array=1-9"), 60)
+        script(SlurmJob("n", Path("/x\n#SBATCH --array=1-9"), b"k" * 32, "o"), 60)
     found = options(
         SlurmSection(directory=tmp_path, gres="gpu:1", time="1-12:00:00", extra=("--account=a b",)), "n", folder
     )
@@ -338,6 +402,15 @@ def test_no_name_breaks_the_script_or_an_option(tmp_path: Path) -> None:
         {"extra": ["--wrap=id"]},
         {"extra": ["--output=/tmp/x"]},
         {"extra": ["--array=1-9"]},
+        # What `sbatch` would complete.
+        {"extra": ["--outpu=/tmp/x"]},
+        {"extra": ["--arr=1-9"]},
+        {"extra": ["--wra=id"]},
+        {"extra": ["--export=ALL"]},
+        {"extra": ["--chdir=/tmp"]},
+        {"extra": ["--clusters=other"]},
+        {"extra": ["--get-user-env"]},
+        {"extra": ["--no-requeue"]},
         {"extra": ["--comment=a\nb"]},
         {"partition": "a b"},
         {"partition": "--wrap"},

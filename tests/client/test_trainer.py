@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from privet.client.rounds.answers import _failure
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources, SiteConfig
 from privet.client.trainer.apart import Opening, Trainer
@@ -21,8 +26,8 @@ from privet.client.trainer.confinement import available
 from privet.client.trainer.opening import trainer_of
 from privet.client.trainer.pipe import PipeChannel
 from privet.client.trainer.reviewed import UNREVIEWED
-from privet.client.trainer.wire import Packet, unpack
-from privet.common.errors import PrivetError, SpentRoundError, StateError
+from privet.client.trainer.wire import VERSION, Packet, ragged, unpack
+from privet.common.errors import PrivetError, ScanError, SpentRoundError, StateError
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from tests.support.faulty_rounds import asked, begun, counted_draws
@@ -177,6 +182,10 @@ def with_head(**more: Any) -> Any:
     return lambda packet: replace(packet, head={**packet.head, **more})
 
 
+def metered(packet: Packet, **more: Any) -> Packet:
+    return replace(packet, head={**packet.head, "meter": {**packet.head["meter"], **more}})
+
+
 LIES: dict[str, tuple[str, Any]] = {
     "a sum longer than its units' can be": ("terms", with_array("total", lambda total: total + 2**55)),
     "a sum of other length": ("terms", with_array("total", lambda total: total[:-1])),
@@ -191,7 +200,11 @@ LIES: dict[str, tuple[str, Any]] = {
     "units that overlap their ends": ("open", with_array("units-ends", lambda ends: ends[::-1].copy())),
     "a layout that is none": ("open", with_head(spec={"tensors": [["a"]]})),
     "a count that is none": ("open", with_head(**{"held-out": "many"})),
+    "more units held out than a study admits": ("open", with_head(**{"held-out": 10**6 + 1})),
+    "a negative count": ("open", with_head(**{"held-out": -1})),
     "figures that are none": ("begin", with_head(meter={"seconds": {}})),
+    "figures that fall": ("begin", lambda packet: metered(packet, tokens=-1)),
+    "figures without end": ("begin", lambda packet: metered(packet, records=2**52, tokens=2**52, loss=1e300)),
     "an error of the ledger": (
         "terms",
         lambda _: Packet("error", {"type": "BudgetExhaustedError", "message": "row 7"}),
@@ -213,6 +226,118 @@ def test_an_answer_that_no_records_could_give_is_refused_and_says_nothing_to_oth
     assert caught.value.private
     assert begun(worker, 1) == bool(drawn)
     worker.close()
+
+
+def test_heads_that_are_no_numbers_are_refused(bert: Path) -> None:
+    """Which JSON can write, though privet's own never holds them."""
+    study = tiny_study(bert, **STUDIES["validated"])
+    good = {"spec": {"tensors": []}, "declared": 5, "held-out": 3, "names": "", "verdict": None}
+    bad = [
+        ("held-out", "Infinity"), ("held-out", "1e400"), ("verdict", "NaN"), ("verdict", str(2**60)), ("declared", "0"),
+        ("declared", "-7"), ("spec", '{"tensors": [["a", ["x", 2], "full"]]}'), ("verdict", "[" * 9999 + "]" * 9999),
+    ]  # fmt: skip
+    body = safetensors.numpy.save({**ragged("units", [[0]] * 5), "classes": np.zeros(0, np.int64)})
+    for name, value in [("declared", "5"), *bad]:
+        text = json.dumps({"kind": "done", "head": {**good, name: "HERE"}}).replace('"HERE"', value).encode()
+        trainer = Trainer(Opening(study, [], {}, None), [])
+        if value == "5":
+            trainer._learn(unpack(struct.pack(">I", len(text)) + text + body))
+            continue
+        with pytest.raises(StateError, match=r"cannot be read|no records can have"):
+            trainer._learn(unpack(struct.pack(">I", len(text)) + text + body))
+
+
+def test_a_layout_that_a_trainer_states_is_named_to_nobody(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers could be a record."""
+    study, hidden = tiny_study(bert, **STUDIES["validated"]), 1_987_654
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
+    more = ["zzz", [hidden, 1], "full"]
+    spec = with_head(spec={"tensors": [more]})
+    longer: Any = lambda packet: with_head(spec={"tensors": [*packet.head["spec"]["tensors"], more]})(packet)  # noqa: E731
+    for name, change in (("other", spec), ("longer", longer)):
+        trainer_here(monkeypatch, HereChannel(bent("open", change)))
+        worker = worker_at(place(tmp_path / name, study, trainer="process"))
+        with pytest.raises(PrivetError, match=r"795\d{4} bytes") as caught:
+            worker._contribution(opened)
+        assert caught.value.private
+        assert "795" not in str(_failure(caught.value))
+        worker.close()
+
+
+def test_a_trainer_of_another_version_is_ended(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    channel = HereChannel()
+    trainer_here(monkeypatch, channel)
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    channel.version = "0.9.0"
+    with pytest.raises(StateError, match="another version of privet"):
+        worker.offer(study)
+    assert not channel.alive
+    channel.version = VERSION
+    assert worker.offer(study).weight == 30
+
+
+def test_files_that_change_before_a_trainer_reads_them_again_are_noticed(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
+    channel = HereChannel()
+    trainer_here(monkeypatch, channel)
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    worker.offer(study)
+    channel.close()  # it dies, and a new one reads the files
+
+    def changed(study: Study) -> None:
+        raise ScanError("the files are others")
+
+    monkeypatch.setattr(worker.site, "check_files", changed)
+    with counted_draws() as drawn, pytest.raises(ScanError):
+        worker._contribution(opened)
+    assert not drawn
+    assert not channel.alive
+    monkeypatch.undo()
+    worker.close()
+
+
+class QueuedChannel(HereChannel):
+    """A job that is queued until somebody cancels it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.cancelled = threading.Event(), threading.Event()
+
+    def receive(self, most: int, until: float) -> bytes:
+        self.entered.set()
+        assert self.cancelled.wait(60)
+        raise StateError("the trainer's job ended")
+
+    def close(self) -> None:
+        self.cancelled.set()
+
+
+def test_a_site_that_stops_cancels_a_job_that_a_message_waits_for(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    channel = QueuedChannel()
+    trainer_here(monkeypatch, channel)
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    waiting = threading.Thread(target=lambda: suppressed(lambda: worker.offer(study)), daemon=True)
+    waiting.start()
+    assert channel.entered.wait(60)
+    worker.close()  # at once, though the message holds the lock
+    assert channel.cancelled.is_set()
+    waiting.join(60)
+    with pytest.raises(StateError, match="process ends"):
+        worker.offer(study)
+
+
+def suppressed(what: Callable[[], object]) -> None:
+    with suppress(PrivetError):
+        what()
 
 
 def test_errors_of_a_trainer_stay_at_the_site(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,5 +448,5 @@ def test_a_trainer_apart_is_refused_until_its_review_has_ended(
         monkeypatch.setenv(UNREVIEWED, given)
     config = SiteConfig(name="ash", train=(Path("notes.csv"),), resources=Resources(trainer="process"))
     with pytest.raises(StateError, match="a review found faults") as caught:
-        trainer_of(config, cast("Opening", None))
+        trainer_of(config, cast("Opening", None), lambda: None)
     assert 'trainer = "inside"' in caught.value.hint

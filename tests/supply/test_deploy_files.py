@@ -78,10 +78,14 @@ def test_a_unit_runs_without_privileges_and_says_so_once(name: str) -> None:
 
 
 def test_all_units_confine_in_the_same_way() -> None:
-    differ = {"Description", "After", "Wants", "ExecStart", "Restart", "RestartSec", "Environment"}
+    differ = {"Description", "After", "Wants", "ExecStart", "Restart", "RestartSec", "Environment", "OOMPolicy"}
     differ |= {"ReadWritePaths", "ReadOnlyPaths", "IPAddressDeny", "IPAddressAllow", "LoadCredential"}
     first, *others = ({k: v for k, v in settings(unit).items() if k not in differ} for unit in UNITS.values())
     assert all(each == first for each in others)
+
+
+def test_a_site_outlives_a_trainer_that_runs_out_of_memory() -> None:
+    assert settings(UNITS["privet-site"])["OOMPolicy"] == ["continue"]
 
 
 def test_a_run_reaches_no_other_host() -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -72,6 +73,19 @@ def asked(study: Study, worker: Worker, number: int, cohort: Sequence[str]) -> R
     return RoundOpen(study.document(), number, "1" * 32, adapter.digest, tuple(cohort), adapter.data, declared=30)
 
 
+_OPENING = ContextVar("_OPENING", default=False)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave out the draws of the block: a model that is opened is tried with texts that are drawn."""
+    token = _OPENING.set(True)
+    try:
+        yield
+    finally:
+        _OPENING.reset(token)
+
+
 @contextmanager
 def counted_draws() -> Iterator[list[str]]:
     """Give a list that holds the name of each draw of the block."""
@@ -81,7 +95,8 @@ def counted_draws() -> Iterator[list[str]]:
             original = getattr(Randomness, name)
 
             def draw(self: Randomness, count: int, name: str = name, original: Any = original) -> Any:
-                found.append(name)
+                if not _OPENING.get():
+                    found.append(name)
                 return original(self, count)
 
             patch.setattr(Randomness, name, draw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from privet.client.rounds.site import RealSite
 from privet.client.rounds.worker import Worker
 from privet.client.site import load_site
 from privet.client.trainer.apart import Opening, Trainer
-from privet.client.trainer.wire import Packet, pack, unpack
+from privet.client.trainer.wire import VERSION, Packet, pack, unpack
 from privet.client.trainer.work import Work
 from privet.common.errors import StateError
 from privet.common.pki.keyfile import make_key, public_key
 from privet.common.privacy.noise import Randomness, SeededRandomness
 from privet.common.study.study import Study
+from tests.support.faulty_rounds import uncounted
 from tests.support.tiny import class_rows, site_toml, write_policy
 
 SITES = ("ash", "elm", "oak", "yew")
@@ -94,12 +96,14 @@ class HereChannel:
         bent: Changes its answers.
         asked: All requests.
         dies_at: Number of the request at which it ends.
+        version: Of privet, as it says.
     """
 
     bent: Bent = lambda asked, answer: answer
     asked: list[Packet] = field(default_factory=list)
     dies_at: int | None = None
     queued: bool = False
+    version: str = VERSION
     _work: Work | None = None
 
     def open(self) -> None:
@@ -119,8 +123,9 @@ class HereChannel:
         if self._work is None or len(self.asked) - 1 == self.dies_at:
             raise StateError("the trainer's process ended with signal 9")
         if packet.kind == "confine":
-            return pack(Packet("done", {"network": False, "files": False, "signals": False}))
-        answer = self._work.answer(packet)
+            return pack(Packet("done", {"network": False, "files": False, "signals": False, "version": self.version}))
+        with uncounted() if packet.kind == "open" else nullcontext():
+            answer = self._work.answer(packet)
         bent = pack(self.bent(packet, unpack(answer)))
         assert len(bent) <= most
         return bent
@@ -134,7 +139,7 @@ class HereChannel:
 def trainer_here(monkeypatch: Any, channel: HereChannel) -> None:
     """Have sites use a trainer in this process, whatever their files ask for."""
 
-    def made(config: Any, opened: Opening) -> Trainer:
-        return Trainer(opened, [channel])
+    def made(config: Any, opened: Opening, check: Callable[[], None]) -> Trainer:
+        return Trainer(opened, [channel], check=check)
 
     monkeypatch.setattr("privet.client.rounds.worker.trainer_of", made)
