@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -23,16 +23,19 @@ from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.network.lock import is_served, serves_former
-from privet.client.network.proposals import LogReader
+from privet.client.network.proposals import LogReader, compared
 from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
+from privet.client.policy.agreement import LATER
 from privet.client.policy.consent import approved, policy_digest
+from privet.client.policy.opinion import judged, said, unfit_of
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trainer.confinement import available, code_places, exposed
+from privet.client.trainer.mailbox import unguarded
 from privet.client.trainer.reviewed import require_reviewed
 from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
@@ -41,6 +44,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
 from privet.common.errors import PrivetError, StateError
 from privet.common.log.note import NoteKey
+from privet.common.log.replay import Replay
 from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
@@ -80,6 +84,7 @@ _MENDS = {
     "device": "`privet site setup SITE --device cpu` trains on the CPU",
     "bases": "`privet site setup SITE --base NAME=PATH` names another directory; `privet base PATH` reads one",
     "records": "`privet check STUDY` says more about the study's model",
+    "studies": "`privet site studies SITE` says more",
 }
 """By check: what mends it where the finding itself names no command."""
 
@@ -105,7 +110,7 @@ def examine(
         site = load_site(file)
     except PrivetError as error:
         return (_with_command(Check("site file", False, error.message, error.hint), file, None),)
-    enrolment, status, stated = Enrolment(file.parent), list[Status](), list[LedgerOf]()
+    enrolment, status, stated, replayed = Enrolment(file.parent), list[Status](), list[LedgerOf](), list[Replay]()
     service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("process", lambda: _process(site)),
@@ -114,7 +119,7 @@ def examine(
         ("connection", lambda: _connection(site, enrolment, service, status)),
         ("clock", lambda: _clock(status, clock())),
         ("trust", lambda: _trust(site, enrolment)),
-        ("log", lambda: _log(site, service, status, stated)),
+        ("log", lambda: _log(site, service, status, stated, replayed)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
         ("patients", lambda: _patients(site)),
@@ -127,6 +132,7 @@ def examine(
         ("device", lambda: _device(site)),
         ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
+        ("studies", lambda: _studies(site, service, replayed)),
     )
     found = (
         Check("site file", True, str(file)),
@@ -274,8 +280,14 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     return Check("trust", True, f"confirmed: the charter and {number_of(len(trusted.members), 'member')}")
 
 
-def _log(site: SiteConfig, service: ConsortiumClient, status: list[Status], stated: list[LedgerOf]) -> Check:
-    """Check the round log, and say in `stated` what it holds of this site's ledger."""
+def _log(
+    site: SiteConfig,
+    service: ConsortiumClient,
+    status: list[Status],
+    stated: list[LedgerOf],
+    replayed: list[Replay],
+) -> Check:
+    """Check the round log. Say in `stated` what it holds of this site's ledger, and give its history to `replayed`."""
     if site.log is None:
         return Check("log", False, "the site file has no [log] table", "`privet site setup SITE` puts it back")
     witness = open_witness(site, site.log)
@@ -306,6 +318,7 @@ def _log(site: SiteConfig, service: ConsortiumClient, status: list[Status], stat
         hint = "the coordinator's operator founds it with `privet coordinator found`"
         return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", hint)
     stated.append(log.history.ledger_of(site.name))
+    replayed.append(log.history)
     gone = omitted_refusals(site.log.state, log.history)
     if gone:
         hint = "write receipts with `privet site receipts SITE --out FILE`, and ask the coordinator's operator"
@@ -398,6 +411,36 @@ def _anchor(site: SiteConfig) -> Check:
     return Check("anchor", True, "present, on another disk than the ledger")
 
 
+def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Replay]) -> Check:
+    """Say of each run that goes on whether this site would take part in it, as it is now."""
+    if not replayed:
+        return Check("studies", True, "not asked for, as the round log was not read")
+    well, refused, waits = [], [], []
+    for each in compared(service.proposals(), replayed[0]):
+        if each.ended:
+            continue
+        _, findings, budget = judged(site, each.study)
+        against = [said(finding) for finding in findings if finding.code not in LATER]
+        unfit = None if against or budget is not None else unfit_of(site, each.study)
+        against += [error.message for error in (budget, unfit) if error is not None]
+        if against:
+            refused.append((each.run, f"{each.run} goes on, and this site would refuse it: {'; '.join(against)}"))
+        elif any(finding.code == "E_NOT_APPROVED" for finding in findings):
+            waits.append(each.run)
+        else:
+            well.append(each.run)
+    if refused:
+        hint = f"`privet site approve SITE {refused[0][0]}` says what would admit it"
+        return Check("studies", False, ". ".join(text for _, text in refused), hint)
+    if well and not is_served(site):
+        text = f"the coordinator asks this site for {', '.join(well)}, and no process serves the site"
+        return Check("studies", False, text, "run `privet site serve SITE`")
+    if waits:
+        hint = f"read it, and approve or refuse it: `privet site approve SITE {waits[0]}`"
+        return Check("studies", False, f"nobody has decided on {', '.join(waits)} yet", hint)
+    return Check("studies", True, f"takes part in {', '.join(well)}" if well else "none goes on")
+
+
 def _disk(directory: Path) -> Check:
     free = shutil.disk_usage(directory).free
     text = f"{free / 2**30:.1f} GiB free; at least {_FREE_BYTES / 2**30:.0f} GiB are needed"
@@ -435,6 +478,9 @@ def _trainer(site: SiteConfig) -> Check:
     if not (section.directory.is_dir() and os.access(section.directory, os.W_OK)):
         hint = f"make it, on a disk that the nodes see under this path: `mkdir -m 700 {section.directory}`"
         return Check("trainer", False, f"{section.directory} is no directory in which this user can write", hint)
+    if (others := unguarded(section.directory)) is not None:
+        hint = f"name one in this user's home, as `directory` under [resources.slurm], or run `chmod go-w {others}`"
+        return Check("trainer", False, f"{others} is somebody else's, or others can change it", hint)
     answering = controller()
     text = f"jobs of Slurm, in {section.directory}; {answering or 'the controller answers'}"
     return Check("trainer", not answering, text, "`scontrol ping` says which controller does not answer")

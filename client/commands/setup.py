@@ -10,7 +10,7 @@ import typer
 from privet.common.clock import now
 from privet.common.errors import PrivetError
 from privet.common.options import SiteFile, require_files
-from privet.common.progress import doing
+from privet.common.progress import doing, folded, printable
 
 
 @doing("Setting up {site}")
@@ -133,6 +133,9 @@ def setup(
     ask_labels(guide, steps.pairs_of("--label", label or []), study)
     typer.echo()
     checks = examine(site, now)
+    # What waits for this site is no fault of its set-up.
+    waiting = next((check for check in checks if check.name == "studies" and not check.ok), None)
+    checks = tuple(check for check in checks if check is not waiting)
     show_checks(checks)
     failing = [check for check in checks if not check.ok and check.name != "process"]
     if failing:
@@ -140,6 +143,8 @@ def setup(
         typer.echo(f"next: privet site setup {site}")
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
+    if waiting is not None:
+        typer.echo(folded(f"Proposed: {printable(waiting.text)}.", 2))
     if apart:
         named, needs = ("study", "needs") if len(apart) == 1 else ("the studies", "need")
         typer.echo(f"First map the columns that {named} {', '.join(apart)} {needs}, with the command above.")

@@ -245,6 +245,11 @@ def resume(
 
     try:
         found = studies.reopen_study(_open(directory, passphrase_file), run)
+        path, (number, ended) = found.directory.path, found.directory.standing()
+        if ended and (path / "release").is_dir():  # it appears last, once a quorum has cosigned it
+            typer.echo(f"run {run} ended after round {number}; nothing was changed, and no site was asked")
+            _what_follows(path, run)
+            return
         _play(found, Timing(gather, round_time, step_time), metrics_port)
     except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
         typer.echo(in_directory(f"{error.message}; {error.hint}", directory))
@@ -406,8 +411,12 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         return
     typer.echo(f"ended after round {state.round}: {run / 'release'}")
     typer.echo(folded(course(state.statements)))
-    typer.echo(f"next: privet report {run} --out {begun.name}.html")
-    typer.echo(f"then: privet audit bundle {run} --out {begun.name}.tar")
+    _what_follows(run, begun.name)
+
+
+def _what_follows(path: Path, run: str) -> None:
+    typer.echo(f"next: privet report {path} --out {run}.html")
+    typer.echo(f"then: privet audit bundle {path} --out {run}.tar")
 
 
 def _note_service(made: Coordinator) -> None:

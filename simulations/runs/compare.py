@@ -208,7 +208,12 @@ def _deployed_row(run: RunDirectory) -> dict[str, Any]:
         raise StateError(f"{run.path} has no round yet", unfinished(run))
     closed = [each for each in state.statements if each["type"] == "round-close"]
     measured = [each["metrics"]["validation_accuracy"] for each in state.statements if each["metrics"]]
-    ended = "completed" if len(closed) == study.rounds else "stopped early" if state.stopped else "not ended"
+    aborted = len(state.statements) - len(closed)
+    ended = "stopped early" if state.stopped else "not ended"
+    if len(closed) == study.rounds:
+        ended = "completed"
+    elif state.stopped and len(state.statements) >= study.rounds:
+        ended = f"ended; {aborted} of {study.rounds} rounds aborted"
     return _settings_of(run) | {
         "deployed": True,
         "sites": len({site for each in state.statements for site in each["cohort"]}),

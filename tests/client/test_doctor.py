@@ -42,7 +42,7 @@ from tests.support.site_world import LIMIT, PATIENTS, ready
 
 NAMES = (
     "site file", "process", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit",
-    "patients", "ledger", "anchor", "disk", "files", "device", "bases",
+    "patients", "ledger", "anchor", "disk", "files", "device", "bases", "studies",
 )  # fmt: skip
 
 

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from privet.client.checks import Check
+from privet.client.commands import doctor
 from privet.client.commands import policy as commands
 from privet.client.commands.doctor import examine
 from privet.client.commands.setup import setup
+from privet.client.network import proposals
 from privet.client.network.lock import content_of, exclusive
 from privet.client.network.proposals import Proposed, chosen, compared
 from privet.client.policy.consent import approved
@@ -110,6 +113,34 @@ def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: py
     stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True, closed=0)
     monkeypatch.setattr("privet.client.network.proposals.proposed_studies", lambda file, config: (stopped,))
     assert "withdrawn or stopped; 0 of 2 rounds closed, 1 aborted" in run(commands.studies, home).output
+
+
+def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set-up may be perfect while a run waits, or would be refused, or is waited for by nobody here."""
+    file = home / "site.toml"
+
+    def found() -> Check:
+        return examine(file, now, only=["connection", "log", "studies"])[-1]
+
+    refused = found()
+    assert not refused.ok
+    assert "greedy goes on, and this site would refuse it: privacy.max_epsilon: asked 20" in refused.text
+    assert "triage" not in refused.text
+    assert refused.hint.startswith(f"`privet site approve {file} greedy`")
+    everything = proposals.compared
+    monkeypatch.setattr(
+        doctor, "compared", lambda *given: [each for each in everything(*given) if each.run != "greedy"]
+    )
+    assert (found().ok, found().text) == (False, "nobody has decided on triage yet")
+    run(commands.approve, home, "triage", "--yes")
+    unserved = found()
+    assert (unserved.ok, unserved.hint) == (False, f"run `privet site serve {file}`")
+    key = load_site(file).coordinator
+    assert key is not None
+    with exclusive(key.key.with_suffix(".lock"), content_of(load_site(file))):
+        assert (found().ok, found().text) == (True, "takes part in triage")
+    monkeypatch.setattr(doctor, "compared", lambda *given: [each for each in everything(*given) if each.run == "old"])
+    assert (found().ok, found().text) == (True, "none goes on")
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

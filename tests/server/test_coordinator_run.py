@@ -28,6 +28,7 @@ from privet.server.rounds.state import RunDirectory, RunState, unfinished
 from privet.server.rounds.timing import Timing
 from privet.server.rounds.wait import CONSENT, Wait
 from privet.server.rounds.watch import COSIGN, TRAIN, Watch
+from privet.simulations.runs.compare import _deployed_row
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
@@ -272,6 +273,41 @@ def test_a_run_that_stops_says_what_is_left_of_it(home: Path, tmp_path: Path, la
         begun._observer(studies.RunMetrics(), lambda line: None)(statement, start_adapter())
     assert stopped.value.hint == f"{says} with `privet coordinator resume flu`"
     assert ("before its release" in stopped.value.message) == last
+
+
+def test_a_run_that_has_its_release_is_not_resumed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = studies.begin(open_coordinator(home), study_of(), adapter_in(tmp_path), "flu")
+    played: list[str] = []
+    monkeypatch.setattr(service, "_play", lambda found, *given: played.append(found.name))
+    statement: Any = {"round": 1, "type": "round-close", "metrics": None}
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,), stopped=True))
+    run(service.resume, "flu", "-C", home)
+    assert played == ["flu"]  # killed before its release
+    (begun.directory.path / "release").mkdir()
+    said = run(service.resume, "flu", "-C", home).output
+    assert played == ["flu"]
+    assert "run flu ended after round 1; nothing was changed, and no site was asked" in said
+    assert f"next: privet report {begun.directory.path} --out flu.html" in said
+
+
+@pytest.mark.parametrize(("closed", "aborted", "stopped", "says"), [
+    (3, 0, True, "completed"),
+    (2, 1, True, "ended; 1 of 3 rounds aborted"),
+    (2, 0, True, "stopped early"),
+    (1, 1, False, "not ended"),
+])  # fmt: skip
+def test_a_run_that_lost_rounds_has_not_stopped_early(
+    home: Path, tmp_path: Path, closed: int, aborted: int, stopped: bool, says: str
+) -> None:
+    study = study_of(training={"rounds": 3})
+    begun = studies.begin(open_coordinator(home), study, adapter_in(tmp_path), "flu")
+    kinds = ["round-close"] * closed + ["round-abort"] * aborted
+    statements: Any = tuple(
+        {"round": at, "type": kind, "metrics": None, "cohort": ["berlin", "lyon"], "privacy": None}
+        for at, kind in enumerate(kinds, 1)
+    )
+    begun.directory.commit(RunState(len(kinds), start_adapter(), statements=statements, stopped=stopped))
+    assert _deployed_row(begun.directory)["outcome"] == says
 
 
 def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:
