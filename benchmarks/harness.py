@@ -108,13 +108,14 @@ def start(
 
 
 def commit() -> str:
-    """Return the commit of the working tree, with + if it has uncommitted changes."""
+    """Return the commit of the working tree, with + if it has uncommitted changes, other than results."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def machine() -> dict[str, Any]:

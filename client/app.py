@@ -42,7 +42,13 @@ def find_worker(context: Context) -> Worker:
             "Flower's node configuration has no `site` entry with the path of a site file",
             "start the node with --node-config 'site=\"/path/site.toml\"'",
         )
-    return open_member(Path(str(context.node_config["site"])))
+    worker = open_member(Path(str(context.node_config["site"])))
+    if worker.site.config.resources.trainer != "inside":  # Flower may start and end a process for each message
+        raise StudyError(
+            f"the site file of {worker.name} asks for a trainer apart, which a SuperNode of Flower does not run",
+            'serve the site with `privet site serve SITE`, or set trainer = "inside" under [resources] in its file',
+        )
+    return worker
 
 
 def _respond(message: Message, context: Context) -> Message:

@@ -35,7 +35,7 @@ from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trainer.confinement import available, code_places, exposed
-from privet.client.trainer.mailbox import unguarded
+from privet.client.trainer.places import unguarded
 from privet.client.trainer.reviewed import require_reviewed
 from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
@@ -480,7 +480,7 @@ def _trainer(site: SiteConfig) -> Check:
         return Check("trainer", False, f"{section.directory} is no directory in which this user can write", hint)
     if (others := unguarded(section.directory)) is not None:
         hint = f"name one in this user's home, as `directory` under [resources.slurm], or run `chmod go-w {others}`"
-        return Check("trainer", False, f"{others} is somebody else's, or others can change it", hint)
+        return Check("trainer", False, f"{others} is somebody else's or a link, or others can change it", hint)
     answering = controller()
     text = f"jobs of Slurm, in {section.directory}; {answering or 'the controller answers'}"
     return Check("trainer", not answering, text, "`scontrol ping` says which controller does not answer")

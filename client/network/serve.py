@@ -23,6 +23,7 @@ from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
 from privet.client.site import JOINED, CoordinatorSection
 from privet.client.trainer.confinement import hide_memory
+from privet.client.trainer.opening import forget
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
@@ -61,6 +62,8 @@ def serve_worker(worker: Worker, file: Path) -> None:
         _end_on_signals()
         if config.resources.trainer != "inside":
             hide_memory()
+        if config.resources.slurm is None:
+            forget(config)  # a job of a former site file, or one that could not be cancelled
         with (
             closing(worker),
             _renewing(file.resolve().parent, metrics),

@@ -335,8 +335,8 @@ class Logbook:
             round=number,
             code=error.code,
             rule=one_line(error.rule or ("" if error.private else error.message)),
-            asked=one_line(error.asked),
-            allowed=one_line(error.allowed),
+            asked="" if error.private else one_line(error.asked),
+            allowed="" if error.private else one_line(error.allowed),
             policy=policy,
         )
         signed = sign_envelope(statement, self.key, self.witness.pq)

@@ -265,11 +265,9 @@ class Worker:
         if logbook is None:
             return b""
         study = Study.parse(dict(opened.study))
-        data, _ = self._opened_for(study)
         # The very message that was checked, not an equal one: its proofs need no second verification.
-        known = self._checked
-        seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.config.pins())
-        counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
+        checked = self._checked
+        seen = checked[1] if checked and checked[0] is opened else logbook.check(study, opened, self.site.config.pins())
         charge = self.site.releases.charged(study, opened.round, logbook.account)
         self.charged(study, opened.round, charge)
         part = SitePart(
@@ -277,9 +275,16 @@ class Worker:
             policy=policy_digest(self.site.config),
             ledger=self.site.releases.head(opened.evidence.sequence, opened.evidence.head),
             charge=charge,
-            values=self.site.committed(counts),
+            values=self.site.committed(self._units(study)),
         )
         return logbook.state(seen, opened, part)
+
+    def _units(self, study: Study) -> dict[str, int]:
+        """Return the counts that a site commits to. A trainer that has ended is not asked again: the round is paid."""
+        trainer = self._trainer
+        known = trainer is not None and not trainer.stale and trainer.knows(study)
+        data = trainer.data if trainer is not None and known else self._opened_for(study)[0]
+        return {"units": len(data.training.units), "validation-units": len(data.validation_units)}
 
     def _revealed(self, study: Study, opened: RoundOpen) -> None:
         if study.privacy.band is not None:

@@ -8,6 +8,7 @@ this side.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,6 @@ from privet.common.errors import (
     DivergedError,
     PrivetError,
     ProtocolError,
-    RefusedError,
     StateError,
     StudyError,
     VerificationError,
@@ -47,12 +47,18 @@ _PATIENCE = 21_600.0
 """Seconds after which a trainer that has not answered one request is ended. A late answer is of use: the ledger stores
 the update, and it leaves when the round is asked for again."""
 _COUNT = 1_000_000_000
+_HELD = 10_000_000
+"""Most units of a site, and a bound on what its process keeps of them."""
+_OPENED = 2**28
+"""Most bytes of what a trainer says of the records."""
+_PLANTED = 10_000
+"""Room for canaries, which are units beyond the declared ones."""
+_NAMES = re.compile("(sha256:[0-9a-f]{64})?")
 _LONGEST = 2000
 _ERRORS: Mapping[str, type[PrivetError]] = {
-    kind.__name__: kind
-    for kind in (StudyError, DataError, RefusedError, ProtocolError, VerificationError, StateError, DivergedError)
-}
-"""The errors that a trainer may answer with. It speaks for no ledger and for no policy."""
+    kind.__name__: kind for kind in (StudyError, DataError, ProtocolError, VerificationError, StateError, DivergedError)
+} | {"RefusedError": StateError}
+"""The errors that a trainer may answer with. It speaks for no ledger and for no policy: a site signs its refusals."""
 
 
 class Channel(Protocol):
@@ -86,12 +92,14 @@ class Opening:
         readable: Files and directories that they read.
         request: The request `open`: study, the part of the site file, and what only the site knows.
         declared: The count that the site file declares; None: it follows from the records.
+        gpus: Number of GPUs that this process sees, and a trainer beside it ought to find one of.
     """
 
     study: Study
     readable: Sequence[str]
     request: Mapping[str, Any]
     declared: int | None
+    gpus: int = 0
 
     @property
     def digest(self) -> str:
@@ -146,7 +154,7 @@ class Trainer:
                 confined = self._all([confine] * len(self.channels))
                 for answer in confined:
                     _check_version(answer)
-                opened = self._all([Packet("open", self.opening.request)] * len(self.channels), _COUNT)
+                opened = self._all([Packet("open", self.opening.request)] * len(self.channels), _OPENED)
                 for answer in confined[:1]:
                     self.said(answer.head)
                 for answer in opened:
@@ -154,6 +162,10 @@ class Trainer:
                 # After they were read: files that changed before would go unseen otherwise, for good.
                 self.check()
             self._ready = True
+
+    def knows(self, study: Study) -> bool:
+        """Return whether a trainer has said what a study finds at this site, though it may have ended since."""
+        return self._facts is not None and self.opening.study.digest == study.digest
 
     @property
     def spec(self) -> AdapterSpec:
@@ -303,12 +315,19 @@ class Trainer:
             spec, units = AdapterSpec.parse(head["spec"]), lists(answer, "units")
             declared = int(head["declared"]) if self.opening.declared is None else self.opening.declared
             classes = _array(answer, "classes", np.int64).tolist()
-            held_out, names = int(head["held-out"]), str(head["names"])
+            held_out, names, device = int(head["held-out"]), str(head["names"]), str(head["device"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise malformed("what it says of the records") from None
-        # More units than the study admits of a site would be refused later, by errors that say how many.
-        most = self.opening.study.aggregation.largest_count
-        _check(len(classes) in (0, len(units)) and declared >= 1 and 0 <= held_out <= most)
+        # Each unit more is room for a sum that is no site's. Who declares a count declares about his own.
+        most = min(self.opening.study.aggregation.largest_count, _HELD)
+        room = most if self.opening.declared is None else min(most, 2 * self.opening.declared + _PLANTED)
+        _check(len(classes) in (0, len(units)) and declared >= 1 and _NAMES.fullmatch(names) is not None)
+        _check(len(units) <= room and 0 <= held_out <= most)
+        if self.opening.gpus and device == "cpu":
+            raise StateError(
+                "the trainer finds no GPU where this process sees one: it may lack what its confinement takes away",
+                'set trainer = "inside" under [resources] in the site file, or device = "cpu"',
+            )
         _check(all(type(size) is int and 0 < size < _COUNT for tensor in spec.tensors for size in tensor.shape))
         _check(all(isinstance(tensor.name, str) and tensor.role in get_args(TensorRole) for tensor in spec.tensors))
         training = TrainingSet((), units, declared, classes)

@@ -39,8 +39,12 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """By machine: its column below, and its number in linux/audit.h."""
 # System calls that are refused, with their numbers on both machines; None: the machine has no such call.
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
-    # The network, and io_uring, which makes sockets too.
-    "socket": (41, 198), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    # The network: all of it, as a pair of sockets reaches others too, and takes sockets from them. And io_uring, which
+    # does all this without a call of its own.
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "recvfrom": (45, 207), "sendmsg": (46, 211),
+    "recvmsg": (47, 212), "sendmmsg": (307, 269), "recvmmsg": (299, 243),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     # Memory and files of other processes, the kernel's keys, tracing.
     "ptrace": (101, 117), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "perf_event_open": (298, 241), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280),
@@ -50,8 +54,11 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45), "utime": (132, None),
     "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
-    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14),
-    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    # Nor to watch what others do with theirs, or to open one by its number.
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    "open_by_handle_at": (304, 265),
     # What other processes share without a file: memory, semaphores and messages of System V, queues of POSIX.
     "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197), "semget": (64, 190),
     "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189),
@@ -67,10 +74,19 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
 }  # fmt: skip
-_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+# Calls that take their arguments from memory, where no filter sees them, and that libraries can do without: they are
+# told that there are none. So they are of all calls that are newer than this list.
+_HIDDEN = {"clone3": 435, "openat2": 437}
+_NEWEST = 462  # mseal, Linux 6.10
+_CLONE, _KILL, _TGKILL, _PRLIMIT, _AFFINITY = (56, 220), (62, 129), (234, 131), (302, 261), (203, 122)
+_FCNTL, _IOCTL, _OPEN, _OPENAT = (72, 25), (16, 29), (2, None), (257, 56)
+_OWNING = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to whoever is named, when a file can be read
+_CHANGING = (0x8901, 0x8902, 0x40086602, 0x40046602, 0x401C5820, 0x40806685, 0x5412)
+"""FIOSETOWN, SIOCSPGRP, FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY, TIOCSTI."""
+_EMPTYING, _EMPTIES = 0x203, 0x200  # O_ACCMODE | O_TRUNC: a file that is opened to be read, and emptied
 _X32 = 0x40000000
-_FIRST = 16
-"""Where `struct seccomp_data` has the lower half of the first argument."""
+_FIRST, _NEXT = 16, 8
+"""Where `struct seccomp_data` has the lower half of the first argument, and how far it is to that of the next one."""
 
 SYSTEM = (
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/proc", "/sys", "/run/nvidia-persistenced",
@@ -140,7 +156,10 @@ def code_places() -> list[str]:
 
     package = Path(privet.__path__[0])
     parts = [str((package / part).resolve()) for part in ("client", "common", "server", "simulations")]
-    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *(path for path in sys.path if path)]
+    # Not the directory in which a command was started, which an isolated interpreter, as a trainer is one, leaves out.
+    here = os.path.realpath(".")
+    paths = [path for path in sys.path if path and os.path.realpath(path) != here]
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *paths]
     return [*SYSTEM, str(package), *parts, *python]
 
 
@@ -247,20 +266,37 @@ def _program(column: int, architecture: int, process: int) -> bytes:
         architecture: The machine's number.
         process: This process's number.
     """
-    load, jump_equal, jump_least, jump_any, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, least, beyond, any_of, mask, give = 0x20, 0x15, 0x35, 0x25, 0x45, 0x54, 0x06
     refuse, unknown, allow = 0x00050000 | _EPERM, 0x00050000 | _ENOSYS, 0x7FFF0000
-    steps = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, refuse), (load, 0, 0, 0)]
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, refuse), (load, 0, 0, 0)]
     # Calls of another convention on the same architecture have other numbers.
-    steps += [(jump_least, 0, 1, _X32), (give, 0, 0, refuse)]
+    steps += [(least, 0, 1, _X32), (give, 0, 0, refuse), (beyond, 0, 1, _NEWEST), (give, 0, 0, unknown)]
     for call in (numbers[column] for numbers in _REFUSED.values()):
         if call is not None:
-            steps += [(jump_equal, 0, 1, call), (give, 0, 0, refuse)]
-    # A filter cannot read what `clone3` points to; libraries that are told that there is none use `clone`.
-    steps += [(jump_equal, 0, 1, _CLONE3[column]), (give, 0, 0, unknown)]
-    # By their first argument: threads, signals to this process, limits of this process.
-    tests = [(_CLONE, jump_any, _CLONE_THREAD), (_KILL, jump_equal, process), (_TGKILL, jump_equal, process)]
-    for calls, test, value in [*tests, (_PRLIMIT, jump_equal, 0)]:
-        steps += [(jump_equal, 0, 4, calls[column]), (load, 0, 0, _FIRST), (test, 1, 0, value)]
-        steps += [(give, 0, 0, refuse), (give, 0, 0, allow)]
+            steps += [(equal, 0, 1, call), (give, 0, 0, refuse)]
+    for call in _HIDDEN.values():
+        steps += [(equal, 0, 1, call), (give, 0, 0, unknown)]
+
+    def judge(
+        calls: Sequence[int | None], argument: int, tests: Sequence[tuple[int, int]], *, admit: bool, bits: int = 0
+    ) -> None:
+        """Admit a call if one test of an argument holds, or refuse it then."""
+        if calls[column] is None:
+            return
+        inner = [(load, 0, 0, _FIRST + _NEXT * argument), *([(mask, 0, 0, bits)] if bits else [])]
+        for kind, value in tests:
+            inner += [(kind, 0, 1, value), (give, 0, 0, allow if admit else refuse)]
+        inner.append((give, 0, 0, refuse if admit else allow))
+        steps.extend([(equal, 0, len(inner), calls[column] or 0), *inner])
+
+    judge(_CLONE, 0, [(any_of, _CLONE_THREAD)], admit=True)  # threads
+    for calls in (_KILL, _TGKILL):
+        judge(calls, 0, [(equal, process)], admit=True)
+    for calls in (_PRLIMIT, _AFFINITY):
+        judge(calls, 0, [(equal, 0)], admit=True)  # its own
+    judge(_FCNTL, 1, [(equal, each) for each in _OWNING], admit=False)
+    judge(_IOCTL, 1, [(equal, each) for each in _CHANGING], admit=False)
+    judge(_OPEN, 1, [(equal, _EMPTIES)], admit=False, bits=_EMPTYING)
+    judge(_OPENAT, 2, [(equal, _EMPTIES)], admit=False, bits=_EMPTYING)
     steps.append((give, 0, 0, allow))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)

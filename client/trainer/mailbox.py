@@ -3,9 +3,9 @@
 ::
 
     key             of the job; it reads and deletes this file when it begins
-    attached        nonce of the session: of the process of the site that asks now
-    NONCE-N.ask     request N, from 0, sealed; deleted when it was read
-    NONCE-N.answer  its answer, sealed
+    attached        public key of the session: of the process of the site that asks now
+    PUBLIC-N.ask    request N, from 0, sealed; deleted when it was read
+    PUBLIC-N.answer its answer, sealed; that to request 0 brings the job's own public key of the session
 
 The site's process opens a session when it meets the job, also after it was killed. The job then drops what it did for
 an earlier one. Each file appears by a rename, as a whole.
@@ -18,7 +18,6 @@ import hmac
 import logging
 import math
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -27,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from privet.client.trainer.wire import ANSWER, ASK, KEY_BYTES, NONCE_BYTES, TAG_BYTES, Seal
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from privet.client.trainer.wire import ANSWER, ASK, KEY_BYTES, PUBLIC_BYTES, TAG_BYTES, Seal, agreed
 from privet.client.waiting import awaited_until
 from privet.common.errors import StateError
 from privet.common.progress import duration
@@ -77,20 +78,6 @@ def name_of(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
 
 
-def unguarded(directory: Path) -> Path | None:
-    """Return the first directory, from this one up, whose entries others may rename; None if there is none.
-
-    Raises:
-        OSError: One cannot be looked at.
-    """
-    for path in (directory.resolve(), *directory.resolve().parents):
-        found = path.stat()
-        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-        if others or found.st_uid not in (0, os.getuid()):
-            return path
-    return None
-
-
 def put(path: Path, data: bytes) -> None:
     """Write a file that appears as a whole, readable by its owner alone."""
     partial = path.with_name(f".{path.name}.partial")
@@ -113,7 +100,8 @@ class MailboxChannel:
     jobs: Jobs
     queued: bool = False
     _job: Job | None = field(default=None, repr=False)
-    _nonce: str = field(default="", repr=False)
+    _own: X25519PrivateKey | None = field(default=None, repr=False)
+    _public: bytes = field(default=b"", repr=False)
     _seal: Seal | None = field(default=None, repr=False)
     _number: int = 0
     _asked: float = -math.inf
@@ -121,13 +109,14 @@ class MailboxChannel:
 
     def open(self) -> None:
         """Open a session with the job. What is left of others is deleted."""
-        job, nonce = self.jobs.take(), os.urandom(NONCE_BYTES)
-        self._job, self._nonce, self._seal, self._number = job, nonce.hex(), Seal(job.key, nonce), 0
+        job, own = self.jobs.take(), X25519PrivateKey.generate()
+        self._own, self._public = own, own.public_key().public_bytes_raw()
+        self._job, self._seal, self._number = job, Seal(job.key, self._public), 0
         self._asked, self._state = -math.inf, "unknown"
         try:
             for old in [*job.folder.glob("*.ask"), *job.folder.glob("*.answer")]:
                 old.unlink(missing_ok=True)
-            put(job.folder / ATTACHED, self._nonce.encode())
+            put(job.folder / ATTACHED, self._public.hex().encode())
         except OSError as error:
             raise _unwritable(job.folder, error) from None
 
@@ -140,7 +129,7 @@ class MailboxChannel:
         """Send a request. Raises `StateError` if the directory cannot be written."""
         job, seal = self._session()
         try:
-            put(job.folder / f"{self._nonce}-{self._number}.ask", seal.close(ASK, self._number, body))
+            put(job.folder / f"{self._public.hex()}-{self._number}.ask", seal.close(ASK, self._number, body))
         except OSError as error:
             raise _unwritable(job.folder, error) from None
 
@@ -152,7 +141,7 @@ class MailboxChannel:
             VerificationError: The answer is none of this session.
         """
         job, seal = self._session()
-        path, wait = job.folder / f"{self._nonce}-{self._number}.answer", _SHORTEST
+        path, wait = job.folder / f"{self._public.hex()}-{self._number}.answer", _SHORTEST
         self.queued = said = False
         # In the queue, a site waits as long as its answer is of use, and no longer: others may need its cosignature.
         patience = awaited_until(until - time.monotonic())
@@ -166,20 +155,23 @@ class MailboxChannel:
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST)
         body = seal.open(ANSWER, self._number, data)
+        if self._own is not None:
+            theirs, body = body[:PUBLIC_BYTES], body[PUBLIC_BYTES:]
+            self._seal, self._own = Seal(job.key, self._public, agreed(self._own, theirs)), None
         path.unlink(missing_ok=True)
         self._number += 1
         return body
 
     def close(self) -> None:
         """Cancel the job, and delete its directory."""
-        self._seal = self._job = None
+        self._seal = self._job = self._own = None
         self.jobs.drop()
 
     def _answered(self, job: Job, path: Path, most: int) -> bytes | None:
         """Return the sealed answer; None if there is none yet. Raises `StateError` if there will be none."""
         ended = self._state_now(job) == "ended"
         # Looked for after the state: a job may answer, and end.
-        data = _content(path, most + TAG_BYTES)
+        data = _content(path, most + TAG_BYTES + PUBLIC_BYTES)
         if data is None and ended:
             raise StateError(
                 f"the trainer's job {job.name} ended: {job.fate()}",
@@ -197,11 +189,6 @@ class MailboxChannel:
         if time.monotonic() - self._asked > _ASKED_EVERY:
             self._asked, self._state = time.monotonic(), job.state()
         return self._state
-
-
-def discard(folder: Path) -> None:
-    """Delete a job's directory, with its key, and what the job kept there."""
-    shutil.rmtree(folder, ignore_errors=True)  # it follows no links
 
 
 def _content(path: Path, most: int) -> bytes | None:
@@ -280,7 +267,7 @@ class MailboxEnd:
         if found is None or not hmac.compare_digest(name_of(found), named):
             raise StateError("the trainer's job has no key of its own", "the site submits another job")
         self._key = found
-        self._nonce, self._number = "", 0
+        self._public, self._number = "", 0
         self._seal: Seal | None = None
         self._seen: set[str] = set()
 
@@ -288,15 +275,15 @@ class MailboxEnd:
         """Return the next request; None if there will be none."""
         wait, since = _SHORTEST, self._clock()
         while self._clock() - since < self._idle:
-            nonce = self._attached()
-            if nonce is None:
+            public = self._attached()
+            if public is None:
                 return None
-            if nonce and nonce != self._nonce:
-                if nonce in self._seen:  # a session is never gone on with: its numbers have been used
+            if public and public != self._public:
+                if public in self._seen:  # a session is never gone on with: its numbers have been used
                     return None
-                self._seen.add(nonce)
-                self._nonce, self._number, self._seal = nonce, 0, Seal(self._key, bytes.fromhex(nonce))
-            path = self._folder / f"{self._nonce}-{self._number}.ask"
+                self._seen.add(public)
+                self._public, self._number, self._seal = public, 0, Seal(self._key, bytes.fromhex(public))
+            path = self._folder / f"{self._public}-{self._number}.ask"
             if self._seal is not None and path.exists():
                 data = path.read_bytes()
                 path.unlink(missing_ok=True)
@@ -309,15 +296,22 @@ class MailboxEnd:
         """Answer the last request."""
         if self._seal is None:
             return
-        sealed = self._seal.close(ANSWER, self._number, body)
+        seal, public = self._seal, bytes.fromhex(self._public)
+        if self._number == 0:
+            own = X25519PrivateKey.generate()
+            body = own.public_key().public_bytes_raw() + body
+            self._seal = Seal(self._key, public, agreed(own, public))
+        sealed = seal.close(ANSWER, self._number, body)
         with suppress(FileNotFoundError):  # the site has given the job up
-            put(self._folder / f"{self._nonce}-{self._number}.answer", sealed)
+            put(self._folder / f"{self._public}-{self._number}.answer", sealed)
         self._number += 1
 
     def _attached(self) -> str | None:
-        """Return the nonce of the present session; empty before the first one, None if the directory is gone."""
+        """Return the key of the present session; empty before the first one, None if the directory is gone."""
         try:
-            nonce = (self._folder / ATTACHED).read_text(encoding="ascii")
-        except OSError:
+            public = (self._folder / ATTACHED).read_text(encoding="ascii")
+        except FileNotFoundError:
             return None
-        return nonce if len(nonce) in (0, 2 * NONCE_BYTES) else None
+        except OSError:  # of a file on another machine that was replaced just now
+            return self._public
+        return public if len(public) in (0, 2 * PUBLIC_BYTES) else None

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.files import is_own
 from privet.client.bases.names import as_begun, locate_base
 from privet.client.budget.withdrawals import Withdrawn
-from privet.client.site import SiteConfig, SlurmSection
+from privet.client.site import SiteConfig
 from privet.client.trainer.apart import Channel, Opening, Trainer
-from privet.client.trainer.confinement import Confined
+from privet.client.trainer.confinement import Confined, code_places, exposed
 from privet.client.trainer.mailbox import MailboxChannel
 from privet.client.trainer.pipe import PipeChannel
+from privet.client.trainer.places import discard
 from privet.client.trainer.reviewed import require_reviewed
-from privet.client.trainer.slurm import SlurmJobs
+from privet.client.trainer.slurm import SlurmJobs, drop_job
 from privet.client.training.canaries import Planting
 from privet.common.errors import RefusedError, StateError
 from privet.common.study.study import Study
@@ -24,6 +25,7 @@ from privet.common.study.study import Study
 _log = logging.getLogger("privet.site")
 _TOLD = {"name", "train", "test", "format", "patient_column", "patient_ids", "declared_count", "resources"}
 """What of the site file a trainer is told: nothing of keys, ledger, log, policy or coordinator."""
+_RECORD = "job.json"
 FOLDER = "trainer"
 """Directory under the site's state of the log: what belongs to its trainers."""
 
@@ -55,9 +57,14 @@ def opening(
     base = locate_base(study.model, config.resources.bases)
     resources = config.resources.inside.knowing({study.model.base: base})
     told = config.model_copy(update={"resources": resources}).model_dump(mode="json", include=_TOLD)
-    # Files of a cache are links to another directory, of which these alone are read.
-    files = {str(path.resolve()) for path in base.glob("**/*") if path.is_file()}
+    # Files of a cache are links to another directory, of which these alone are read. Other links could lead anywhere.
+    files = {str(path.resolve()) for path in base.glob("**/*") if path.is_file() and is_own(path)}
     records = [str(path.resolve()) for path in (*config.train, *config.test)]
+    gpus = 0
+    if config.resources.trainer == "process" and config.resources.device == "auto":
+        import torch
+
+        gpus = torch.cuda.device_count()
     request = {
         "study": study.document(),
         "site": told,
@@ -67,8 +74,20 @@ def opening(
         "distinct": distinct,
         "planting": None if planting is None else {"count": planting.count, "key": planting.key.hex()},
         "withdrawn": None if withdrawn is None else withdrawn.document(),
+        # A trainer that has read the files as they were before is of no use.
+        "files": [_identity(Path(path)) for path in records],
     }
-    return Opening(study, sorted({*records, str(base.resolve()), *files}), request, config.declared_count)
+    readable = sorted({*records, str(base.resolve()), *files})
+    return Opening(study, readable, request, config.declared_count, gpus)
+
+
+def _identity(file: Path) -> str:
+    """Return what changes with a file: its number, size and time. Empty if it cannot be looked at now."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ""
+    return f"{found.st_dev}:{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -> Trainer:
@@ -84,6 +103,11 @@ def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -
         StateError: It asks for a trainer that this version does not have, or nobody has admitted what is not reviewed.
     """
     require_reviewed(config)
+    if found := exposed(config, [*code_places(), *opened.readable]):
+        raise StateError(
+            f"{found[0]} lies where a trainer reads data, a base or programs, and it is the site's alone",
+            f"move it to a directory of its own, `mv {found[0]} DIRECTORY`, and name the new place in the site file",
+        )
     if config.log is None:
         raise RefusedError(
             f"the site file of {config.name} names no round log, and a trainer apart has its files beside it",
@@ -92,13 +116,13 @@ def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -
     folder, resources = config.log.state / FOLDER, config.resources
     channels: list[Channel]
     if resources.slurm is not None:
-        channels = [MailboxChannel(_jobs(resources.slurm, folder, opened.digest))]
+        channels = [MailboxChannel(SlurmJobs(resources.slurm, folder / _RECORD, opened.digest))]
     elif resources.trainer == "process":
         ways, home = range(resources.devices), folder / opened.digest[:16]
         # What a trainer has written is for the next one of the same study alone: it keeps the verdict of its probe
         # there, on which the promise to other studies must not depend.
         for other in [path for path in folder.glob("*") if path.is_dir() and path != home]:
-            shutil.rmtree(other, ignore_errors=True)
+            discard(other)
         channels = [PipeChannel(home / str(way), way if resources.devices > 1 else None) for way in ways]
     else:
         raise StateError(f"there is no trainer {resources.trainer} apart", "report this as a bug")
@@ -106,13 +130,9 @@ def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -
 
 
 def forget(config: SiteConfig) -> None:
-    """Cancel the batch job that a site has, also one that another process of it submitted."""
-    if config.log is not None and config.resources.slurm is not None:
-        _jobs(config.resources.slurm, config.log.state / FOLDER, "").drop()
-
-
-def _jobs(section: SlurmSection, folder: Path, opening: str) -> SlurmJobs:
-    return SlurmJobs(section, folder / "job.json", opening)
+    """Cancel the batch job that a site has, also one that another process of it submitted, or could not cancel."""
+    if config.log is not None and (config.log.state / FOLDER).is_dir():
+        drop_job(config.log.state / FOLDER / _RECORD)
 
 
 def _said(head: Mapping[str, Any]) -> None:

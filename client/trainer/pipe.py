@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import select
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from privet.client.trainer.places import discard, make_private
 from privet.common.errors import StateError
 
 _LENGTH = struct.Struct(">Q")
@@ -24,14 +24,16 @@ _KEPT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ")
 _KEPT_PREFIXES = ("MKL_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "GOMP_", "ATEN_", "TORCH_", "PYTORCH_", "CUDA_",
                   "CUBLAS_", "NVIDIA_", "OPENBLAS_", "LD_LIBRARY_PATH")  # fmt: skip
 """Variables that choose language, kernels or devices. All others could hold secrets."""
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables by which a library binds threads to processors. A trainer may not, as it may not bind others."""
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 MODULE = "privet.client.trainer.start"
 
 
 def stripped(environment: Mapping[str, str], home: Path) -> dict[str, str]:
     """Return the environment of a trainer whose files lie in `home`."""
-    wanted = [n for n in environment if n in _KEPT or (n.startswith(_KEPT_PREFIXES) and not _SECRET.search(n))]
-    kept = {name: environment[name] for name in wanted}
+    chosen = [n for n in environment if n.startswith(_KEPT_PREFIXES) and n not in _BINDING and not _SECRET.search(n)]
+    kept = {name: environment[name] for name in (*_KEPT, *chosen) if name in environment}
     places = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "XDG_CACHE_HOME": str(home / "cache")}
     return {**kept, **places, "PATH": os.defpath}
 
@@ -55,9 +57,9 @@ class PipeChannel:
         """Start the child, unless it runs."""
         if self.alive:
             return
-        shutil.rmtree(self.home / "tmp", ignore_errors=True)  # what a child left that was killed
+        discard(self.home / "tmp")  # what a child left that was killed
         for path in (self.home, self.home / "tmp", self.home / "cache"):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(path)
         environment = stripped(os.environ, self.home)
         if self.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = _nth_device(environment, self.device)

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from privet.client.site import SlurmSection
-from privet.client.trainer.mailbox import ATTACHED, KEY, State, discard, name_of, put, unguarded
+from privet.client.trainer.mailbox import ATTACHED, KEY, State, name_of, put
 from privet.client.trainer.pipe import MODULE
+from privet.client.trainer.places import discard, unguarded
 from privet.client.trainer.wire import KEY_BYTES
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError
@@ -30,6 +31,8 @@ from privet.common.files import write_durably
 
 _log = logging.getLogger("privet.site")
 _SECONDS = 60
+_LEFT = "cancel"
+"""Name of the file, beside the record, that names jobs which are still to be cancelled."""
 _QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 _OPTIONS = ("SBATCH_", "SQUEUE_", "SCANCEL_")
 """Beginnings of variables that are options of these programs, of which a site sets all that it needs."""
@@ -95,7 +98,8 @@ class SlurmJobs:
         Raises:
             StateError: Slurm does not take it, or its directory cannot be made.
         """
-        known = self._recorded()
+        _cancel(self.record.with_name(_LEFT))
+        known = _recorded(self.record)
         if known is not None:
             if known.opening == self.opening and known.state() != "ended" and (known.folder / ATTACHED).exists():
                 _log.info("the trainer's job %s was submitted before; going on with it", known.name)
@@ -104,14 +108,8 @@ class SlurmJobs:
         return self._submit()
 
     def drop(self) -> None:
-        """Cancel the job, wherever it is, and delete its directory and the record."""
-        known = self._recorded()
-        if known is None:
-            return
-        with suppress(StateError):  # a job without its directory ends by itself
-            _run("scancel", "--me", f"--name={known.name}")
-        discard(known.folder)
-        self.record.unlink(missing_ok=True)
+        """Cancel the job, wherever it is, and delete its directory and the record. See `drop_job`."""
+        drop_job(self.record)
 
     def _submit(self) -> SlurmJob:
         name = f"privet-{secrets.token_hex(8)}"
@@ -120,10 +118,10 @@ class SlurmJobs:
         try:
             if (open_to_others := unguarded(self.section.directory)) is not None:
                 raise StateError(
-                    f"the directory {open_to_others}, in which the trainer's jobs lie, belongs to somebody else or can "
-                    "be changed by others, who could have a job read other files",
-                    "name a directory in this user's home, as `directory` under [resources.slurm] in the site file, or "
-                    f"run `chmod go-w {open_to_others}`",
+                    f"the directory {open_to_others}, in which the trainer's jobs lie, belongs to somebody else, is a "
+                    "link or can be changed by others, who could have a job read other files",
+                    "name a directory in this user's home, without links, as `directory` under [resources.slurm] in "
+                    f"the site file; or run `chmod go-w {open_to_others}`",
                 )
             self.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_durably(self.record, canonical_json(known) + b"\n", mode=0o600)
@@ -146,17 +144,53 @@ class SlurmJobs:
         _log.info("the trainer's job %s was submitted as %s", name, done.stdout.strip()[:40])
         return job
 
-    def _recorded(self) -> SlurmJob | None:
-        """Return the job that the record names; None if there is none. One that cannot be read is forgotten."""
+
+def drop_job(record: Path) -> None:
+    """Cancel a site's job, wherever it is, and delete its directory and the record.
+
+    A job that cannot be cancelled now, as the controller does not answer, is noted, and cancelled the next time.
+    """
+    left, known = record.with_name(_LEFT), _recorded(record)
+    if known is not None:
+        noted = left.read_bytes() if left.exists() else b""
+        write_durably(left, noted + known.name.encode() + b"\n", mode=0o600)
+        discard(known.folder)
+        record.unlink(missing_ok=True)
+    _cancel(left)
+
+
+def _cancel(left: Path) -> None:
+    """Cancel the jobs that a file names, and delete the file once none is left."""
+    try:
+        names = left.read_text(encoding="ascii").split()
+    except FileNotFoundError:
+        return
+    while names:
         try:
-            found = json.loads(self.record.read_bytes())
-            key = bytes.fromhex(found["key"])
-            return SlurmJob(str(found["name"]), Path(found["folder"]), key, str(found["opening"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            _log.warning("the record of the trainer's job cannot be read; its job, if there is one, ends by itself")
-            return None
+            done = _run("scancel", "--me", f"--name={names[0]}")
+        except StateError:
+            break
+        if done.returncode:
+            break
+        names.pop(0)
+    if names:
+        _log.warning("the trainer's job %s could not be cancelled; this is tried again", names[0])
+        write_durably(left, "".join(f"{name}\n" for name in names).encode(), mode=0o600)
+    else:
+        left.unlink(missing_ok=True)
+
+
+def _recorded(record: Path) -> SlurmJob | None:
+    """Return the job that a record names; None if there is none. One that cannot be read is forgotten."""
+    try:
+        found = json.loads(record.read_bytes())
+        key = bytes.fromhex(found["key"])
+        return SlurmJob(str(found["name"]), Path(found["folder"]), key, str(found["opening"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        _log.warning("the record of the trainer's job cannot be read; its job, if there is one, ends by itself")
+        return None
 
 
 def options(section: SlurmSection, name: str, folder: Path) -> list[str]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from privet.client.trainer.confinement import Confined, confine
-from privet.client.trainer.mailbox import MailboxEnd, unguarded
+from privet.client.trainer.mailbox import MailboxEnd
 from privet.client.trainer.pipe import PipeEnd, stripped
+from privet.client.trainer.places import unguarded
 from privet.client.trainer.wire import VERSION, Packet, pack, unpack
 from privet.common.errors import PrivetError
 

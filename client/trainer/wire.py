@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 VERSION = version("privet")
 """That of the code which this process loaded, also after another was installed."""
-KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 16, 16
+KEY_BYTES, PUBLIC_BYTES, TAG_BYTES = 32, 32, 16
 SPARE = 2**20
 """Bytes of a message beside its arrays, at most."""
 _LENGTH = struct.Struct(">I")
@@ -123,6 +124,27 @@ def lists(packet: Packet, name: str) -> list[list[int]]:
     return [rows[first:last] for first, last in pairwise(edges)]
 
 
+def agreed(own: X25519PrivateKey, public: bytes) -> bytes:
+    """Return the secret that both ends of a session have in common.
+
+    Raises:
+        VerificationError: The other end's key is none.
+    """
+    try:
+        return own.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise _foreign() from None
+
+
+def _foreign() -> VerificationError:
+    error = VerificationError(
+        "a message of the trainer's job: expected one of this session, with this number, found another",
+        "let nobody else write into the job's directory, `directory` under [resources.slurm] in the site file",
+    )
+    error.private = True
+    return error
+
+
 ASK, ANSWER = b"\x01", b"\x02"
 """The two directions of a message."""
 
@@ -130,17 +152,20 @@ ASK, ANSWER = b"\x01", b"\x02"
 class Seal:
     """Seals messages of one session with AES-256-GCM (NIST SP 800-38D).
 
-    Both ends derive the session's key from the job's key and a nonce of the session (HKDF, RFC 5869). Direction and
-    number of a message are its nonce: each pair occurs once, as each end counts and never repeats a number. So an
-    answer of another job, of another session, to another request, or a changed one does not open.
+    Both ends derive the session's key from the job's key, the public key by which the site's process opened the
+    session, and what both agreed on by X25519 (RFC 7748), but for the first request and its answer, which bring the
+    keys for that (HKDF, RFC 5869). Direction and number of a message are its nonce: each pair occurs once, as each end
+    counts and never repeats a number. So an answer of another job, of another session, to another request, or a changed
+    one does not open. And whoever copies the directory twice, once with the job's key in it, reads no sum.
 
     Args:
         key: Of the job, 32 random bytes.
-        nonce: Of the session, 16 random bytes.
+        public: Of the session, 32 bytes.
+        secret: What both agreed on.
     """
 
-    def __init__(self, key: bytes, nonce: bytes) -> None:
-        derived = HKDF(SHA256(), 32, salt=nonce, info=b"privet trainer, version 1").derive(key)
+    def __init__(self, key: bytes, public: bytes, secret: bytes = b"") -> None:
+        derived = HKDF(SHA256(), 32, salt=public, info=b"privet trainer, version 2").derive(key + secret)
         self._cipher = AESGCM(derived)
 
     def close(self, direction: bytes, number: int, body: bytes) -> bytes:
@@ -156,9 +181,4 @@ class Seal:
         try:
             return self._cipher.decrypt(direction + number.to_bytes(11, "big"), sealed, None)
         except InvalidTag:
-            error = VerificationError(
-                "a message of the trainer's job: expected one of this session, with this number, found another",
-                "let nobody else write into the job's directory, `directory` under [resources.slurm] in the site file",
-            )
-            error.private = True
-            raise error from None
+            raise _foreign() from None

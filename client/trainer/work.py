@@ -124,6 +124,7 @@ class Work:
             "declared": data.training.declared,
             "held-out": len(data.validation_units),
             "names": data.names,
+            "device": host.device.type,
             "verdict": host.verdict,
         }
         arrays = ragged("units", data.training.units)

@@ -16,7 +16,7 @@ from privet.client.trainer.pipe import stripped
 from tests.support.tiny import class_rows, site_toml
 
 TRIES = """
-import ctypes, json, os, resource, signal, socket, subprocess, sys, threading
+import ctypes, fcntl, json, os, resource, signal, socket, subprocess, sys, threading
 from privet.client.trainer.confinement import confine
 home, data, key, parent, started = sys.argv[1:]
 confined = confine([data], [home])
@@ -62,6 +62,19 @@ print(json.dumps({
     "owner of a key": tried(lambda: os.chown(key, os.getuid(), os.getgid())),
     "times of a key": tried(lambda: os.utime(key, (1, 1))),
     "attribute of a key": tried(lambda: os.setxattr(key, "user.x", b"x")),
+    "emptied data": tried(lambda: os.close(os.open(data, os.O_RDONLY | os.O_TRUNC))),
+    "flags of a file": tried(lambda: fcntl.ioctl(os.open(data, os.O_RDONLY), 0x40086602, bytes(8))),
+    "owner of a signal": tried(lambda: fcntl.fcntl(0, fcntl.F_SETOWN, int(parent))),
+    "kind of a signal": tried(lambda: fcntl.fcntl(0, 10, 9)),
+    "newer calls": libc.syscall(469, -100, key.encode(), ctypes.create_string_buffer(64), 24, 0) == 0
+        or ctypes.get_errno() != 38,
+    "openat2": libc.syscall(437, -100, key.encode(), ctypes.create_string_buffer(24), 24) >= 0
+        or ctypes.get_errno() != 38,
+    "watch": libc.inotify_init() >= 0,
+    "processors of another": tried(lambda: os.sched_setaffinity(int(parent), os.sched_getaffinity(0))),
+    "own processors": tried(lambda: os.sched_setaffinity(0, os.sched_getaffinity(0))),
+    "new file": tried(lambda: write(home + "/new")),
+    "emptied own file": tried(lambda: write(home + "/new")),
     "length of a key": tried(lambda: os.truncate(key, 0)),
     "limit of another": tried(lambda: resource.prlimit(int(parent), resource.RLIMIT_CORE)),
     "own limit": tried(lambda: resource.getrlimit(resource.RLIMIT_CORE)),
@@ -75,6 +88,9 @@ print(json.dumps({
     "write data": tried(lambda: write(data)),
     "TCP": tried(lambda: socket.socket(socket.AF_INET)),
     "UDP": tried(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+    "pair of sockets": tried(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)),
+    "connect": libc.connect(0, ctypes.create_string_buffer(16), 16) == 0 or ctypes.get_errno() != 1,
+    "receive": libc.recvmsg(0, ctypes.create_string_buffer(64), 0) >= 0 or ctypes.get_errno() != 1,
     "local socket": tried(lambda: socket.socket(socket.AF_UNIX)),
     "socket in a thread": within(lambda: socket.socket(socket.AF_INET6)),
     "io_uring": libc.syscall(425, 1, ctypes.create_string_buffer(120)) >= 0,
@@ -90,12 +106,15 @@ print(json.dumps({
     "said": [confined.network, confined.files, confined.signals],
 }))
 """
-ALWAYS = {"data", "home", "device", "library", "own limit", "signal to itself", "thread"}
+ALWAYS = {"data", "home", "device", "library", "own limit", "own processors", "new file", "emptied own file",
+          "signal to itself", "thread"}  # fmt: skip
 OF_CALLS = {
     "TCP", "UDP", "local socket", "socket in a thread", "io_uring", "ptrace", "memory", "program", "fork",
     "mode of a key", "mode of an open file", "owner of a key", "times of a key", "attribute of a key",
     "length of a key", "limit of another", "order of others", "shared memory", "semaphore", "queue", "another view",
-    "signal", "signal to all", "signal to a thread",
+    "signal", "signal to all", "signal to a thread", "pair of sockets", "connect", "receive", "emptied data",
+    "flags of a file", "owner of a signal", "kind of a signal", "newer calls", "openat2", "watch",
+    "processors of another",
 }  # fmt: skip
 OF_FILES = {
     "key", "key in a thread", "key's directory", "write beside", "write data", "memory as a file",

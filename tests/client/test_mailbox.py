@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
 
 from privet.client.site import Resources, SlurmSection
-from privet.client.trainer.mailbox import (
-    ATTACHED,
-    KEY,
-    MailboxChannel,
-    MailboxEnd,
-    State,
-    discard,
-    name_of,
-    put,
-    unguarded,
-)
-from privet.client.trainer.slurm import SlurmJob, SlurmJobs, options, script
-from privet.client.trainer.wire import ANSWER, ASK, Packet, Seal, lists, pack, ragged, unpack
+from privet.client.trainer.mailbox import ATTACHED, KEY, MailboxChannel, MailboxEnd, State, name_of, put
+from privet.client.trainer.places import discard, make_private, unguarded
+from privet.client.trainer.slurm import SlurmJob, SlurmJobs, drop_job, options, script
+from privet.client.trainer.wire import ANSWER, ASK, Packet, Seal, agreed, lists, pack, ragged, unpack
 from privet.client.waiting import awaited
 from privet.common.errors import StateError, StudyError, VerificationError
 from privet.simulations.data.federation import Simulation
@@ -37,6 +29,8 @@ from privet.simulations.sites import load_simulated
 from tests.support.tiny import class_rows, site_toml
 
 SECRET = b"a sum without its noise"
+THEIRS = X25519PrivateKey.from_private_bytes(b"t" * 32).public_key().public_bytes_raw()
+"""A job's public key."""
 
 
 @dataclass
@@ -111,6 +105,36 @@ def test_messages_are_sealed_files_that_are_gone_once_they_were_read(tmp_path: P
     assert {path.name for path in job.folder.iterdir()} == {ATTACHED}
 
 
+def test_copies_of_the_directory_hold_no_sum(tmp_path: Path) -> None:
+    """Attack: one copy is made while the job is queued, with its key; the others while it works."""
+    job = job_in(tmp_path / "job")
+    channel = MailboxChannel(job)
+    channel.open()
+    key, public = (job.folder / KEY).read_bytes(), bytes.fromhex((job.folder / ATTACHED).read_text())
+    copies: dict[str, bytes] = {}
+
+    def copied() -> None:
+        copies.update({path.name: path.read_bytes() for path in job.folder.glob(f"{public.hex()}-*")})
+
+    end = end_of(job)
+    for _ in range(2):
+        channel.send(SECRET, soon())
+        copied()
+        asked = end.receive()
+        assert asked == SECRET
+        end.send(SECRET[::-1])
+        copied()
+        assert channel.receive(100, soon()) == SECRET[::-1]
+    thief = Seal(key, public)
+    opened = thief.open(ANSWER, 0, copies[f"{public.hex()}-0.answer"])
+    assert opened[32:] == SECRET[::-1]  # the first answer says what is enforced
+    mine = X25519PrivateKey.generate()
+    for seal in (thief, Seal(key, public, agreed(mine, opened[:32])), Seal(key, public, agreed(mine, public))):
+        for way, name in ((ASK, "1.ask"), (ANSWER, "1.answer")):
+            with pytest.raises(VerificationError):
+                seal.open(way, 1, copies[f"{public.hex()}-{name}"])
+
+
 def test_a_job_obeys_no_key_but_its_own(tmp_path: Path) -> None:
     """The directory may be another one by now, whose maker would have the job read files for him."""
     job = job_in(tmp_path / "job")
@@ -141,13 +165,15 @@ def test_an_answer_of_another_session_request_or_job_is_refused(tmp_path: Path) 
     for _ in range(2):
         channel.open()
         nonces.append(bytes.fromhex((job.folder / ATTACHED).read_text()))
-        answers.append(Seal(job.key, nonces[-1]).close(ANSWER, 0, SECRET))
-    now = Seal(job.key, nonces[1])
+        answers.append(Seal(job.key, nonces[-1]).close(ANSWER, 0, THEIRS + SECRET))
+    now, first = Seal(job.key, nonces[1]), THEIRS + SECRET
     forged = {
         "earlier session": answers[0],
-        "other request": now.close(ANSWER, 1, SECRET),
-        "own request": now.close(ASK, 0, SECRET),
-        "other job": Seal(key, nonces[1]).close(ANSWER, 0, SECRET),
+        "other request": now.close(ANSWER, 1, first),
+        "own request": now.close(ASK, 0, first),
+        "other job": Seal(key, nonces[1]).close(ANSWER, 0, first),
+        "of a key that is none": now.close(ANSWER, 0, bytes(32) + SECRET),
+        "without a key": now.close(ANSWER, 0, b""),
         "changed": bytes([answers[1][0] ^ 1]) + answers[1][1:],
         "cut": answers[1][:-1],
         "empty": b"",
@@ -208,7 +234,7 @@ def test_a_queued_job_is_waited_for_and_one_that_ended_is_not(tmp_path: Path) ->
     job.now = "running"  # a job that runs is not ended by that
     channel.open()
     channel.send(b"x", soon())
-    answer = Seal(job.key, bytes.fromhex((job.folder / ATTACHED).read_text())).close(ANSWER, 0, SECRET)
+    answer = Seal(job.key, bytes.fromhex((job.folder / ATTACHED).read_text())).close(ANSWER, 0, THEIRS + SECRET)
     late = threading.Timer(0.3, put, (job.folder / f"{(job.folder / ATTACHED).read_text()}-0.answer", answer))
     late.start()
     with awaited(soon(0.01)):
@@ -226,7 +252,7 @@ def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
     channel = MailboxChannel(job)
     channel.open()
     put(job.folder / f"{(job.folder / ATTACHED).read_text()}-0.answer", bytes(200))
-    with pytest.raises(StateError, match="at most 116 bytes"):
+    with pytest.raises(StateError, match="at most 148 bytes"):
         channel.receive(100, soon())
 
 
@@ -355,6 +381,68 @@ def test_a_directory_that_others_can_rename_holds_no_job(tmp_path: Path, paper: 
     (tmp_path / "shared").chmod(0o1777)  # in which nobody renames what is not his
     jobs.take()
     assert len(paper.calls) == 1
+
+
+def test_a_link_on_the_way_to_a_directory_is_refused(tmp_path: Path, paper: Paper) -> None:
+    """Attack: it leads to a good directory while it is looked at, and to another one afterwards."""
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others").chmod(0o1777)
+    (tmp_path / "shared/deeper").mkdir(parents=True)
+    (tmp_path / "others/jobs").symlink_to(tmp_path / "shared")
+    for path in (tmp_path / "others/jobs", tmp_path / "others/jobs/deeper"):
+        assert unguarded(path) == tmp_path / "others/jobs"
+    with pytest.raises(StateError, match="is a link"):
+        SlurmJobs(SlurmSection(directory=tmp_path / "others/jobs"), tmp_path / "kept/job.json", "a").take()
+    assert paper.calls == []
+
+
+def test_a_job_that_cannot_be_cancelled_is_cancelled_later(tmp_path: Path, paper: Paper) -> None:
+    jobs = jobs_of(tmp_path)
+    first = jobs.take()
+    scancel = (tmp_path / "bin/scancel").read_text()
+    (tmp_path / "bin/scancel").write_text("#!/bin/sh\nexit 1\n")
+    jobs.drop()
+    assert not first.folder.exists()
+    second = jobs.take()
+    jobs.drop()
+    left = tmp_path / "kept/cancel"
+    assert left.read_text().split() == [first.name, second.name]
+    assert left.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "bin/scancel").write_text(scancel)
+    third = jobs.take()
+    assert not left.exists()
+    assert [call for call in paper.calls if "scancel" in call] == [
+        f"scancel --me --name={name}" for name in (first.name, second.name)
+    ]
+    drop_job(tmp_path / "kept/job.json")  # of a site file that says nothing of Slurm by now
+    assert f"scancel --me --name={third.name}" in paper.calls
+
+
+def test_whatever_a_trainer_leaves_behind_can_be_deleted(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        os.mkdir("deep", dir_fd=here)
+        at = os.open("deep", os.O_RDONLY, dir_fd=here)
+        for _ in range(1500):
+            os.mkdir("d" * 200, dir_fd=at)
+            inner = os.open("d" * 200, os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = inner
+        os.close(at)
+    finally:
+        os.close(here)
+    (tmp_path / "kept").write_text("x")
+    (tmp_path / "cache").symlink_to(tmp_path / "kept")
+    discard(tmp_path / "deep")
+    discard(tmp_path / "missing")
+    assert not (tmp_path / "deep").exists()
+    make_private(tmp_path / "cache")
+    make_private(tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
+    assert not (tmp_path / "cache").is_symlink()
+    assert (tmp_path / "kept").read_text() == "x"
+    make_private(tmp_path / "kept")
+    assert (tmp_path / "kept").is_dir()
 
 
 def test_variables_that_are_options_of_slurm_are_not_passed_on(

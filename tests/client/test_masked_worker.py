@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from privet.client.app import app as client_app
+from privet.client.app import find_worker
 from privet.client.budget.releases import Releases
 from privet.client.rounds import worker as client_worker
 from privet.client.rounds.site import RealSite
@@ -34,6 +36,7 @@ from privet.common.errors import (
     ProtocolError,
     RefusedError,
     StateError,
+    StudyError,
     VerificationError,
 )
 from privet.common.masking.parameters import parameters_of
@@ -353,6 +356,16 @@ def test_a_site_that_is_not_simulated_leaves_nothing_of_a_round_in_flowers_conte
         replies = dict(GridExchange(grid, poll=0.001).ask(dict.fromkeys(NODES, opened), timeout=60))
         assert {type(reply) for reply in replies.values()} == {Secured}
         assert {len(context.state) for context in grid._contexts.values()} == {kept}
+
+
+def test_flower_runs_no_trainer_apart(bert: Path, tmp_path: Path) -> None:
+    """It may start a process for each message, and each would start a trainer."""
+    file = real(tmp_path / "real", masked_study(bert))[0]
+    text = file.read_text()
+    assert "[resources]\n" in text
+    file.write_text(text.replace("[resources]\n", '[resources]\ntrainer = "process"\n'))
+    with pytest.raises(StudyError, match="which a SuperNode of Flower does not run"):
+        find_worker(SimpleNamespace(node_config={"site": str(file)}))  # type: ignore[arg-type]
 
 
 def test_keys_of_real_sites_are_fresh_and_those_of_simulated_ones_follow_from_the_seed(

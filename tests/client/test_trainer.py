@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -20,14 +21,14 @@ import safetensors.numpy
 
 from privet.client.rounds.answers import _failure
 from privet.client.rounds.worker import Worker
-from privet.client.site import Resources, SiteConfig
+from privet.client.site import Resources, SiteConfig, load_site
 from privet.client.trainer.apart import Opening, Trainer
 from privet.client.trainer.confinement import available
-from privet.client.trainer.opening import trainer_of
+from privet.client.trainer.opening import opening, trainer_of
 from privet.client.trainer.pipe import PipeChannel
 from privet.client.trainer.reviewed import UNREVIEWED
 from privet.client.trainer.wire import VERSION, Packet, ragged, unpack
-from privet.common.errors import PrivetError, ScanError, SpentRoundError, StateError
+from privet.common.errors import PrivetError, RefusedError, ScanError, SpentRoundError, StateError
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from tests.support.faulty_rounds import asked, begun, counted_draws
@@ -182,6 +183,11 @@ def with_head(**more: Any) -> Any:
     return lambda packet: replace(packet, head={**packet.head, **more})
 
 
+def with_units(packet: Packet, count: int) -> Packet:
+    more = {**ragged("units", [[0]] * count), "classes": np.zeros(0, np.int64)}
+    return replace(packet, arrays={**packet.arrays, **more})
+
+
 def metered(packet: Packet, **more: Any) -> Packet:
     return replace(packet, head={**packet.head, "meter": {**packet.head["meter"], **more}})
 
@@ -201,6 +207,8 @@ LIES: dict[str, tuple[str, Any]] = {
     "a layout that is none": ("open", with_head(spec={"tensors": [["a"]]})),
     "a count that is none": ("open", with_head(**{"held-out": "many"})),
     "more units held out than a study admits": ("open", with_head(**{"held-out": 10**6 + 1})),
+    "more units than a site declares": ("open", lambda packet: with_units(packet, 10_100)),
+    "names that are no digest": ("open", with_head(names="Maria Muster")),
     "a negative count": ("open", with_head(**{"held-out": -1})),
     "figures that are none": ("begin", with_head(meter={"seconds": {}})),
     "figures that fall": ("begin", lambda packet: metered(packet, tokens=-1)),
@@ -231,7 +239,7 @@ def test_an_answer_that_no_records_could_give_is_refused_and_says_nothing_to_oth
 def test_heads_that_are_no_numbers_are_refused(bert: Path) -> None:
     """Which JSON can write, though privet's own never holds them."""
     study = tiny_study(bert, **STUDIES["validated"])
-    good = {"spec": {"tensors": []}, "declared": 5, "held-out": 3, "names": "", "verdict": None}
+    good = {"spec": {"tensors": []}, "declared": 5, "held-out": 3, "names": "", "verdict": None, "device": "cpu"}
     bad = [
         ("held-out", "Infinity"), ("held-out", "1e400"), ("verdict", "NaN"), ("verdict", str(2**60)), ("declared", "0"),
         ("declared", "-7"), ("spec", '{"tensors": [["a", ["x", 2], "full"]]}'), ("verdict", "[" * 9999 + "]" * 9999),
@@ -350,6 +358,63 @@ def test_errors_of_a_trainer_stay_at_the_site(bert: Path, tmp_path: Path, monkey
         with pytest.raises(PrivetError) as caught:
             worker.offer(study)
         assert caught.value.private
+        assert not isinstance(caught.value, RefusedError)  # which a site signs
+
+
+def test_a_trainer_that_ends_after_its_last_answer_costs_no_round(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update is paid and stored, so nothing more is asked of a trainer before it leaves."""
+    study = tiny_study(bert, **STUDIES["validated"])
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
+    channel = HereChannel()
+    trainer_here(monkeypatch, channel)
+    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    contribution = worker._contribution(opened)
+    channel.close()
+    count = len(channel.asked)
+    units = worker._units(study)
+    assert units["units"] > 0
+    assert len(channel.asked) == count
+    assert same(worker._contribution(opened), contribution)
+    worker.close()
+
+
+def test_a_trainer_beside_a_gpu_does_not_fall_back_to_the_processor_in_silence(bert: Path) -> None:
+    study = tiny_study(bert, **STUDIES["validated"])
+    head = {"spec": {"tensors": []}, "declared": 5, "held-out": 3, "names": "", "verdict": "", "device": "cpu"}
+    answer = Packet("done", head, {**ragged("units", [[0]] * 5), "classes": np.zeros(0, np.int64)})
+    Trainer(Opening(study, [], {}, None), [])._learn(answer)
+    with pytest.raises(StateError, match="finds no GPU"):
+        Trainer(Opening(study, [], {}, None, gpus=1), [])._learn(answer)
+    Trainer(Opening(study, [], {}, None, gpus=1), [])._learn(replace(answer, head={**head, "device": "cuda"}))
+
+
+def test_a_base_with_a_link_to_a_key_makes_no_key_readable(bert: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    study = tiny_study(base, **STUDIES["validated"])
+    file = place(tmp_path / "apart", study, trainer="process")
+    config = load_site(file)
+    (base / "NOTICE").symlink_to(tmp_path / "apart/ash.pem")
+    told = {"begun": False, "split_key": b"", "distinct": False, "planting": None, "withdrawn": None}
+    opened = opening(config, study, **told)  # type: ignore[arg-type]
+    assert str(tmp_path / "apart/ash.pem") not in opened.readable
+    assert str((base / "config.json").resolve()) in opened.readable
+    trainer_of(config, opened, lambda: None).close()
+    with pytest.raises(StateError, match="lies where a trainer reads"):
+        trainer_of(config, replace(opened, readable=[*opened.readable, str(tmp_path / "apart")]), lambda: None)
+
+
+def test_other_files_are_another_opening(bert: Path, tmp_path: Path) -> None:
+    """A job that has read them as they were is not taken over."""
+    study = tiny_study(bert, **STUDIES["validated"])
+    config = load_site(place(tmp_path / "apart", study, trainer="process"))
+    told = {"begun": False, "split_key": b"", "distinct": False, "planting": None, "withdrawn": None}
+    before = opening(config, study, **told).digest  # type: ignore[arg-type]
+    assert opening(config, study, **told).digest == before  # type: ignore[arg-type]
+    os.utime(config.train[0], ns=(0, 0))
+    assert opening(config, study, **told).digest != before  # type: ignore[arg-type]
 
 
 # --- a process of its own --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,19 @@ def test_a_site_refuses_in_its_own_name_alone(tmp_path: Path) -> None:
     state = world.play()
     assert "sent a refusal in the name of site" in state.statements[0]["failures"][other.name]
     assert "refusal" not in kinds(world)
+
+
+def test_a_refusal_whose_text_is_private_has_no_figures(tmp_path: Path) -> None:
+    """What was asked and allowed may be what a trainer apart has stated."""
+    study = study_of(training={"rounds": 1})
+    site = next(iter(world_of(tmp_path, study, 4).sites.values()))
+    assert site.logbook is not None
+    error = RefusedError("more than 3141 bytes")
+    error.asked, error.allowed = "3141", "2718"
+    for private in (False, True):
+        error.private = private
+        said = b64decode(json.loads(site.logbook.refuse(study, "run", 1, error, digest(b"policy")))["payload"])
+        assert (b"3141" in said, b"2718" in said) == (not private, not private)
 
 
 def test_what_sites_say_of_their_failures_cannot_write_to_the_terminal() -> None:
