@@ -87,12 +87,9 @@ def policy(
         allowed = [*rules.metrics.allow, admit]
         change_file(config.policy, {"metrics.allow": allowed}, partial(validate, SitePolicy, what="policy"))
         rules = load_policy(config.policy)
-    typer.echo("\n".join(explain_policy(rules)))
-    typer.echo(explain_patients(config))
-    typer.echo(
-        f"digest  {policy_digest(config)} (of the policy, and of [limit], [floor], patient_column and patient_ids in "
-        "the site file)"
-    )
+    what = "of the policy, and of [limit], [floor], patient_column and patient_ids in the site file"
+    lines = [*explain_policy(rules), explain_patients(config), f"digest  {policy_digest(config)} ({what})"]
+    typer.echo(folded("\n".join(lines), 2))
 
 
 _REFUSES = "this site refuses it"
@@ -145,7 +142,7 @@ def check(
             typer.echo(f"rounds  {done} of {asked.rounds} are in this site's ledger; the site runs none of them again")
         _show(findings, budget, unfit)
         for line in _ways(config, findings, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {on_one_line(line)}")
+            typer.echo(folded(f"to admit it  {on_one_line(line)}", 13))
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
     if findings or budget or unfit:
@@ -214,7 +211,7 @@ def approve(
         typer.echo("\nthis site would refuse the study now:")
         _show(against, budget, unfit)
         for line in _ways(config, against, (budget, unfit), site, study, asked):
-            typer.echo(f"to admit it  {on_one_line(line)}")
+            typer.echo(folded(f"to admit it  {on_one_line(line)}", 13))
         raise typer.Exit(PolicyError.exit_code)
     if not (yes or terminal or study_is_exact(study)):
         raise StudyError(
@@ -459,18 +456,19 @@ def receipts(
         typer.echo(json.dumps(document | ({} if log is None else {"omitted": gone})))
     else:
         for each in found:
-            typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
-            typer.echo(f"{'':<27}of study {each.study}")
+            typer.echo(folded(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}", 6))
+            typer.echo(f"      of study {each.study}")
         typer.echo(
             f"{number_of(len(found), 'release')}, {sum(each.bytes for each in found)} bytes in total before masking"
         )
         begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
         if begun:
-            typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")
+            lost = f"{begun} more charged, of which nothing left: the update was lost, or is still being trained"
+            typer.echo(folded(lost))
         for refusal, _ in refused:
-            typer.echo(f"refused  {where_of(refusal)}")
+            typer.echo(folded(f"refused  {where_of(refusal)}", 9))
         for what in gone:
-            typer.echo(f"FAILED: the log lacks the refusal of {what}")
+            typer.echo(folded(f"FAILED: the log lacks the refusal of {what}", 9))
     if gone:
         raise typer.Exit(1)
 
@@ -509,12 +507,12 @@ def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: Privet
     from privet.client.policy.opinion import said
 
     for finding in findings:
-        typer.echo(f"{finding.code:<18} {printable(said(finding))}")
+        typer.echo(folded(f"{finding.code:<18} {printable(said(finding))}", 19))
     if budget is not None:
         code = budget.code if isinstance(budget, SpentRoundError) else "E_BUDGET"
-        typer.echo(f"{code:<18} {on_one_line(budget.message)}")
+        typer.echo(folded(f"{code:<18} {on_one_line(budget.message)}", 19))
     if unfit is not None:
-        typer.echo(f"{'data files':<18} {on_one_line(unfit.message)}")
+        typer.echo(folded(f"{'data files':<18} {on_one_line(unfit.message)}", 19))
     refused = findings or budget or unfit
     typer.echo("refused" if refused else "admitted by the policy, within the budget, and the data files fit")
 

@@ -13,7 +13,7 @@ import typer
 from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
-from privet.common.progress import doing, number_of
+from privet.common.progress import doing, folded, number_of
 
 if TYPE_CHECKING:
     from privet.client.budget.accounts import Spending
@@ -144,18 +144,18 @@ def budget(
     if as_json:
         typer.echo(json.dumps(document))
         return
-    typer.echo(f"dataset  {found.dataset}")
-    typer.echo(
+    lines = [f"dataset  {found.dataset}"]
+    lines.append(
         f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for the dataset's lifetime"
     )
-    typer.echo("\n".join(_totals(found)))
+    lines += _totals(found)
     for entry in found.studies:
         reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
-        typer.echo(
+        lines.append(
             f"         epsilon {entry.epsilon:.4f}  {number_of(entry.charged, 'round')}{reserved}  study {entry.study}"
         )
     if len(found.studies) > 1:
-        typer.echo(
+        lines.append(
             f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included. This is what the limit "
             "compares. It may be more than what is spent, because a study may depend on the results of an earlier one"
         )
@@ -164,8 +164,9 @@ def budget(
         if counted > limit.epsilon:
             verdict += "no limit admits it" if needed is None else f"the least limit that admits it is {needed:g}"
         more = f", counted as {_shown(counted)}" if after < counted <= limit.epsilon else ""
-        typer.echo(f"after    epsilon {_shown(after)} with study {planned.digest}{more}: {verdict}")
-    typer.echo(f"head     {found.head[0]} {found.head[1]}")
+        lines.append(f"after    epsilon {_shown(after)} with study {planned.digest}{more}: {verdict}")
+    lines.append(f"head     {found.head[0]} {found.head[1]}")
+    typer.echo(folded("\n".join(lines), 9))
 
 
 def _totals(found: Spending) -> list[str]:

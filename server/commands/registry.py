@@ -36,7 +36,7 @@ def list_(directory: Directory = HERE, as_json: Json = False) -> None:
         typer.echo("no run has released an adapter yet")
     for row in rows:
         began = (f"continues {row['parent']}" if row["parent"] else "from the base") + _origin(row)
-        typer.echo(f"{row['run']}  {row['adapter'][7:19]}  {_state(row)}; {_cost(row)}; {began}")
+        typer.echo(folded(f"{row['run']}  {row['adapter'][7:19]}  {_state(row)}; {_cost(row)}; {began}", 2))
         if row["reason"]:
             typer.echo(folded(f"  {printable(row['reason'])}", 4))
 
