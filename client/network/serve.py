@@ -56,7 +56,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
         metrics = SiteMetrics()
         metrics.watch_budget(config)
         diary = Diary(config.name, config.dataset or config.name)
-        worker.trained, worker.charged = metrics.trained, diary.charged
+        worker.trained, worker.charged, worker.lost = metrics.trained, diary.charged, diary.lost
         if config.coordinator.metrics_port:
             MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()

@@ -8,7 +8,8 @@ decides how often it asks, so the process limits how often each sentence is writ
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from privet.common.log.statements import Charge
 from privet.common.secagg.encoding import is_kind
@@ -32,6 +33,7 @@ class Diary:
     site: str
     dataset: str
     _sending: int = 0
+    _paid: set[tuple[str, int]] = field(default_factory=set)
 
     def asked(self, message: Message) -> None:
         """Log that a round has come, before anything is checked."""
@@ -59,9 +61,18 @@ class Diary:
             sentence = "cost: none; round %d of study %s promises no differential privacy"
             self._say(number, sentence, number, study.name)
             return
+        self._paid.add((study.digest, number))
         limit = "" if charge.limit is None else f" of at most {charge.limit:g}"
         sentence = "cost: with round %d of study %s, dataset %s has spent epsilon %.3f%s at delta %g"
         self._say(number, sentence, number, study.name, self.dataset, charge.epsilon, limit, charge.delta)
+
+    def lost(self, study: Study, numbers: Collection[int]) -> None:
+        """Log which rounds that were paid for led to nothing, each once."""
+        for number in sorted(numbers):
+            if (study.digest, number) in self._paid:
+                self._paid.remove((study.digest, number))
+                sentence = "lost: round %d of study %s was aborted; no model came of it, and what it cost stays spent"
+                self._say(number, sentence, number, study.name)
 
     def arrived(self) -> None:
         """Log that an update has arrived at the coordinator, if the last answer carried one."""

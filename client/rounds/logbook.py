@@ -62,12 +62,14 @@ class LoggedRound:
         checkpoint: The cosigned checkpoint that holds it.
         ledger: Number of rows and head of this site's ledger in its last statement, by the site's own copy of the log;
             None before its first statement, or without a copy.
+        lost: Numbers of the run's earlier rounds with this site that led to nothing, by the same copy.
     """
 
     run: str
     opened: str
     checkpoint: Checkpoint
     ledger: tuple[int, str] | None = None
+    lost: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,17 @@ class Logbook:
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
         copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
-        ledger = None
+        ledger, lost = None, frozenset[int]()
         if copy is not None:
             history = copy.history(checkpoint)
             warn_of_omitted(self.directory, history)
             ledger = history.ledger_of(self.site)
             self._check_standing(opened, history)
+            run = history.runs[stated.run]
+            tried = {each.statement.round for each in run.rounds.values() if self.site in each.statement.cohort}
+            lost = frozenset(tried - run.published.keys() - {stated.round})
         self._check_draw(study, opened, stated, checkpoint)
-        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint, ledger)
+        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint, ledger, lost)
 
     def _check_standing(self, opened: RoundOpen, history: Replay) -> None:
         """Check that the round has not ended, and that the ledger that the coordinator states is not an older one.

@@ -6,7 +6,7 @@ Its API is narrow, and every call checks before it acts. Only its return values 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -82,6 +82,8 @@ class Worker:
         self.trained: Callable[[Study, Meter], None] = lambda study, took: None
         # Called with what a round cost the dataset, before its update leaves; the numbers stay at the site.
         self.charged: Callable[[Study, int, Charge | None], None] = lambda study, number, charge: None
+        # Called before a round's training with the earlier rounds that led to nothing.
+        self.lost: Callable[[Study, Collection[int]], None] = lambda study, numbers: None
         self._open: tuple[str, Head | None, SiteData, Host] | None = None
         # Also while it is queued or loads, when nothing is open.
         self._trainer: Trainer | None = None
@@ -362,6 +364,7 @@ class Worker:
             # copy of the log holds the last one.
             if seen.ledger is not None:
                 self.site.releases.head(*seen.ledger)
+            self.lost(study, seen.lost)
         # Only now, as the work grows with the cohort, which the log has confirmed.
         self.site.check_lost(study, opened)
         data, host = self._opened_for(study)

@@ -55,3 +55,20 @@ def test_a_coordinator_that_asks_without_end_does_not_fill_the_log(
         for _ in range(5 * BURST):
             diary.asked(asked)
     assert len(written.entries) == BURST
+
+
+def test_a_round_that_led_to_nothing_is_logged_once_if_it_was_paid_for(
+    bert: Path, tmp_path: Path, written: Written
+) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    diary = Diary(worker.name, "notes")
+    worker.charged = diary.charged
+    opened = in_log(worker, round_open(study, adapter_of(worker, study)))
+    answer(lambda: opened, lambda: worker, diary)
+    for _ in range(2):
+        diary.lost(study, frozenset({1, 2}))  # the second one was refused here, and cost nothing
+    lost = [entry["message"] for entry in written.entries if entry["event"] == "lost"]
+    assert lost == [
+        f"lost: round 1 of study {study.name} was aborted; no model came of it, and what it cost stays spent"
+    ]
