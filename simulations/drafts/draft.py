@@ -706,9 +706,11 @@ class _Drafting:
                 f"Are these spellings of them? If so, repeat the command with --force {options}.",
             )
         for group in alike(list(counts)):
+            most = max(group, key=counts.__getitem__)
+            options = " ".join(f"--label {quote(f'{label}={most}')}" for label in group if label != most)
             self.say(
                 "",
-                f"Are these one label? {' / '.join(map(repr, group))}. If so, --label FILE=STUDY maps them.",
+                f"Are these one label? {' / '.join(map(repr, group))}. If so, repeat the command with --force {options}.",
             )
         seen = [{label for label, count in report.labels.items() if count} for _, report in found.of.values()]
         for label, other in misspelt(seen):

@@ -732,6 +732,16 @@ def test_a_file_that_spells_all_labels_otherwise_is_asked_about_and_mapped(tmp_p
         made(tmp_path, files, base=str(bert), labels={"ja": "yes"})
 
 
+def test_labels_that_differ_in_case_are_asked_about_with_the_options_that_map_them(tmp_path: Path, bert: Path) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in SITES]
+    for seed, file in enumerate(files):
+        labels = ("haut", "Herz") if seed == 2 else ("Haut", "Herz")
+        write_rows(file, [{**row, "label": labels[at % 2]} for at, row in enumerate(class_rows(40, seed))])
+    (asked,) = [line for line in made(tmp_path, files, base=str(bert))[1] if "one label" in line]
+    assert asked.endswith("repeat the command with --force --label haut=Haut.")
+    assert made(tmp_path, files, base=str(bert), labels={"haut": "Haut"})[0]["task"]["labels"] == ["Haut", "Herz"]
+
+
 def test_files_that_share_labels_are_not_taken_for_other_spellings() -> None:
     a, b, c = Path("a"), Path("b"), Path("c")
     assert other_spellings({a: {"x": 1}, b: {"x": 2, "y": 1}, c: {"y": 3}}) == []
