@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from privet.client.site import load_site
+from privet.client.trainer import confinement
 from privet.client.trainer.confinement import available, code_places, exposed
 from privet.client.trainer.pipe import stripped
 from tests.support.tiny import class_rows, site_toml
@@ -182,3 +184,26 @@ def test_keys_that_lie_where_a_trainer_reads_are_named(tmp_path: Path) -> None:
     assert exposed(site, code_places()) == []
     assert site.ledger in exposed(site, [str(tmp_path)])
     assert site.identity in exposed(site, [str(tmp_path / "site")])
+
+
+def test_the_numbers_of_system_calls_are_those_of_libseccomp() -> None:
+    """Another source than this list, for both machines; it does not know the newest calls."""
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        pytest.skip("libseccomp is not installed")
+    conditional = {
+        "clone": confinement._CLONE, "kill": confinement._KILL, "tgkill": confinement._TGKILL,
+        "prlimit64": confinement._PRLIMIT, "sched_setaffinity": confinement._AFFINITY, "fcntl": confinement._FCNTL,
+        "ioctl": confinement._IOCTL, "open": confinement._OPEN, "openat": confinement._OPENAT,
+    }  # fmt: skip
+    hidden = {name: (number, number) for name, number in confinement._HIDDEN.items()}
+    known = 0
+    for column, machine in confinement._MACHINES.values():
+        for name, numbers in {**confinement._REFUSED, **conditional, **hidden}.items():
+            number = library.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(machine), name.encode())
+            if number == -1:  # a call that this libseccomp does not know
+                continue
+            known += 1
+            assert numbers[column] == (number if number >= 0 else None), (name, machine)
+    assert known > 140
