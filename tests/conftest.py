@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Idle threads of PyTorch wait without working, also where a test asks for more of them than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,6 +24,10 @@ from tests.support.forks import Forks
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command with these arguments, and returns exit code, stdout, and stderr without lines of progress."""
+
+# No test measures time: on a busy machine, a pause of another process would be a failure.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Importing torch and all else makes millions of objects that stay, and looking through them for garbage again and again
 # takes half of the time. So nobody looks during collection, and what there is by then is left out for good.
