@@ -710,7 +710,8 @@ class _Drafting:
             options = " ".join(f"--label {quote(f'{label}={most}')}" for label in group if label != most)
             self.say(
                 "",
-                f"Are these one label? {' / '.join(map(repr, group))}. If so, repeat the command with --force {options}.",
+                f"Are these one label? {' / '.join(map(repr, group))}. "
+                f"If so, repeat the command with --force {options}.",
             )
         seen = [{label for label, count in report.labels.items() if count} for _, report in found.of.values()]
         for label, other in misspelt(seen):
