@@ -436,8 +436,8 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
         text = f"the coordinator asks this site for {', '.join(well)}, and no process serves the site"
         return Check("studies", False, text, "run `privet site serve SITE`")
     if waits:
-        hint = f"read it, and approve or refuse it: `privet site approve SITE {waits[0]}`"
-        return Check("studies", False, f"nobody has decided on {', '.join(waits)} yet", hint)
+        hint = f"read it; to take part, approve it: `privet site approve SITE {waits[0]}`"
+        return Check("studies", False, f"not approved at this site: {', '.join(waits)}", hint)
     return Check("studies", True, f"takes part in {', '.join(well)}" if well else "none goes on")
 
 

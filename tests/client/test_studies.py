@@ -131,7 +131,7 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
     monkeypatch.setattr(
         doctor, "compared", lambda *given: [each for each in everything(*given) if each.run != "greedy"]
     )
-    assert (found().ok, found().text) == (False, "nobody has decided on triage yet")
+    assert (found().ok, found().text) == (False, "not approved at this site: triage")
     run(commands.approve, home, "triage", "--yes")
     unserved = found()
     assert (unserved.ok, unserved.hint) == (False, f"run `privet site serve {file}`")
