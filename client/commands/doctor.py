@@ -34,15 +34,15 @@ from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
-from privet.client.trainer.confinement import available, code_places, exposed
-from privet.client.trainer.places import unguarded
+from privet.client.trainer.confinement import available, require_unexposed
+from privet.client.trainer.places import require_guarded
 from privet.client.trainer.reviewed import require_reviewed
 from privet.client.trainer.slurm import controller, missing
 from privet.client.training.glance import columns_named, columns_of
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import PrivetError
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay
 from privet.common.pki.certificates import due_for_renewal
@@ -457,15 +457,9 @@ def _files() -> Check:
 
 def _trainer(site: SiteConfig) -> Check:
     """Check what a trainer apart needs, and say what is enforced on it. On a node of a cluster it says so itself."""
-    try:
-        require_reviewed(site)
-    except StateError as error:
-        return Check("trainer", False, error.message, error.hint)
+    require_reviewed(site)
+    require_unexposed(site, [*map(str, (*site.train, *site.test, *site.resources.bases.values()))])
     section = site.resources.slurm
-    seen = [*code_places(), *map(str, (*site.train, *site.test, *site.resources.bases.values()))]
-    if found := exposed(site, seen):
-        hint = f"move it to a directory of its own, `mv {found[0]} DIRECTORY`, and name the new place in the site file"
-        return Check("trainer", False, f"{found[0]} lies where a trainer reads data, a base or programs", hint)
     if section is None:
         count, can = site.resources.devices, available()
         name = "a process" if count == 1 else f"{count} processes"
@@ -478,9 +472,7 @@ def _trainer(site: SiteConfig) -> Check:
     if not (section.directory.is_dir() and os.access(section.directory, os.W_OK)):
         hint = f"make it, on a disk that the nodes see under this path: `mkdir -m 700 {section.directory}`"
         return Check("trainer", False, f"{section.directory} is no directory in which this user can write", hint)
-    if (others := unguarded(section.directory)) is not None:
-        hint = f"name one in this user's home, as `directory` under [resources.slurm], or run `chmod go-w {others}`"
-        return Check("trainer", False, f"{others} is somebody else's or a link, or others can change it", hint)
+    require_guarded(section.directory)
     answering = controller()
     text = f"jobs of Slurm, in {section.directory}; {answering or 'the controller answers'}"
     return Check("trainer", not answering, text, "`scontrol ping` says which controller does not answer")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from privet.common.errors import StateError
+
 if TYPE_CHECKING:  # it imports NumPy, which starts threads
     from privet.client.site import SiteConfig
 
@@ -172,6 +174,15 @@ def exposed(config: SiteConfig, readable: Sequence[str]) -> list[Path]:
         secret += [config.log.key, config.log.state]
     places = [Path(path).resolve() for path in readable]
     return [path for path in secret if path is not None and any(path.resolve().is_relative_to(p) for p in places)]
+
+
+def require_unexposed(config: SiteConfig, readable: Sequence[str]) -> None:
+    """Raise `StateError` if a trainer that may read these files could read the site's own."""
+    if found := exposed(config, [*code_places(), *readable]):
+        raise StateError(
+            f"{found[0]} lies where a trainer reads data, a base or programs, and it is the site's alone",
+            f"move it to a directory of its own, `mv {found[0]} DIRECTORY`, and name the new place in the site file",
+        )
 
 
 def _threads() -> int:

@@ -12,7 +12,7 @@ from privet.client.bases.names import as_begun, locate_base
 from privet.client.budget.withdrawals import Withdrawn
 from privet.client.site import SiteConfig
 from privet.client.trainer.apart import Channel, Opening, Trainer
-from privet.client.trainer.confinement import Confined, code_places, exposed
+from privet.client.trainer.confinement import Confined, require_unexposed
 from privet.client.trainer.mailbox import MailboxChannel
 from privet.client.trainer.pipe import PipeChannel
 from privet.client.trainer.places import discard
@@ -103,11 +103,7 @@ def trainer_of(config: SiteConfig, opened: Opening, check: Callable[[], None]) -
         StateError: It asks for a trainer that this version does not have, or nobody has admitted what is not reviewed.
     """
     require_reviewed(config)
-    if found := exposed(config, [*code_places(), *opened.readable]):
-        raise StateError(
-            f"{found[0]} lies where a trainer reads data, a base or programs, and it is the site's alone",
-            f"move it to a directory of its own, `mv {found[0]} DIRECTORY`, and name the new place in the site file",
-        )
+    require_unexposed(config, opened.readable)
     if config.log is None:
         raise RefusedError(
             f"the site file of {config.name} names no round log, and a trainer apart has its files beside it",

@@ -9,6 +9,8 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from privet.common.errors import StateError
+
 
 def unguarded(directory: Path) -> Path | None:
     """Return the first directory, from this one up, that others may change or that is a link; None if there is none.
@@ -24,6 +26,23 @@ def unguarded(directory: Path) -> Path | None:
         if others or stat.S_ISLNK(found.st_mode) or found.st_uid not in (0, os.getuid()):
             return path
     return None
+
+
+def require_guarded(directory: Path) -> None:
+    """Check a directory of jobs, and the way to it.
+
+    Raises:
+        StateError: It is `unguarded`.
+        OSError: As `unguarded`.
+    """
+    found = unguarded(directory)
+    if found is not None:
+        raise StateError(
+            f"the directory {found}, in which the trainer's jobs lie, belongs to somebody else, is a link or can be "
+            "changed by others, who could have a job read other files",
+            "name a directory in this user's home, without links, as `directory` under [resources.slurm] in the site "
+            f"file; where {found} is this user's and no link, `chmod go-w {found}` is enough",
+        )
 
 
 def make_private(directory: Path) -> None:

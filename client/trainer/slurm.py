@@ -23,7 +23,7 @@ from pathlib import Path
 from privet.client.site import SlurmSection
 from privet.client.trainer.mailbox import ATTACHED, KEY, State, name_of, put
 from privet.client.trainer.pipe import MODULE
-from privet.client.trainer.places import discard, unguarded
+from privet.client.trainer.places import discard, require_guarded
 from privet.client.trainer.wire import KEY_BYTES
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError
@@ -116,13 +116,7 @@ class SlurmJobs:
         job = SlurmJob(name, self.section.directory / name, os.urandom(KEY_BYTES), self.opening)
         known = {"name": name, "folder": str(job.folder), "key": job.key.hex(), "opening": job.opening}
         try:
-            if (open_to_others := unguarded(self.section.directory)) is not None:
-                raise StateError(
-                    f"the directory {open_to_others}, in which the trainer's jobs lie, belongs to somebody else, is a "
-                    "link or can be changed by others, who could have a job read other files",
-                    "name a directory in this user's home, without links, as `directory` under [resources.slurm] in "
-                    f"the site file; or run `chmod go-w {open_to_others}`",
-                )
+            require_guarded(self.section.directory)
             self.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_durably(self.record, canonical_json(known) + b"\n", mode=0o600)
             job.folder.mkdir(mode=0o700)

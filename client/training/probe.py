@@ -283,8 +283,8 @@ def _spoiled(host: ModelHost, rows: torch.Tensor) -> Iterator[None]:
     """Give the tokens of these rows [rows, bool] of a pass values that are not a number.
 
     An adapter can be chosen under which one record overflows. A matrix unit that reads beyond the end of a row, and
-    takes what it finds times zero (AMX does, with rows of an odd number of bfloat16), would carry that into the record
-    before: zero times infinity is not a number.
+    takes what it finds times zero, would carry that into the record before: zero times infinity is not a number. AMX
+    does so (docs/privacy.md, "Records that overflow").
     """
     seen = []
 

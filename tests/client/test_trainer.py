@@ -274,11 +274,16 @@ def test_a_layout_that_a_trainer_states_is_named_to_nobody(
         worker.close()
 
 
-def test_a_trainer_of_another_version_is_ended(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def apart_by(channel: HereChannel, bert: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Worker]:
+    """Return a validated study, and a site whose trainer apart is reached by a channel."""
     study = tiny_study(bert, **STUDIES["validated"])
-    channel = HereChannel()
     trainer_here(monkeypatch, channel)
-    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    return study, worker_at(place(folder / "apart", study, trainer="process"))
+
+
+def test_a_trainer_of_another_version_is_ended(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = HereChannel()
+    study, worker = apart_by(channel, bert, tmp_path, monkeypatch)
     channel.version = "0.9.0"
     with pytest.raises(StateError, match="another version of privet"):
         worker.offer(study)
@@ -290,11 +295,9 @@ def test_a_trainer_of_another_version_is_ended(bert: Path, tmp_path: Path, monke
 def test_files_that_change_before_a_trainer_reads_them_again_are_noticed(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = tiny_study(bert, **STUDIES["validated"])
-    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
     channel = HereChannel()
-    trainer_here(monkeypatch, channel)
-    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    study, worker = apart_by(channel, bert, tmp_path, monkeypatch)
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
     worker.offer(study)
     channel.close()  # it dies, and a new one reads the files
 
@@ -329,10 +332,8 @@ class QueuedChannel(HereChannel):
 def test_a_site_that_stops_cancels_a_job_that_a_message_waits_for(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = tiny_study(bert, **STUDIES["validated"])
     channel = QueuedChannel()
-    trainer_here(monkeypatch, channel)
-    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    study, worker = apart_by(channel, bert, tmp_path, monkeypatch)
     waiting = threading.Thread(target=lambda: suppressed(lambda: worker.offer(study)), daemon=True)
     waiting.start()
     assert channel.entered.wait(60)
@@ -365,11 +366,9 @@ def test_a_trainer_that_ends_after_its_last_answer_costs_no_round(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update is paid and stored, so nothing more is asked of a trainer before it leaves."""
-    study = tiny_study(bert, **STUDIES["validated"])
-    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
     channel = HereChannel()
-    trainer_here(monkeypatch, channel)
-    worker = worker_at(place(tmp_path / "apart", study, trainer="process"))
+    study, worker = apart_by(channel, bert, tmp_path, monkeypatch)
+    opened = asked(study, worker_at(place(tmp_path / "inside", study)), 1, SITES)
     contribution = worker._contribution(opened)
     channel.close()
     count = len(channel.asked)
@@ -512,6 +511,6 @@ def test_a_trainer_apart_is_refused_until_its_review_has_ended(
     if given is not None:
         monkeypatch.setenv(UNREVIEWED, given)
     config = SiteConfig(name="ash", train=(Path("notes.csv"),), resources=Resources(trainer="process"))
-    with pytest.raises(StateError, match="a review found faults") as caught:
+    with pytest.raises(StateError, match="its review is not complete") as caught:
         trainer_of(config, cast("Opening", None), lambda: None)
     assert 'trainer = "inside"' in caught.value.hint
