@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from privet.client.policy.decisions import admitted, decisions, needs_signature
-from privet.client.policy.rules import MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
+from privet.client.policy.rules import DAY, MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, StateError
@@ -24,7 +24,6 @@ Began = Callable[[], Mapping[str, datetime]]
 """Returns the time when each study began at this site, by its digest."""
 
 _LINE = re.compile(r"(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+")
-_DAY = timedelta(days=1)
 
 
 def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
@@ -108,11 +107,11 @@ def _digest(site: SiteConfig, policy: SitePolicy | None) -> str:
     return digest(canonical_json({**rules, "policy": stated}))
 
 
-def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> int:
-    """Return the number of other studies that began in the 24 hours before this one began, or before now."""
+def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> tuple[datetime, ...]:
+    """Return when other studies began in the 24 hours before this one began, or before now; in order."""
     # From this study's own start: a later study must not make a running one exceed its limit.
     start = began.get(study, now)
-    return sum(1 for other, time in began.items() if other != study and start - _DAY < time <= start)
+    return tuple(sorted(time for other, time in began.items() if other != study and start - DAY < time <= start))
 
 
 def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -43,6 +43,7 @@ from privet.common.study.terms import PERMIT, PERMIT_ALLOWED, permit_asked, perm
 _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
 ShortText = Annotated[str, Field(min_length=1, max_length=128)]
 Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
+DAY = timedelta(days=1)
 
 
 class ModelRules(Section):
@@ -188,7 +189,8 @@ class Facts:
         now: Time, with a time zone.
         approved: Whether a person has approved this very study.
         declared: The site's declared count.
-        began_before: Other studies that began at this site in the 24 hours before this one began, or before now.
+        began_before: When other studies began at this site in the 24 hours before this one began, or before now; in
+            order.
         upload_bytes: Size of the update that is to be released; None while there is no update.
         patient_column: Column that identifies patients at this site; None where the site file names none.
         floor: The site's minima for secure aggregation.
@@ -198,7 +200,7 @@ class Facts:
     now: datetime
     approved: bool
     declared: int | None
-    began_before: int
+    began_before: tuple[datetime, ...]
     upload_bytes: int | None = None
     patient_column: str | None = None
     floor: Floor = field(default_factory=Floor)
@@ -415,8 +417,10 @@ def _metrics(rules: MetricRules, study: Study) -> Iterator[Finding]:
 
 def _limits(rules: LimitRules, study: Study, facts: Facts) -> Iterator[Finding]:
     yield from _at_most("E_ROUNDS", "limits.max_rounds", study.rounds, rules.max_rounds)
-    if facts.began_before >= rules.max_studies_per_day:
-        allowed = f"{rules.max_studies_per_day} that begin within 24 hours"
+    if len(facts.began_before) >= rules.max_studies_per_day:
+        again = (facts.began_before[-rules.max_studies_per_day] + DAY).astimezone(UTC)
+        within = f"{rules.max_studies_per_day} that begin within 24 hours"
+        allowed = f"{within}; the next one from {again:%Y-%m-%d %H:%M} UTC on"
         yield _finding("E_STUDIES_PER_DAY", "limits.max_studies_per_day", "one more study", allowed)
     if facts.upload_bytes is not None:
         yield from _at_most("E_UPLOAD", "limits.max_upload_bytes", facts.upload_bytes, rules.max_upload_bytes)

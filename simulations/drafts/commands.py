@@ -116,6 +116,14 @@ def new(
             metavar="FILE=STUDY",
         ),
     ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column of some files, and the name that it has in the others, such as befund=text. May be given "
+            "several times.",
+            metavar="FILE=STUDY",
+        ),
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -201,6 +209,7 @@ def new(
         sites,
         largest,
         dict(_pair("--label", text, "FILE=STUDY", "J=yes") for text in label or []),
+        dict(_pair("--rename", text, "FILE=STUDY", "befund=text") for text in rename or []),
         validation,
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()

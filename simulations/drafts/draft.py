@@ -42,6 +42,7 @@ from privet.simulations.drafts.look import (
     patient_column,
     place_column,
     readings,
+    renames,
     repeated_ids,
 )
 from privet.simulations.drafts.places import SAVE_SHEETS, SiteData, data_files, plain_name, sites_of, workbooks
@@ -125,6 +126,7 @@ class Wishes:
         sites: Number of sites of the consortium.
         largest: Units of the largest of them.
         labels: The study's label for a label of the files.
+        renamed: For a column of some files, the name that it has in the others and in the study.
     """
 
     name: str | None = None
@@ -140,6 +142,7 @@ class Wishes:
     sites: int | None = None
     largest: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     validation: float | None = None
 
     def check(self) -> None:
@@ -209,7 +212,7 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     for file in workbooks(given):
         say("ignored", f"{file}: a workbook; to use it, {SAVE_SHEETS}")
     sites = sites_of(files)
-    forms = {file: _form_of(file, say) for file in files}
+    forms = _renamed({file: _form_of(file, say) for file in files}, wishes.renamed, say)
     tables = {file: _table_of(file, form) for file, form in forms.items()}
     table = in_common(tables)
     _check_names(files[0], [*table], [*wishes.columns.values(), *([wishes.patient] if wishes.patient else [])])
@@ -242,6 +245,28 @@ def _form_of(file: Path, say: Say) -> FileFormat:
         said = ", ".join(f"{name} = {str(value).lower()}" for name, value in settings.items())
         say("format", f"{file}: {said}{beyond}. Check that this is how the file is written")
     return form
+
+
+def _renamed(forms: Mapping[Path, FileFormat], meant: Mapping[str, str], say: Say) -> dict[Path, FileFormat]:
+    """Return how files are written, with the columns renamed in those that have them under another name.
+
+    Raises:
+        StudyError: No file has such a column and lacks the one that it is to be.
+    """
+    found, left = dict(forms), dict(meant)
+    for file, form in forms.items():
+        header = next(iter(read_rows(file, form)), {})
+        if own := {name: other for name, other in meant.items() if name in header and other not in header}:
+            found[file] = merged(form, {"columns": own})
+            left = {name: other for name, other in left.items() if name not in own}
+            say("columns", f"{file}: " + ", ".join(f"{name} is {other}" for name, other in own.items()))
+    if left:
+        name, other = next(iter(left.items()))
+        raise StudyError(
+            f"--rename: expected a file with the column {name} and without {other}, found none",
+            "write the column's name as the file does, as in `privet new FILES --rename befund=text`",
+        )
+    return found
 
 
 def _settings(form: FileFormat) -> dict[str, Any]:
@@ -351,12 +376,14 @@ class _Drafting:
         try:
             ways = readings(self.table, wishes.kind, wishes.columns)
         except StudyError as error:
-            if lines := differences(self.tables):
-                apart = "\n  ".join(["the data files: expected the same columns in all of them", *lines])
-                raise StudyError(
-                    f"{apart}\n  {error.message}", f"rename the columns where a file differs, or {error.hint}"
-                ) from None
-            raise
+            if not (lines := differences(self.tables)):
+                raise
+            apart = "\n  ".join(["the data files: expected the same columns in all of them", *lines])
+            if found := renames(self.tables):
+                raise StudyError(apart, _same_names(found)) from None
+            raise StudyError(
+                f"{apart}\n  {error.message}", f"rename the columns where a file differs, or {error.hint}"
+            ) from None
         self.require_everywhere(ways[0])
         kinds = list(dict.fromkeys(way.kind for way in ways))
         kind = self.ask.choose("task", kinds, kinds[0])
@@ -405,7 +432,11 @@ class _Drafting:
         absent = {role: name for role, name in roles.items() if name not in self.table}
         if not absent:
             return
-        lines = [line for name in absent.values() for line in lacking(name, self.tables)]
+        lines, near = [], dict[str, str]()
+        for name in absent.values():
+            for file, other in lacking(name, self.tables).items():
+                lines.append(f"{file} lacks the column {name}" + (f"; did you mean {other}?" if other else ""))
+                near |= {other: name} if other else {}
         option = {
             role: "--patient none"
             if role == "patient"
@@ -415,8 +446,8 @@ class _Drafting:
         raise StudyError(
             f"the data files: expected the columns {', '.join(f'{name} ({role})' for role, name in absent.items())} in "
             "all of them" + "".join(f"\n  {line}" for line in lines),
-            "rename the column in these files; or, to do without it, decide with "
-            f"`privet new FILES {' '.join(option.values())}`",
+            (_same_names(near) if near else "rename the column in these files")
+            + f"; or, to do without it, decide with `privet new FILES {' '.join(option.values())}`",
         )
 
     def map_labels(self, reading: Reading) -> None:
@@ -748,6 +779,12 @@ def _unfinished(document: Mapping[str, Any]) -> Study:
     """Return a study with some values of training. It serves to read files."""
     training = {"rounds": 1, "local_steps": 1, "sampling_rate": 0.1, "learning_rate": 0.1}
     return Study.parse({**document, "training": training, "privacy": {"mode": NONE}})
+
+
+def _same_names(found: Mapping[str, str]) -> str:
+    """Return what to do where columns of some files have other names."""
+    options = " ".join(f"--rename {quote(f'{own}={other}')}" for own, other in found.items())
+    return f"if they are the same columns under other names, say so: `privet new FILES {options}`"
 
 
 def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: Base) -> dict[str, Any]:

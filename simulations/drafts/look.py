@@ -141,9 +141,9 @@ def in_most(tables: Mapping[Path, Table]) -> Table:
     return {name: [value for table in tables.values() for value in table.get(name, ())] for name in usual}
 
 
-def lacking(column: str, tables: Mapping[Path, Table]) -> list[str]:
-    """Return in words which files lack a column, each with the column of its own that may be this one."""
-    found, usual = [], in_most(tables)
+def lacking(column: str, tables: Mapping[Path, Table]) -> dict[Path, str]:
+    """Return the files that lack a column, each with the column of its own that may be this one, or nothing."""
+    found, usual = {}, in_most(tables)
     values = {str(value) for value in usual.get(column, ()) if value is not None}
     for file, table in tables.items():
         if column in table:
@@ -153,8 +153,7 @@ def lacking(column: str, tables: Mapping[Path, Table]) -> list[str]:
         shared = {name: len(values & {str(value) for value in table[name] if value is not None}) for name in own}
         if not near and shared and max(shared.values()):
             near = max(shared, key=lambda name: shared[name])
-        near = near if believed([*table], usual) else ""
-        found.append(f"{file} lacks the column {column}" + (f"; did you mean {near}?" if near else ""))
+        found[file] = near if believed([*table], usual) else ""
     return found
 
 
@@ -164,19 +163,39 @@ def differences(tables: Mapping[Path, Table]) -> list[str]:
     for file, table in tables.items():
         if missing := [name[:LONGEST_NAME] for name in usual if name not in table]:
             found.append(f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}")
-    columns: dict[Path, tuple[tuple[str, str], ...]] = {}
+    for file, roles in _unlike(tables).items():
+        apart = ", ".join(f"{role} in {own} (others: {other})" for role, (own, other) in roles.items())
+        found.append(f"{file} seems to have {apart}")
+    return found
+
+
+def renames(tables: Mapping[Path, Table]) -> dict[str, str]:
+    """Return the names of columns in single files for which most files have another name, which they lack."""
+    return {
+        own: other
+        for file, roles in _unlike(tables).items()
+        for own, other in roles.values()
+        if other not in tables[file]
+    }
+
+
+def _unlike(tables: Mapping[Path, Table]) -> dict[Path, dict[str, tuple[str, str]]]:
+    """Return the files that have a role in another column than most: by role, their own column and that of others."""
+    usual, columns = in_most(tables), dict[Path, dict[str, str]]()
     for file, table in tables.items():
         if not believed([*table], usual):
             continue
         with suppress(StudyError):
-            columns[file] = tuple(readings(table)[0].columns.items())
-    most = Counter(columns.values()).most_common(1)
-    for file, own in columns.items():
-        roles = dict(most[0][0])
-        if most[0][1] > 1 and own != most[0][0] and dict(own).keys() == roles.keys():
-            apart = ", ".join(f"{role} in {name} (others: {roles[role]})" for role, name in own if name != roles[role])
-            found.append(f"{file} seems to have {apart}")
-    return found
+            columns[file] = dict(readings(table)[0].columns)
+    most = Counter(tuple(own.items()) for own in columns.values()).most_common(1)
+    if not most or most[0][1] == 1:
+        return {}
+    roles = dict(most[0][0])
+    return {
+        file: {role: (name, roles[role]) for role, name in own.items() if name != roles[role]}
+        for file, own in columns.items()
+        if own != roles and own.keys() == roles.keys()
+    }
 
 
 def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | None = None) -> list[Reading]:

@@ -410,7 +410,7 @@ def future(**more: Any) -> Study:
     ],
 )
 def test_a_field_for_simulations_is_refused_in_production(change: dict[str, Any], field: str) -> None:
-    known = Facts(NOON, approved=True, declared=500, began_before=0, patient_column="patient")
+    known = Facts(NOON, approved=True, declared=500, began_before=(), patient_column="patient")
     assert judge(policy_of(), future(deep={"other": 7}), known) == ()
     (found,) = judge(policy_of(), future(**change), known)
     assert (found.code, found.asked) == ("E_SIMULATION", field)

@@ -121,7 +121,8 @@ def policy_of(**changes: Any) -> SitePolicy:
 
 
 def facts(**changes: Any) -> Facts:
-    known = Facts(NOON, False, 500, began_before=1, upload_bytes=1000, patient_column="patient")
+    began = (NOON - timedelta(hours=1),)
+    known = Facts(NOON, False, 500, began_before=began, upload_bytes=1000, patient_column="patient")
     return replace(known, **changes)
 
 
@@ -178,7 +179,7 @@ def test_no_study_that_weakens_one_thing_passes(name: str) -> None:
         ({"patient_column": None}, "E_UNIT_COLUMN"),
         ({"declared": 499}, "E_UNITS"),
         ({"declared": None}, "E_UNITS"),
-        ({"began_before": 2}, "E_STUDIES_PER_DAY"),
+        ({"began_before": (NOON - timedelta(hours=2), NOON - timedelta(hours=1))}, "E_STUDIES_PER_DAY"),
         ({"upload_bytes": 1001}, "E_UPLOAD"),
         ({"now": NOON.replace(hour=8, minute=59)}, "E_HOURS"),
         ({"now": NOON.replace(hour=17)}, "E_HOURS"),
@@ -317,10 +318,20 @@ def test_approvals_that_others_may_write_count_for_nothing(tmp_path: Path) -> No
 
 def test_studies_per_day_count_what_began_before() -> None:
     began = {"a": NOON, "b": NOON - timedelta(hours=1), "c": NOON - timedelta(hours=25)}
-    assert began_before(began, "new", NOON) == 2
-    assert began_before(began, "a", NOON + timedelta(days=9)) == 1  # it began when it began
-    assert began_before(began, "b", NOON) == 0
-    assert began_before(began, "c", NOON) == 0
+    assert began_before(began, "new", NOON) == (began["b"], NOON)
+    assert began_before(began, "a", NOON + timedelta(days=9)) == (began["b"],)  # it began when it began
+    assert began_before(began, "b", NOON) == ()
+    assert began_before(began, "c", NOON) == ()
+
+
+def test_a_site_says_from_when_on_the_next_study_may_begin() -> None:
+    times = tuple(NOON - timedelta(hours=hours) for hours in (7, 5, 2))
+    (finding,) = judge(policy_of(), study_of(), facts(began_before=times))
+    assert "the next one from 2026-11-27 07:00 UTC on" in finding.allowed
+    again = times[-2] + timedelta(days=1)
+    began = dict(zip("abc", times, strict=True))
+    for now, least in ((again - timedelta(seconds=1), 2), (again, 1)):
+        assert len(began_before(began, "new", now)) == least
 
 
 # --- failing closed --------------------------------------------------------------------------------------------

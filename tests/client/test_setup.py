@@ -328,8 +328,8 @@ def test_the_first_policy_admits_the_examples(tmp_path: Path, study: str, shared
     site = SiteConfig(name="a", train=(Path("x.csv"),), declared_count=300, limit=limit)
     (tmp_path / "policy.toml").write_text(first_policy(site, shared_noise=shared))
     policy = load_policy(tmp_path / "policy.toml")
-    assert judge(policy, asked, Facts(datetime.now(UTC), approved=True, declared=300, began_before=0)) == ()
-    (finding,) = judge(policy, asked, Facts(datetime.now(UTC), approved=False, declared=300, began_before=0))
+    assert judge(policy, asked, Facts(datetime.now(UTC), approved=True, declared=300, began_before=())) == ()
+    (finding,) = judge(policy, asked, Facts(datetime.now(UTC), approved=False, declared=300, began_before=()))
     assert finding.code == "E_NOT_APPROVED"
 
 

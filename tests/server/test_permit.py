@@ -74,7 +74,7 @@ def test_the_people_of_a_site_read_it_before_they_approve(tmp_path: Path) -> Non
 
 def test_a_site_refuses_after_the_permit_s_last_day_whatever_its_policy_says() -> None:
     study = agreed(purpose={**PURPOSE, "permit": PERMIT})
-    facts = Facts(now=LAST, approved=True, declared=500, began_before=0, patient_column="patient")
+    facts = Facts(now=LAST, approved=True, declared=500, began_before=(), patient_column="patient")
     assert judge(policy_of(), study, facts) == ()
     after = Facts(**{**vars(facts), "now": LAST + timedelta(seconds=1)})
     (found,) = judge(policy_of(), study, after)

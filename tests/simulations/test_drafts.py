@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -34,6 +35,7 @@ from privet.simulations.drafts.look import (
 from privet.simulations.drafts.places import data_files, sites_of
 from privet.simulations.drafts.reference import study_page, study_schema
 from privet.simulations.drafts.values import COMMENTS, delta_for, largest_count, length_for, sampling_rate
+from privet.simulations.runs.inspection import check_simulation
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.conftest import Run
 from tests.support.pages import ROOT, text_of
@@ -681,6 +683,33 @@ def test_no_other_column_is_taken_where_one_file_renamed_it(
     assert option in error.value.hint
     wish: dict[str, Any] = {"patient": "none"} if "patient" in change else {"columns": {"label": "geschlecht"}}
     made(tmp_path, files, base=str(bert), **wish)
+
+
+@pytest.mark.parametrize("change", [{"text": "befund"}, {"text": "befund", "label": "fach"}, {"patient": "Patientin"}])
+def test_a_column_that_one_file_names_otherwise_is_renamed_as_the_error_says(
+    change: dict[str, str], tmp_path: Path, bert: Path
+) -> None:
+    files = csv_sites(tmp_path, change)
+    if "patient" in change:
+        for file in files:
+            file.write_text(file.read_text(encoding="utf-8").replace("nr,", "Fall,", 1), encoding="utf-8")
+    with pytest.raises(StudyError) as error:
+        made(tmp_path, files, base=str(bert))
+    options = dict(option.split("=") for option in re.findall(r"--rename (\S+=\w+)", error.value.hint))
+    assert options == {new: old for old, new in change.items()}
+    document, said = made(tmp_path, files, base=str(bert), renamed=options)
+    assert document["data"]["columns"]["text"] == "text"
+    sites = document["simulation"]["sites"]
+    assert sites["west"]["format"]["columns"] == options
+    assert "format" not in sites["north"]
+    assert any(f"{files[-1]}: {next(iter(options))} is " in line for line in said)
+    check_simulation(load_plan(tmp_path / "study.toml"), lambda line: None)  # which reads all files
+
+
+@pytest.mark.parametrize("renamed", [{"befund": "text"}, {"text": "label"}])
+def test_a_column_that_no_file_has_or_lacks_is_not_renamed(renamed: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"--rename: expected a file with the column \w+ and without \w+, found none"):
+        made(tmp_path, csv_sites(tmp_path), renamed=renamed)
 
 
 def test_columns_that_one_file_swaps_are_named() -> None:
