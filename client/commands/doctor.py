@@ -412,9 +412,9 @@ def _anchor(site: SiteConfig) -> Check:
 
 
 def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Replay]) -> Check:
-    """Say of each run that goes on whether this site would take part in it, as it is now."""
+    """Say of each run that is under way whether this site would take part in it, as it is now."""
     if not replayed:
-        return Check("studies", True, "not asked for, as the round log was not read")
+        return Check("studies", True, "not checked, as the round log could not be read")
     well, refused, waits = [], [], []
     for each in compared(service.proposals(), replayed[0]):
         if each.ended:
@@ -424,7 +424,7 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
         unfit = None if against or budget is not None else unfit_of(site, each.study)
         against += [error.message for error in (budget, unfit) if error is not None]
         if against:
-            refused.append((each.run, f"{each.run} goes on, and this site would refuse it: {'; '.join(against)}"))
+            refused.append((each.run, f"{each.run} is under way, and this site would refuse it: {'; '.join(against)}"))
         elif any(finding.code == "E_NOT_APPROVED" for finding in findings):
             waits.append(each.run)
         else:
@@ -438,7 +438,7 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
     if waits:
         hint = f"read it; to take part, approve it: `privet site approve SITE {waits[0]}`"
         return Check("studies", False, f"not approved at this site: {', '.join(waits)}", hint)
-    return Check("studies", True, f"takes part in {', '.join(well)}" if well else "none goes on")
+    return Check("studies", True, f"takes part in {', '.join(well)}" if well else "no run is under way")
 
 
 def _disk(directory: Path) -> Check:

@@ -438,7 +438,7 @@ def ask_anchor(guide: Guide, given: str | None, same_disk: bool) -> None:
             "Anchor",
             "A small file that keeps the last head of the privacy ledger. It lies on another disk than the ledger, so "
             "that a ledger restored from an old backup is noticed: it would forget what was spent. Where there is no "
-            "other disk, name a path on this one, and accept what is said then.",
+            "other disk, name a path on this one: you are told what that risks, and asked whether you accept it.",
         )
         default = str(guide.file.parent / "anchor" / _ANCHOR) if same_disk else None
         anchor, same_disk = guide.ask(

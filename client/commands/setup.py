@@ -144,7 +144,7 @@ def setup(
         raise typer.Exit(1)
     typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
     if waiting is not None:
-        typer.echo(folded(f"Proposed: {printable(waiting.text)}.", 2))
+        typer.echo(folded(f"Proposed: {printable(waiting.text)}. Then: {waiting.hint}.", 2))
     if apart:
         named, needs = ("study", "needs") if len(apart) == 1 else ("the studies", "need")
         typer.echo(f"First map the columns that {named} {', '.join(apart)} {needs}, with the command above.")

@@ -325,7 +325,7 @@ class Trainer:
         _check(len(units) <= room and 0 <= held_out <= most)
         if self.opening.gpus and device == "cpu":
             raise StateError(
-                "the trainer finds no GPU where this process sees one: it may lack what its confinement takes away",
+                "this process sees a GPU and the trainer does not: confinement may hide a file of the driver",
                 'set trainer = "inside" under [resources] in the site file, or device = "cpu"',
             )
         _check(all(type(size) is int and 0 < size < _COUNT for tensor in spec.tensors for size in tensor.shape))

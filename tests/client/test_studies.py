@@ -124,7 +124,7 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
 
     refused = found()
     assert not refused.ok
-    assert "greedy goes on, and this site would refuse it: privacy.max_epsilon: asked 20" in refused.text
+    assert "greedy is under way, and this site would refuse it: privacy.max_epsilon: asked 20" in refused.text
     assert "triage" not in refused.text
     assert refused.hint.startswith(f"`privet site approve {file} greedy`")
     everything = proposals.compared
@@ -140,7 +140,7 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
     with exclusive(key.key.with_suffix(".lock"), content_of(load_site(file))):
         assert (found().ok, found().text) == (True, "takes part in triage")
     monkeypatch.setattr(doctor, "compared", lambda *given: [each for each in everything(*given) if each.run == "old"])
-    assert (found().ok, found().text) == (True, "none goes on")
+    assert (found().ok, found().text) == (True, "no run is under way")
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
