@@ -12,7 +12,7 @@ them (`privet.client.training.packing`). `privet.client.training.probe` checks i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,24 @@ class Vocabulary:
     layer: nn.Linear
     scale: float
     softcap: float | None
+    _rounded: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def rounded(self, computing: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the last layer's weight and bias in a type.
+
+        The weight may be that of the embedding, which stays in float32. It is frozen, so it is rounded once, and not
+        for each pass.
+        """
+        weight, bias = self.layer.weight, self.layer.bias
+        now = (computing, weight.data_ptr(), weight._version, None if bias is None else bias._version)
+        if now not in self._rounded:
+            self._rounded.clear()
+            self._rounded[now] = (
+                weight.detach().to(computing), None if bias is None else bias.detach().to(computing)
+            )  # fmt: skip
+        return self._rounded[now]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [n, vocabulary] of hidden states [n, h]."""
@@ -51,7 +69,8 @@ class Vocabulary:
 
     def through(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return float32 logits [n, vocabulary] through the last layer's weight and bias, perhaps rounded."""
-        logits = functional.linear(hidden, weight, bias).float().mul_(self.scale)
+        logits = functional.linear(hidden, weight, bias).float()
+        logits = logits if self.scale == 1 else logits.mul_(self.scale)
         return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,9 +130,7 @@ class _Part:
     """Loss, and most probable token or gradient, of a fixed number of rows."""
 
     def __init__(self, last: Vocabulary, computing: torch.dtype) -> None:
-        # Rounded once for all parts of a pass: the weights may be those of the embedding, which stay in float32.
-        self._weight = last.layer.weight.detach().to(computing)
-        self._bias = None if last.layer.bias is None else last.layer.bias.detach().to(computing)
+        self._weight, self._bias = last.rounded(computing)
         self._last = last
 
     def __call__(
@@ -129,7 +146,10 @@ class _Part:
         capped = None if softcap is None else 1 - logits.div(softcap).square_()
         slope = logits.sub_(total[:, None]).exp_()
         slope.scatter_add_(1, places, torch.full_like(own, -1.0))
-        slope = slope.mul_(scale) if capped is None else slope.mul_(capped.mul_(scale))
+        if capped is not None:
+            slope = slope.mul_(capped.mul_(scale))
+        elif scale != 1:
+            slope = slope.mul_(scale)
         # A processor's matrix unit (AMX) may read on into the next row, where a row has an odd number of values, and
         # take it times zero. What is not finite would reach the row before, so nothing of it enters the product.
         spoiled = ~torch.isfinite(loss)[:, None]

@@ -40,6 +40,18 @@ def drawn(rows: int, labelled: int) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, labels
 
 
+def test_the_last_layer_is_rounded_once_and_again_when_its_weight_has_changed() -> None:
+    found = last(bias=True)
+    weight, bias = found.rounded(torch.bfloat16)
+    assert found.rounded(torch.bfloat16)[0] is weight
+    assert torch.equal(weight, found.layer.weight.bfloat16())
+    assert bias is not None
+    with torch.no_grad():
+        found.layer.weight.mul_(2)
+    assert torch.equal(found.rounded(torch.bfloat16)[0], found.layer.weight.bfloat16())
+    assert found.rounded(torch.float32)[0].data_ptr() == found.layer.weight.data_ptr()  # no copy
+
+
 @pytest.mark.parametrize("found", [last(), last(0.25), last(softcap=4.0), last(0.5, 6.0), last(bias=True)])
 @pytest.mark.parametrize(("rows", "labelled"), [(5, 0), (5, 3), (128, 128), (500, 391)])
 def test_losses_and_gradients_are_those_of_whole_logits(found: Vocabulary, rows: int, labelled: int) -> None:
