@@ -8,7 +8,8 @@ and at epsilon 8 with noise of each site's own. Everything is tested on up to 24
 perplexity of the reference answers, and ROUGE-L of greedy answers to a few questions of each site.
 
 Arms run two at a time, each on one thread. `--seeds N` repeats them with N seeds. `--keep DIR` keeps each arm's summary
-there, and a later run with the same settings takes it from there: three seeds take hours on two cores.
+there, and a later run with the same settings takes it from there: a seed takes 50 minutes on two cores.
+`benchmarks/kept/causal_lm` has the arms that were run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import Bench, Check, start
+from harness import Bench, Check, kept, start
 from studies import MEDQUAD, in_one_place, medquad_sites, require, write
 
 from privet.client.bases.files import pins_of
@@ -107,22 +108,13 @@ def run_arm(task: tuple[str, int, dict[str, Any], str, Path | None]) -> tuple[st
     """Run one arm, or take it as it was kept; return its summary, with the base's ROUGE-L in that of the federation."""
     name, seed, document, folder, keep = task
     stem = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    kept = None if keep is None else keep / f"{stem}.json"
     settings = {key: value for key, value in document.items() if key not in ("model", "simulation")}
-    if kept is not None and kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["settings"] == json.loads(json.dumps(settings)):
-            return name, seed, found["summary"]
-    summary = _trained(name, document, Path(folder) / stem)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"settings": settings, "summary": summary}), encoding="utf-8")
-    return name, seed, summary
+    return name, seed, kept(keep, stem, settings, lambda: _trained(name, document, Path(folder) / stem))
 
 
 def _trained(name: str, document: dict[str, Any], path: Path) -> dict[str, Any]:
     simulated = prepare(write(path.with_suffix(".toml"), document), path)
-    summary = run_simulation(simulated)
+    summary: dict[str, Any] = run_simulation(simulated)
     if name == "federated" and document["simulation"]["answers"]:
         evaluator = simulated.evaluator()
         base = initial_adapter(simulated.plan.study, evaluator.host)

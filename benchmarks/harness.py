@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,24 @@ def start(
         name, given.seed, given.quick, given.json, given.save, getattr(given, "against", None),
         getattr(given, "seeds", 1), getattr(given, "keep", None), getattr(given, "only", ""),
     )  # fmt: skip
+
+
+def kept(
+    folder: Path | None, name: str, settings: Mapping[str, Any], run: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what `run` returns; or, without running it, what a run with the same settings has kept in a folder."""
+    file = None if folder is None else folder / f"{name}.json"
+    settings = json.loads(json.dumps(settings))
+    if file is not None and file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["settings"] == settings:
+            return dict(found["summary"])
+    summary = run()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        document = {"commit": commit(), "settings": settings, "summary": summary}
+        file.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    return summary
 
 
 def commit() -> str:

@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness import Check, start
+from harness import Check, kept, start
 from ner import NCBI
 from studies import LABELS, MEDQUAD, MINILM, medquad_sites, require, write
 
@@ -250,16 +250,12 @@ def run_arm(arm: Arm, folder: str, keep: Path | None, quick: bool) -> tuple[Arm,
     place.mkdir()
     document = document_of(arm, place, quick=quick)
     settings = {key: value for key, value in document.items() if key not in ("model", "simulation")}
-    kept = None if keep is None else keep / f"{place.name}.json"
-    if kept is not None and kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["settings"] == json.loads(json.dumps(settings)):
-            return arm, found["summary"]
-    summary: dict[str, Any] = run_simulation(prepare(write(place / "study.toml", document), place / "run"))
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"settings": settings, "summary": summary}), encoding="utf-8")
-    return arm, summary
+
+    def run() -> dict[str, Any]:
+        summary: dict[str, Any] = run_simulation(prepare(write(place / "study.toml", document), place / "run"))
+        return summary
+
+    return arm, kept(keep, place.name, settings, run)
 
 
 def score(summary: Mapping[str, Any]) -> float:

@@ -11,7 +11,6 @@ summary there, and a later run with the same settings takes it from there.
 
 from __future__ import annotations
 
-import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -20,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import small_consortia
-from harness import Bench, Check, start
+from harness import Bench, Check, kept, start
 from studies import MEDQUAD, require, write
 
 from privet.simulations.runs.simulate import prepare, run_simulation
@@ -60,17 +59,16 @@ def run_arm(name: str, seed: int, keep: Path | None, quick: bool) -> tuple[str, 
     """Run one arm, or take it as it was kept."""
     with TemporaryDirectory() as folder:
         document = document_of(name, seed, Path(folder), quick=quick)
-        settings = json.loads(json.dumps({key: each for key, each in document.items() if key != "simulation"}))
-        kept = None if keep is None else keep / f"{name}-{seed}.json".replace(", ", "-").replace(" ", "-")
-        if kept is not None and kept.is_file():
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            if found["settings"] == settings:
-                return name, seed, found["summary"]
-        summary = run_simulation(prepare(write(Path(folder) / "study.toml", document), Path(folder) / "run"))
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"settings": settings, "summary": summary}), encoding="utf-8")
-    return name, seed, summary
+        settings = {key: each for key, each in document.items() if key != "simulation"}
+
+        def run() -> dict[str, Any]:
+            summary: dict[str, Any] = run_simulation(
+                prepare(write(Path(folder) / "study.toml", document), Path(folder) / "run")
+            )
+            return summary
+
+        stem = f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
+        return name, seed, kept(keep, stem, settings, run)
 
 
 def scores(summary: dict[str, Any]) -> tuple[float, float]:
