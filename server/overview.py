@@ -62,6 +62,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
         "released": (path / "release").is_dir(),
+        **({"counts": True} if directory.study.counts else {}),
         **({} if directory.study.gate is None else {"gated": True}),
     }
 
@@ -89,6 +90,8 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
     ended = "finished" if run["closed"] else "ended without a result: no round closed"
     left = "running" if run["waiting"] else f"not running (`privet coordinator resume {run['run']}`)"
     state = ended if run["ended"] else left
+    if run["ended"] and run["closed"] and not (run["released"] or run["waiting"] or run.get("counts")):
+        state = f"ended, and not released yet (`privet coordinator resume {run['run']}` releases it)"
     state += ", asked to stop" if run.get("stopping") else ""
     if run["withdrawn"] is not None:
         state = f"withdrawn: {run['withdrawn']}"

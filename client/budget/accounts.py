@@ -477,9 +477,13 @@ def _beyond(
         else f". Or your site decides to raise the limit, which promises each {limit.unit} less: `privet site setup "
         f"SITE --epsilon {needed:g}`"
     )
+    spent, counted = composed_epsilon(paid_rounds(items), limit), counted_epsilon(items, limit)
+    # How much counts follows from the limit: far beyond it the figure means nothing.
+    more = f", which counts as {counted:.4g}, as later studies may follow from earlier ones"
     return BudgetExhaustedError(
         f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} at "
-        f"delta {limit.delta:g}, of which {counted_epsilon(items, limit):.4g} is spent or reserved. The {left} "
+        f"delta {limit.delta:g}; {spent:.4g} is spent or reserved{more if spent < counted <= limit.epsilon else ''}. "
+        f"The {left} "
         f"remaining rounds of study {release.study} do not fit: {within}",
         f"ask the coordinator for fewer rounds or more noise{raised}. The limit is for the dataset's lifetime; spent "
         "epsilon never comes back",

@@ -87,8 +87,10 @@ def columns_said(study: Study, needed: Sequence[str], found: Sequence[str]) -> s
 
 def column_command(site: Path, needed: Sequence[str]) -> str:
     """Return in words how a person says which columns of the files a study's are."""
-    options = " --column ".join(shlex.quote(f"COLUMN={name}") for name in needed)
-    return f"`privet site setup {site} --column {options}`, where each COLUMN is the name of a column in your files"
+    own = [f"COLUMN{number}" if len(needed) > 1 else "COLUMN" for number in range(1, len(needed) + 1)]
+    options = " --column ".join(shlex.quote(f"{column}={name}") for column, name in zip(own, needed, strict=True))
+    them = f"{', '.join(own[:-1])} and {own[-1]} are" if len(own) > 1 else "COLUMN is"
+    return f"`privet site setup {site} --column {options}`, where {them} what your files name so"
 
 
 def _shown(found: Sequence[str]) -> list[str]:

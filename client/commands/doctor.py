@@ -26,7 +26,6 @@ from privet.client.network.lock import is_served, serves_former
 from privet.client.network.proposals import LogReader, compared
 from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
-from privet.client.policy.agreement import LATER
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.opinion import judged, said, unfit_of
 from privet.client.policy.rules import load_policy
@@ -412,21 +411,23 @@ def _anchor(site: SiteConfig) -> Check:
 
 
 def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Replay]) -> Check:
-    """Say of each run that is under way whether this site would take part in it, as it is now."""
+    """Say of each run that the coordinator proposes whether this site would take part in it, as it is now."""
     if not replayed:
         return Check("studies", True, "not checked, as the round log could not be read")
-    well, refused, waits = [], [], []
+    well, refused, waits, held = [], [], [], []
     for each in compared(service.proposals(), replayed[0]):
         if each.ended:
             continue
-        _, findings, budget = judged(site, each.study)
-        against = [said(finding) for finding in findings if finding.code not in LATER]
-        unfit = None if against or budget is not None else unfit_of(site, each.study)
-        against += [error.message for error in (budget, unfit) if error is not None]
+        opinion = judged(site, each.study)
+        against = [said(finding) for finding in opinion.against]
+        unfit = None if against or opinion.budget is not None else unfit_of(site, each.study)
+        against += [error.message for error in (opinion.budget, unfit) if error is not None]
         if against:
-            refused.append((each.run, f"{each.run} is under way, and this site would refuse it: {'; '.join(against)}"))
-        elif any(finding.code == "E_NOT_APPROVED" for finding in findings):
+            refused.append((each.run, f"{each.run} is proposed, and this site would refuse it: {'; '.join(against)}"))
+        elif opinion.waits:
             waits.append(each.run)
+        elif opinion.later:
+            held.append(f"not yet in {each.run}: {'; '.join(map(said, opinion.later))}")
         else:
             well.append(each.run)
     if refused:
@@ -438,7 +439,8 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
     if waits:
         hint = f"read it; to take part, approve it: `privet site approve SITE {waits[0]}`"
         return Check("studies", False, f"not approved at this site: {', '.join(waits)}", hint)
-    return Check("studies", True, f"takes part in {', '.join(well)}" if well else "no run is under way")
+    taken = [f"takes part in {', '.join(well)}"] if well else []
+    return Check("studies", True, ". ".join([*taken, *held]) or "no run is proposed")
 
 
 def _disk(directory: Path) -> Check:

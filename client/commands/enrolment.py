@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 from privet.common.clock import now
@@ -276,7 +277,7 @@ def trust(
         typer.echo("changes      the key of the log, and the key of the coordinator's statements")
         typer.echo("stays        name, root certificate and tolerated collusion; members; what this site has cosigned")
     asked = f"the words of site {name}" if name is not None else f"the words of the charter of {terms.consortium}"
-    told = words if words is not None else typer.prompt(f"Type {asked}, as you hear them")
+    told = _typed(asked) if words is None else words
     trusted = confirm_charter(site, _service(site), told) if name is None else confirm(site.parent, name, told)
     typer.echo(f"confirmed    {name or terms.consortium}")
     if rotates:
@@ -288,6 +289,17 @@ def trust(
         typer.echo(f"next         {', '.join(missing)}: `privet site trust {site} {missing[0]}`")
     else:
         typer.echo(f"all members  confirmed; next: `privet site setup {site}`")
+
+
+def _typed(asked: str) -> str:
+    """Return the words that a person types."""
+    try:
+        return str(typer.prompt(f"Type {asked}, as you hear them"))
+    except click.Abort:
+        raise StateError(
+            f"nobody typed {asked}: nothing was confirmed",
+            "run the command at a terminal, or add --words 'TWELVE WORDS'",
+        ) from None
 
 
 def migrate(site: SiteFile) -> None:

@@ -122,7 +122,8 @@ class Guide:
     def _stopped(self, question: str, option: str) -> StateError:
         return StateError(
             f"the set-up stopped at: {question}. All answers before it are in {self.file}",
-            f"run `privet site setup {self.file}` again to go on, or answer with the option {option}",
+            f"run `privet site setup {self.file}` again to go on"
+            + (f", or answer with the option {option}" if option else ""),
         )
 
 
@@ -147,6 +148,13 @@ def ask_trust(guide: Guide, charter: str | None, members: dict[str, str]) -> Non
     trusted = None if path is None else read_trusted(path)
     if trusted is None:
         return
+    names = [keys.site for keys in terms.members]
+    if unknown := sorted(members.keys() - set(names)):
+        raise StudyError(
+            f"--member: expected another member of the consortium ({', '.join(names) or 'it has no other'}), found "
+            f"{', '.join(unknown)}",
+            f"run `privet site roster {guide.file}`, which lists the members",
+        )
     if trusted.charter is None or charter is not None:
         guide.explain(
             "Trust: the consortium",
@@ -349,6 +357,8 @@ def ask_count(guide: Guide, count: int | None) -> None:
     site = guide.site
     if count is None and site.declared_count is not None:
         return
+    if count is not None and (found := _counted(site)) and not found <= 2 * count <= 4 * found:
+        typer.echo(f"WARNING: this site declares {count} units, and its files have about {found}", err=True)
     if count is None:
         proposed = _counted(site)
         guide.explain(
@@ -407,7 +417,8 @@ def ask_limit(guide: Guide, unit: str | None, epsilon: float | None, delta: floa
             "Roughly the chance that the promise fails. It lies well below 1 / units, as the default does.",
         )
         delta = _number(guide, "Delta", "--delta", before[1])
-    guide.put(**{"limit.unit": unit, "limit.epsilon": epsilon or before[0], "limit.delta": delta or before[1]})
+    epsilon, delta = (old if new is None else new for old, new in zip(before, (epsilon, delta), strict=True))
+    guide.put(**{"limit.unit": unit, "limit.epsilon": epsilon, "limit.delta": delta})
 
 
 def _number(guide: Guide, question: str, option: str, default: float) -> float:
@@ -491,6 +502,12 @@ def ask_policy(guide: Guide, shared_noise: bool, validation: bool | None) -> Non
             load_policy(site.policy)
         except PrivetError as error:
             typer.echo(error.message)  # the checks below say what to do
+        if shared_noise or validation is not None:
+            typer.echo(
+                f"WARNING: {site.policy} exists, and --shared-noise, --validation and --no-validation say what a first "
+                f"policy admits. Nothing was changed; `privet site policy {guide.file} --admit WHAT` changes it",
+                err=True,
+            )
         return
     if not shared_noise:
         guide.explain(

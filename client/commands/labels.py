@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import typer
+
 from privet.client.commands.guide import Guide
 from privet.client.commands.policy import named_study
 from privet.client.training.examination import foreign_labels, label_command, labels_of
@@ -42,6 +44,12 @@ def ask_labels(guide: Guide, given: Mapping[str, str], study: str | None) -> Non
                 "leave this --label out; a label that the study has keeps its meaning",
             )
     if given:
+        mapped = {} if guide.site.format is None else guide.site.format.labels
+        found = {label for each in studies for label in foreign_labels(each, guide.site)} | mapped.keys()
+        if studies and (absent := [label for label in given if label not in found]):
+            typer.echo(f"WARNING: no file of this site has the label {', '.join(absent)} now", err=True)
+        elif not studies:
+            typer.echo("labels   no study is proposed now, so what these labels mean was not compared with one")
         _write(guide, given)
     for each in studies:
         settle(guide, each, known)

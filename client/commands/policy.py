@@ -118,22 +118,19 @@ def check(
     If policy and budget admit the study, it also reads the site's data files as the site does before it consents, and
     prints nothing of them but counts. It sends nothing. Exit code 3 if the site would refuse the study.
     """
-    from privet.client.policy.agreement import LATER
     from privet.client.policy.opinion import judged, ran_before, rounds_done, unfit_of
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
 
     config = load_site(site)
     asked, _ = named_study(site, config, study, read=True)
-    digest, findings, budget = judged(config, asked)
-    done = rounds_done(config, asked)
-    budget = budget or ran_before(asked, done)
-    against = [each for each in findings if each.code not in LATER]
-    unfit = None if against or budget is not None else unfit_of(config, asked)
+    opinion, done = judged(config, asked), rounds_done(config, asked)
+    findings, budget = opinion.findings, opinion.budget or ran_before(asked, done)
+    unfit = None if opinion.against or budget is not None else unfit_of(config, asked)
     if as_json:
         reasons = [vars(finding) for finding in findings]
         spoken = "" if budget is None else budget.message
-        answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": spoken}
+        answer = {"study": asked.digest, "policy": opinion.digest, "findings": reasons, "budget": spoken}
         answer |= {} if unfit is None else {"data": unfit.message}
         typer.echo(json.dumps({"admitted": not (findings or budget or unfit), **answer}))
     else:
@@ -189,7 +186,7 @@ def approve(
     from privet.client.commands.columns import settle_columns
     from privet.client.commands.guide import Guide
     from privet.client.network.lock import is_served, serves_former
-    from privet.client.policy.agreement import LATER, agreement
+    from privet.client.policy.agreement import agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.policy.opinion import judged, price_of, said, unfit_of
     from privet.client.training.glance import lacking_columns
@@ -201,8 +198,8 @@ def approve(
     if lacking and terminal and not yes:
         settle_columns(Guide(site, yes=False), asked)
         config = load_site(site)
-    _, findings, budget = judged(config, asked)
-    against = [each for each in findings if each.code not in LATER]
+    opinion = judged(config, asked)
+    against, budget = opinion.against, opinion.budget
     unfit = None if against or budget is not None else unfit_of(config, asked)
     if isinstance(unfit, DataError) and terminal and not yes and _map_labels(site, asked):
         config = load_site(site)
@@ -219,23 +216,26 @@ def approve(
             f"name exactly what you approve, `privet site approve {site} {asked.digest}`, or add --yes",
         )
     if terminal and not yes and not typer.confirm("\nApprove this study for this site?"):
-        typer.echo("not approved; nothing was recorded")
+        typer.echo("not approved; no approval was recorded")
         raise typer.Exit(1)
     if by is None:
         record(config, asked, datetime.now(UTC))
     else:
         _decide(config, asked, by, "approve", reason, end, passphrase_file)
     typer.echo(f"\napproved  {asked.name} {asked.digest}")
-    findings = judged(config, asked)[1] if by is not None else findings
-    for each in findings:
-        if each.code in LATER - (set() if by is not None else {"E_NOT_APPROVED"}):
-            typer.echo(f"not yet   {printable(said(each))}")
+    opinion = judged(config, asked)
+    if opinion.waits:
+        typer.echo("not yet   the policy wants more people to approve it")
+    for each in opinion.later:
+        typer.echo(folded(f"not yet   {printable(said(each))}", 10))
     if serves_former(config):
         typer.echo("A process serves this site with the former site file, so what was changed does not count yet.")
         typer.echo("Stop it, then run")
         typer.echo(f"next: privet site serve {site}")
     elif is_served(config):
-        typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")
+        yet = opinion.waits or opinion.later
+        when = "once nothing of this stands against it" if yet else "from the coordinator's next message on"
+        typer.echo(f"A process serves this site now: it takes part {when}.")
     else:
         typer.echo(f"next: privet site serve {site}")
 
@@ -352,11 +352,10 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     from privet.common.study.terms import purpose_text
 
     study = proposed.study
-    _, findings, budget = judged(config, study)
-    codes = [each.code for each in findings]
-    waits = codes == ["E_NOT_APPROVED"] and budget is None
-    reasons = [f"{each.code}: {said(each)}" for each in findings if waits or each.code != "E_NOT_APPROVED"]
-    reasons += [f"E_BUDGET: {budget.message}"] if budget is not None else []
+    opinion = judged(config, study)
+    waits = [each.code for each in opinion.findings] == ["E_NOT_APPROVED"] and opinion.budget is None
+    reasons = [f"{each.code}: {said(each)}" for each in opinion.findings if waits or each.code != "E_NOT_APPROVED"]
+    reasons += [f"E_BUDGET: {opinion.budget.message}"] if opinion.budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
     verdict = "this site takes part" if not reasons else "waits for your approval" if waits else _REFUSES

@@ -154,7 +154,9 @@ def budget(
         lines.append(
             f"         epsilon {entry.epsilon:.4f}  {number_of(entry.charged, 'round')}{reserved}  study {entry.study}"
         )
-    if len(found.studies) > 1:
+    if found.committed > limit.epsilon:
+        lines.append("counted  more than the limit: no further study that costs epsilon is admitted")
+    elif len(found.studies) > 1:
         lines.append(
             f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included. This is what the limit "
             "compares. It may be more than what is spent, because a study may depend on the results of an earlier one"

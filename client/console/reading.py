@@ -18,7 +18,6 @@ from privet.client.budget.accounts import Spending
 from privet.client.budget.ledger import Receipt
 from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.network.proposals import LogReader, Proposed, compared, consulted
-from privet.client.policy.agreement import LATER
 from privet.client.policy.consent import approved
 from privet.client.policy.decisions import Decision, decisions, newest
 from privet.client.policy.opinion import judged
@@ -183,12 +182,10 @@ def _offer(site: SiteConfig, proposed: Proposed, made: Sequence[Decision]) -> Of
     decided = newest(made, proposed.study.digest)
     if proposed.ended:
         return Offered(proposed, "ended", (), decided)
-    findings = judged(site, proposed.study, thorough=False)[1]
-    against = tuple(each for each in findings if each.code not in LATER)
+    opinion = judged(site, proposed.study, thorough=False)
     refused = any(each.decision == "refuse" for each in decided.values())
-    waits = any(each.code == "E_NOT_APPROVED" for each in findings)
-    state = "refused" if against or refused else "waiting" if waits else "admitted"
-    return Offered(proposed, state, against, decided)
+    state = "refused" if opinion.against or refused else "waiting" if opinion.waits else "admitted"
+    return Offered(proposed, state, opinion.against, decided)
 
 
 @dataclass(frozen=True)

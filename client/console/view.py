@@ -17,7 +17,7 @@ from privet.client.console.officer import Budgets, Story, page_values
 from privet.client.console.reading import Accounts, Ask, Coordinator, OwnLog
 from privet.client.network.lock import is_served
 from privet.client.network.proposals import Proposed
-from privet.client.policy.agreement import LATER, advice, agreement
+from privet.client.policy.agreement import advice, agreement
 from privet.client.policy.decisions import decide, decisions, end_of, newest
 from privet.client.policy.opinion import judged, price_of, unfit_of
 from privet.client.policy.rules import load_policy
@@ -116,20 +116,19 @@ class SiteView:
 
     def _shown(self, site: SiteConfig, proposed: Proposed, asked: Asked, wrong: str = "") -> Shown:
         study, heard = proposed.study, self._coordinator.heard()
-        _, findings, budget = judged(site, study)
+        opinion = judged(site, study)
         price, lacking = price_of(site, study), lacking_columns(site, study)[0]
         before = reading.last_approved(site, heard.proposals, study)
-        against = [each for each in findings if each.code not in LATER]
         persons = 1 if site.policy is None else load_policy(site.policy).persons
         made = decisions(site) if site.approvers else ()
         values = {
             "proposed": proposed,
             "study": study,
             "lines": agreement(site, study, f"the coordinator, as run {proposed.run}.", price, lacking),
-            "rules": reading.verdict_lines(site, [each for each in findings if each.code != "E_NOT_APPROVED"]),
-            "against": against,
-            "advice": advice(site, against, str(self._file), proposed.run),
-            "budget": budget,
+            "rules": reading.verdict_lines(site, [each for each in opinion.findings if each.code != "E_NOT_APPROVED"]),
+            "against": opinion.against,
+            "advice": advice(site, opinion.against, str(self._file), proposed.run),
+            "budget": opinion.budget,
             "price": price,
             "bar_segments": _price_bar(price),
             "before": before,
@@ -137,7 +136,7 @@ class SiteView:
             "approvers": sorted(site.approvers),
             "persons": persons,
             "decided": newest(made, study.digest).values(),
-            "waits": any(each.code == "E_NOT_APPROVED" for each in findings),
+            "waits": opinion.waits,
             "tomorrow": (now() + timedelta(days=1)).date().isoformat(),
             "wrong": wrong,
             "kept": asked.form if wrong else {},
@@ -190,11 +189,11 @@ class SiteView:
         if approves and proposed.ended:
             raise StateError("the run has ended", "approve another one")
         if approves:
-            findings, budget = judged(site, proposed.study)[1:]
-            against = [each.code for each in findings if each.code not in LATER]
-            objection = budget or (None if against else unfit_of(site, proposed.study))
-            if against:
-                raise StateError(f"the policy refuses it: {', '.join(against)}", "see what would admit it")
+            opinion = judged(site, proposed.study)
+            objection = opinion.budget or (None if opinion.against else unfit_of(site, proposed.study))
+            if opinion.against:
+                codes = ", ".join(each.code for each in opinion.against)
+                raise StateError(f"the policy refuses it: {codes}", "see what would admit it")
             if objection is not None:
                 raise StateError(objection.message, objection.hint)
         with self._deciding:

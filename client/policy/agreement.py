@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.budget.accounts import Limit
-from privet.client.policy.rules import base_digest, opening_threshold
+from privet.client.policy.rules import PASSING, base_digest, opening_threshold
 from privet.client.site import SiteConfig
 from privet.common.errors import Finding
 from privet.common.masking.groups import smallest_sum
@@ -18,7 +18,7 @@ from privet.common.study.counts import cells_of, most_records
 from privet.common.study.study import Study
 from privet.common.study.terms import gate_text, purpose_text, terms_text
 
-LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
+LATER = PASSING | {"E_NOT_APPROVED"}
 """Findings that do not speak against an approval: they pass with it, or with time."""
 
 _METRICS = {
@@ -120,6 +120,8 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
                 f"coordinator for a study with `site_ranks = {{ {site.name} = {most} }}` under [lora], with "
                 "aggregation method ffa"
             )
+        elif each.code in PASSING:
+            lines.append(f"wait: this passes with time; or change {each.rule} in {policy}")
         elif each.code not in LATER:
             where = "the site file" if each.rule.startswith("floor.") else policy
             lines.append(f"{each.rule} in {where}: the study asks {each.asked}, allowed is {each.allowed}")

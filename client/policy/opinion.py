@@ -5,17 +5,47 @@ Commands and the console ask the same functions. Nothing here decides, and nothi
 
 from __future__ import annotations
 
-from privet.client.policy.agreement import Price
+from dataclasses import dataclass
+
+from privet.client.policy.agreement import LATER, Price
 from privet.client.policy.consent import verdict
 from privet.client.site import SiteConfig
 from privet.common.errors import Finding, PrivetError, SpentRoundError
 from privet.common.study.study import Study
 
 
-def judged(
-    config: SiteConfig, study: Study, *, thorough: bool = True
-) -> tuple[str, tuple[Finding, ...], PrivetError | None]:
-    """Return the digest of the site's rules, the findings of its policy against a study, and its ledger's objection.
+@dataclass(frozen=True)
+class Opinion:
+    """What a site's policy and its ledger say to a study, as they are now.
+
+    Attributes:
+        digest: Digest of the site's rules.
+        findings: Of the policy against the study.
+        budget: The ledger's objection; None if it has none.
+    """
+
+    digest: str
+    findings: tuple[Finding, ...]
+    budget: PrivetError | None = None
+
+    @property
+    def against(self) -> tuple[Finding, ...]:
+        """The findings that stay, whoever approves the study and however long the site waits."""
+        return tuple(each for each in self.findings if each.code not in LATER)
+
+    @property
+    def later(self) -> tuple[Finding, ...]:
+        """The findings that pass with time."""
+        return tuple(each for each in self.findings if each.code in LATER and each.code != "E_NOT_APPROVED")
+
+    @property
+    def waits(self) -> bool:
+        """Whether the study lacks the approval of a person."""
+        return any(each.code == "E_NOT_APPROVED" for each in self.findings)
+
+
+def judged(config: SiteConfig, study: Study, *, thorough: bool = True) -> Opinion:
+    """Return what the site's policy and its ledger say to a study.
 
     `thorough`: as `privet.client.policy.rules.judge`; without it, the ledger is not asked, either.
     """
@@ -24,12 +54,12 @@ def judged(
     releases = Releases(config)
     digest, findings = verdict(config, study, releases.began, thorough=thorough)
     if not thorough:
-        return digest, findings, None
+        return Opinion(digest, findings)
     try:
         releases.check(study)
     except PrivetError as error:
-        return digest, findings, error
-    return digest, findings, None
+        return Opinion(digest, findings, error)
+    return Opinion(digest, findings)
 
 
 def rounds_done(config: SiteConfig, study: Study) -> int:

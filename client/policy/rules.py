@@ -44,6 +44,8 @@ _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5]
 ShortText = Annotated[str, Field(min_length=1, max_length=128)]
 Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
 DAY = timedelta(days=1)
+PASSING = frozenset({"E_HOURS", "E_STUDIES_PER_DAY"})
+"""Findings that pass with time."""
 
 
 class ModelRules(Section):
@@ -487,4 +489,6 @@ def refuse(site: str, study: Study, policy: str, findings: Sequence[Finding]) ->
     else:
         message = f"the policy of site {site} refuses study {study.name} ({study.digest[:19]}): {reasons}"
         hint = "change the study, or ask the site's operator to change the policy"
+        if all(each.code in PASSING for each in findings):
+            hint = "wait, as this passes with time; then go on with `privet coordinator resume RUN`"
     return PolicyError(message, hint, tuple(findings), policy)

@@ -205,8 +205,8 @@ def _notes(release: Release, asked: Asked, material: Material, cut: int) -> list
         )
     elif own := shared_rows(material.records, readable_records(study, asked.own, asked.forms.of)):
         notes.append(
-            f"WARNING: {own} of {len(material.records)} records are training records of this site. Figures on training "
-            "records say nothing about others."
+            f"WARNING: {own} of {len(material.records)} records are in this site's training files. Figures on records "
+            "that trained the model say nothing about others."
         )
     if asked.train:
         shared = shared_rows(material.records, trained_records(study, asked))

@@ -37,7 +37,7 @@ from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.sums import Summing, release_sum, share_sum
 from privet.client.training.train import Draws, release_correlated, release_step, train_round
-from privet.client.training.validation import EXACT, SENSITIVITY, validation_points
+from privet.client.training.validation import EXACT, validation_points
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, RefusedError, StateError
 from privet.common.log.statements import Charge
@@ -54,6 +54,7 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values
 from privet.common.study.counts import check_measured
 from privet.common.study.messages import (
+    VALIDATION_SENSITIVITY,
     Consent,
     Contribution,
     Cosigned,
@@ -532,7 +533,7 @@ class Worker:
         if mechanism is None or mechanism.validation is None:
             return np.multiply(_validated(host, adapter, data, EXACT), EXACT, dtype=np.float64)
         # Every reader of the curve looks at the validation units, so these sums are a release with noise of their own.
-        lattice = lattice_unit(mechanism.validation.noise_multiplier * SENSITIVITY)
+        lattice = lattice_unit(mechanism.validation.noise_multiplier * VALIDATION_SENSITIVITY)
         points = _validated(host, adapter, data, lattice)
         noise = Paid(self.site.randomness(round_number, "validation-noise"), payment)
         return lattice_release(points, lattice, noise)

@@ -12,9 +12,6 @@ from privet.client.training.preference import judge
 from privet.common.privacy.noise import cut
 from privet.common.study.adapter import Adapter
 
-SENSITIVITY = 3**0.5
-"""Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
-
 EXACT = 2.0**-40
 """Lattice of sums to which no noise is added."""
 

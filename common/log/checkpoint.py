@@ -37,7 +37,7 @@ _POLICY_WORDS = {"log": 1, "witness": 2, "group": 2, "quorum": 1}
 
 
 _FETCH = "get the checkpoint again from the coordinator: it is damaged or not a checkpoint"
-_POLICY = "get the policy file again from the coordinator, and compare its keys"
+_POLICY = "get the policy file again, better from a site than from the coordinator, and compare its keys"
 _PROOF_AGAIN = "get the leaf proof again: the file is damaged or not a leaf proof"
 
 

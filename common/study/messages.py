@@ -20,6 +20,8 @@ SAME_VERSION = "install the same version of privet at coordinator and sites; if 
 """Hint of errors about a message's form."""
 
 VALIDATION_LOSS_CAP = 10.0
+VALIDATION_SENSITIVITY = 3**0.5
+"""Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
 """Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
 the largest contribution of a unit, which must be bounded."""
 

@@ -68,7 +68,8 @@ class Study(Section):
     """train: sites train an adapter. statistics: they count units, labels, lengths and missing values. evaluate: they
     measure an adapter. The latter two train nothing, take one round, and have no table `[training]`."""
     name: Name
-    """Name of the study: lower-case letters, digits and dashes, at most 63. It is the default name of a run."""
+    """Name of the study: lower-case letters, digits and dashes, at most 63. It is the default name of a run with real
+    sites; a simulation has that of the study file."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Seed of everything public: the adapter's initial values, the cohorts, and in a simulation the data order and the
     noise. Change it to repeat a study with other random draws."""

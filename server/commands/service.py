@@ -378,6 +378,7 @@ def _rotate_keys(made: Coordinator) -> None:
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
     from privet.server.commands.screen import Screen
+    from privet.server.network.nodes import listens
     from privet.server.rounds.quality import course
     from privet.server.rounds.statements import lost_in_a_row
     from privet.server.studies import StoppedError
@@ -392,6 +393,9 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         return
     except TooFewSitesError as error:
         reached = begun.directory.load()
+        if not listens(begun.made.settings):
+            service = in_directory("privet coordinator serve", begun.made.directory)
+            error.hint = f"start the coordinator's service in another terminal, `{service}`"
         if not reached.stopped:
             again = f"continue with `privet coordinator resume {begun.name}`, or give the run up with "
             again += f"`privet coordinator withdraw {begun.name} --reason TEXT`"

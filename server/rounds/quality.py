@@ -5,12 +5,17 @@ A round validates the adapter that it starts from, so the adapter of the last ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from privet.common.privacy.accounting import plan
+from privet.common.study.messages import VALIDATION_LOSS_CAP, VALIDATION_SENSITIVITY
 from privet.common.study.study import Study
 
 VALIDATED = "validation_accuracy"
+_NORMAL = 1.96
+"""95 % of a normal distribution lie within so many standard deviations of its mean."""
 NONE = (
     "Nobody has measured how good this model is: the study set no patients or records aside for it "
     "(data.validation_fraction = 0)."
@@ -34,9 +39,45 @@ def quality(metrics: Mapping[str, float] | None) -> str:
     """Return validation accuracy and loss as text; empty if a round has none."""
     if not metrics or VALIDATED not in metrics:  # of a study that counts, they are counts
         return ""
-    loss = metrics["validation_loss"]  # of few units, noise can make it negative
-    measured = f"loss {loss:.4g}" if loss > 0 else "a loss that the noise hides"
-    return f"validation accuracy {100 * metrics['validation_accuracy']:.1f} %, {measured}"
+    loss, accuracy = metrics["validation_loss"], metrics["validation_accuracy"]
+    units, noise = metrics.get("validation_units"), metrics.get("validation_noise")
+    if units is None or noise is None:  # of an earlier version
+        wide, blurred = "", 0.0
+    else:
+        wide = f" (\u00b1 {100 * accuracy_within(accuracy, units, noise):.0f})"
+        blurred = _NORMAL * noise * math.hypot(VALIDATION_LOSS_CAP, loss) / units
+    # Of few units, noise can make the loss negative.
+    measured = f"loss {loss:.4g}" if loss > blurred else "loss not known: the noise is larger"
+    return f"validation accuracy {100 * accuracy:.1f} %{wide}, {measured}"
+
+
+def noise_of(study: Study, survivors: int) -> float:
+    """Return the standard deviation of the noise on each validation sum, in units; 0 without privacy.
+
+    Args:
+        study: The study.
+        survivors: Sites in the sum. Each adds all of its own noise.
+    """
+    mechanism = plan(study)
+    if mechanism is None or mechanism.validation is None:
+        return 0.0
+    return float(mechanism.validation.noise_multiplier * VALIDATION_SENSITIVITY * survivors**0.5)
+
+
+def accuracy_within(accuracy: float, units: float, noise: float) -> float:
+    """Return half the width of the 95 % interval of a measured accuracy, a fraction of at most 1.
+
+    It has two parts: the units are a sample of all patients, and both sums of which accuracy is the quotient carry
+    noise (to first order).
+
+    Args:
+        accuracy: As measured.
+        units: How many units were measured, with noise.
+        noise: Standard deviation of the noise on each sum.
+    """
+    held = min(max(accuracy, 0.0), 1.0)
+    variance = held * (1 - held) / units + noise**2 * (1 + held**2) / units**2
+    return min(1.0, _NORMAL * math.sqrt(variance))
 
 
 def course(statements: Sequence[Mapping[str, Any]]) -> str:

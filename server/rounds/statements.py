@@ -19,6 +19,7 @@ from privet.common.study.study import Study
 from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
 from privet.server.rounds.headstart import started
 from privet.server.rounds.participants import RoundSum
+from privet.server.rounds.quality import noise_of
 from privet.server.rounds.state import RunState
 
 
@@ -37,7 +38,7 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
     if state.optimizer is not None:
         optimizer.load_state_dict(*state.optimizer)
     adapter = next_adapter(study, state, optimizer, total)
-    metrics = validation_metrics(total)
+    metrics = validation_metrics(study, total)
     state = with_best(study, state, metrics)
     stopping = gave_up(study, state, opened.round)
     published = state.best[2] if stopping and state.best is not None else adapter
@@ -115,8 +116,12 @@ def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, tota
     return adapter
 
 
-def validation_metrics(total: RoundSum) -> dict[str, float] | None:
-    """Return the loss and accuracy of the adapter that the round started from, from the validation sums."""
+def validation_metrics(study: Study, total: RoundSum) -> dict[str, float] | None:
+    """Return the loss and accuracy of the adapter that the round started from, from the validation sums.
+
+    Beside them, how many units were measured, and the standard deviation of the noise on each sum: what is needed to
+    say how far the two can be believed.
+    """
     if not total.metrics.size:
         return None
     # Noise can make the number of units zero or negative.
@@ -124,6 +129,8 @@ def validation_metrics(total: RoundSum) -> dict[str, float] | None:
     return {
         "validation_loss": float(total.metrics[1]) * VALIDATION_LOSS_CAP / units,
         "validation_accuracy": float(total.metrics[2]) / units,
+        "validation_units": units,
+        "validation_noise": noise_of(study, len(total.survivors)),
     }
 
 

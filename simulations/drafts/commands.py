@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import tomllib
@@ -13,10 +14,11 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 
-from privet.common.errors import StateError, StudyError
+from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.progress import doing, folded
 
 _SCHEMA_FILE = "study.schema.json"
+_FILES = re.compile(r"privet new FILES([^`]*)")
 
 
 class _Terminal:
@@ -179,7 +181,8 @@ def new(
     if out.exists() and not force:
         raise StateError(
             f"{out}: expected a new file, found one that exists",
-            f"write another file with `privet new FILES --out FILE`, or replace {out} with `privet new FILES --force`",
+            f"write another file with `{_command(context, ' --out FILE')}`, or replace {out} with "
+            f"`{_command(context, ' --force')}`",
         )
     if not out.parent.is_dir():
         raise StudyError(f"--out: there is no directory {out.parent}", "make the directory, or correct --out")
@@ -214,9 +217,13 @@ def new(
     )
     asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
     root = out.resolve().parent
-    draft = draft_study(
-        data or (), wishes, root, asker, lambda subject, text: typer.echo(folded(f"{subject:<9} {text}", 10))
-    )
+    try:
+        draft = draft_study(
+            data or (), wishes, root, asker, lambda subject, text: typer.echo(folded(f"{subject:<9} {text}", 10))
+        )
+    except PrivetError as error:
+        error.hint = _FILES.sub(lambda found: _command(context, found[1]), error.hint)
+        raise
     directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
     write_whole(out, (directive + draft.text()).encode())
     typer.echo(f"wrote     {out}")
@@ -286,17 +293,20 @@ def _check_beside(source: Path, out: Path, how: str) -> None:
         )
 
 
-def _command(context: typer.Context) -> str:
-    """Return the command as it was given, without --force."""
+def _command(context: typer.Context, more: str = "") -> str:
+    """Return the command as it was given, with more options, which replace single ones; without --force."""
     words: list[str] = []
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
         if not value or value == parameter.default or parameter.name == "force":
             continue
-        for each in value if isinstance(value, list | tuple) else [value]:
+        several = isinstance(value, list | tuple)
+        if not several and any(f" {option} " in f"{more} " for option in parameter.opts):
+            continue
+        for each in value if several else [value]:
             option = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
             words += option if each is True else [*option, str(each)]
-    return f"privet new {shlex.join(words)}"
+    return f"privet new {shlex.join(words)}{more}"
 
 
 def _pair(option: str, text: str, form: str, example: str) -> tuple[str, str]:

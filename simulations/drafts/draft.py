@@ -24,6 +24,7 @@ from privet.client.training.proposals import letters_of, merged, proposed
 from privet.common.errors import DataError, StudyError
 from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
+from privet.server.rounds.quality import accuracy_within, noise_of
 from privet.simulations.drafts.bases import Base, choose_base
 from privet.simulations.drafts.look import (
     LONGEST_NAME,
@@ -66,6 +67,7 @@ _MEASURED = 2000  # records
 _LONGEST = 512  # tokens
 _UNMEASURED = 256  # tokens
 _SHOWN = 30  # labels
+_UNSURE = 0.1  # half the width of an interval of accuracy, from which on a study is warned of
 _FEW = 16  # units in a step
 _CONSORTIUM = 3  # sites, whose sum hides each of them
 _MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
@@ -251,21 +253,31 @@ def _renamed(forms: Mapping[Path, FileFormat], meant: Mapping[str, str], say: Sa
     """Return how files are written, with the columns renamed in those that have them under another name.
 
     Raises:
-        StudyError: No file has such a column and lacks the one that it is to be.
+        StudyError: No file has such a column, none has the one that it is to be, or each that has one has both.
     """
-    found, left = dict(forms), dict(meant)
-    for file, form in forms.items():
-        header = next(iter(read_rows(file, form)), {})
+    headers = {file: next(iter(read_rows(file, form)), {}) for file, form in forms.items()} if meant else {}
+    for name, other in meant.items():
+        having = [file for file, header in headers.items() if name in header]
+        if not having:
+            raise StudyError(
+                f"--rename {name}={other}: expected a column of a file, and no file has the column {name}",
+                "write the name as the file does, or leave this --rename out",
+            )
+        if not any(other in header for header in headers.values()):
+            raise StudyError(
+                f"--rename {name}={other}: expected a name that the column has in other files, and no file has {other}",
+                f"name the column as other files do: --rename {quote(f'{name}=NAME')}",
+            )
+        if all(other in headers[file] for file in having):
+            raise StudyError(
+                f"--rename {name}={other}: {', '.join(map(str, having))} has both columns",
+                "leave this --rename out, or name another column",
+            )
+    found = dict(forms)
+    for file, header in headers.items():
         if own := {name: other for name, other in meant.items() if name in header and other not in header}:
-            found[file] = merged(form, {"columns": own})
-            left = {name: other for name, other in left.items() if name not in own}
+            found[file] = merged(forms[file], {"columns": own})
             say("columns", f"{file}: " + ", ".join(f"{name} is {other}" for name, other in own.items()))
-    if left:
-        name, other = next(iter(left.items()))
-        raise StudyError(
-            f"--rename: expected a file with the column {name} and without {other}, found none",
-            "write the column's name as the file does, as in `privet new FILES --rename befund=text`",
-        )
     return found
 
 
@@ -364,7 +376,7 @@ class _Drafting:
             simulation["evaluate_every"] = math.ceil(document["training"]["rounds"] / 8)
         document["simulation"] = simulation
         self.say_values(document, int(statistics.median(sizes)))
-        self.say_quality(document)
+        self.say_quality(document, sizes)
         Study.parse(document)
         return Draft({name: document[name] for name in _ORDER if name in document}, base.get, alone and not known)
 
@@ -764,11 +776,16 @@ class _Drafting:
         promise = f"epsilon {privacy['epsilon']:g} and delta {privacy['delta']:g} per {privacy['unit']}"
         self.say("privacy", f"{privacy['mode']}, {promise}")
 
-    def say_quality(self, document: Mapping[str, Any]) -> None:
+    def say_quality(self, document: Mapping[str, Any], sizes: Sequence[int]) -> None:
         """Say whether a deployed run measures how good its model is."""
         if fraction := document["data"].get("validation_fraction"):
             self.say("quality", f"each site sets about {100 * fraction:.0f} % of its units aside, on which all sites")
             self.say("", "together measure each round's model. To train on all units: --validation 0")
+            units = fraction * sum(sizes)
+            within = accuracy_within(0.8, max(units, 1.0), noise_of(Study.parse(dict(document)), len(sizes)))
+            if within > _UNSURE:
+                known = f"an accuracy of 80 % is known to \u00b1 {100 * within:.0f} points only"
+                self.say("", f"WARNING: on {units:.0f} units, {known}. Each site can measure it on its own test files")
             return
         self.say("quality", "no units are set aside, so real sites will not measure the model together")
         if document["privacy"]["mode"] != "distributed":

@@ -89,7 +89,7 @@ def length_for(tokens: Sequence[int], most: int) -> int:
 
 FORMAT_COMMENT = "How these files are written. A real site has this table in its own file."
 COMMENTS: Mapping[str, str] = {
-    "name": "of the study: the default name of its run",
+    "name": "of the study, and by default of its run with real sites",
     "model.base": "every site maps this name to its own copy of the model",
     "model.sha256": "Each site compares its copy with these digests: every file that decides a token.",
     "task.kind": "what the model learns",

@@ -12,7 +12,7 @@ from typing import Any
 
 from privet.client.pages.charts import line_chart
 from privet.client.pages.html import Child, Html, element, facts, joined, paragraph, table
-from privet.server.rounds.quality import NONE, course, quality
+from privet.server.rounds.quality import NONE, accuracy_within, course, quality
 from privet.simulations.reporting.gather import RunFacts
 
 ELSEWHERE = (
@@ -80,7 +80,9 @@ def outcome(run: RunFacts) -> Html:
     rows = [[str(number), _percent(metrics), f"{metrics['validation_loss']:.4g}"] for number, metrics in found]
     masked = run.study.secure_aggregation.mode == "masked"
     hidden = "; the coordinator sees no single site's" if masked else ""
-    noise = " They carry noise, as they are a release of their own." if run.study.private else ""
+    noise = ""
+    if run.study.private:
+        noise = " They carry noise, as they are a release of their own; \u00b1 is half of a 95 % interval."
     return joined(
         [
             line_chart(
@@ -129,7 +131,13 @@ def identity(run: RunFacts) -> Html:
 
 
 def _percent(metrics: Mapping[str, float]) -> str:
-    return f"{100 * metrics['validation_accuracy']:.1f} %"
+    found = f"{100 * metrics['validation_accuracy']:.1f} %"
+    if "validation_noise" not in metrics:
+        return found
+    within = accuracy_within(
+        metrics["validation_accuracy"], metrics["validation_units"], metrics["validation_noise"]
+    )  # fmt: skip
+    return f"{found} (\u00b1 {100 * within:.0f})"
 
 
 def spent(run: RunFacts) -> float | None:

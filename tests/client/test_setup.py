@@ -121,9 +121,15 @@ def test_by_options(world: World, home: Path) -> None:
     ]
     assert load_policy(home / "policy.toml").privacy.max_epsilon == 6
     assert result.output.splitlines()[-1] == f"then: privet site serve {file}"
-    before = file.read_text()
+    before, policy = file.read_text(), (home / "policy.toml").read_text()
     assert run(setup, home, "--yes").exit_code == 0
     assert file.read_text() == before
+    said = run(setup, home, "--yes", "--no-validation")
+    assert "policy.toml exists, and --shared-noise" in " ".join(said.output.split())
+    assert (home / "policy.toml").read_text() == policy
+    said = run(setup, home, "--yes", "--declared-count=3000")
+    assert "declares 3000 units, and its files have about 300" in said.output
+    assert "declares" not in run(setup, home, "--yes", "--declared-count=250").output
 
 
 def test_by_answers(world: World, home: Path) -> None:
@@ -169,6 +175,7 @@ def test_what_is_wrong_is_refused_and_changes_nothing(world: World, home: Path) 
         (["--train", home / "none.csv"], StudyError, "there is no file"),
         (["--charter", "acorn"], VerificationError, "not those of the charter"),
         (["--member", "lyon"], StudyError, "NAME=VALUE"),
+        (["--member", "lion=acorn"], StudyError, r"expected another member of the consortium \(.*lyon.*\), found lion"),
         (["--device", "auto", "--base", "nothing"], StudyError, "NAME=VALUE"),
     ):
         with pytest.raises(error, match=said):
@@ -179,6 +186,8 @@ def test_what_is_wrong_is_refused_and_changes_nothing(world: World, home: Path) 
         run(setup, home, *run_with, answers="nobody\n" * 3)
     with pytest.raises(StudyError, match=r"limit\.delta"):
         run(setup, home, "--yes", "--patient-column=mrn", "--delta=0.5")
+    with pytest.raises(StudyError, match=r"limit\.epsilon"):
+        run(setup, home, "--yes", "--epsilon=0")
     assert load_site(file).limit is None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from privet.client.network import proposals
 from privet.client.network.lock import content_of, exclusive
 from privet.client.network.proposals import Proposed, chosen, compared
 from privet.client.policy.consent import approved
+from privet.client.policy.opinion import judged
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
 from privet.common.clock import now
@@ -124,7 +127,7 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
 
     refused = found()
     assert not refused.ok
-    assert "greedy is under way, and this site would refuse it: privacy.max_epsilon: asked 20" in refused.text
+    assert "greedy is proposed, and this site would refuse it: privacy.max_epsilon: asked 20" in refused.text
     assert "triage" not in refused.text
     assert refused.hint.startswith(f"`privet site approve {file} greedy`")
     everything = proposals.compared
@@ -140,7 +143,32 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
     with exclusive(key.key.with_suffix(".lock"), content_of(load_site(file))):
         assert (found().ok, found().text) == (True, "takes part in triage")
     monkeypatch.setattr(doctor, "compared", lambda *given: [each for each in everything(*given) if each.run == "old"])
-    assert (found().ok, found().text) == (True, "no run is under way")
+    assert (found().ok, found().text) == (True, "no run is proposed")
+
+
+def test_what_passes_with_time_is_told_apart_from_what_stands_against_a_study(home: Path) -> None:
+    policy = load_site(home / "site.toml").policy
+    assert policy is not None
+    text = policy.read_text()
+    hour = (datetime.now(UTC).hour + 12) % 24
+    closed = re.sub(r"hours_utc = .*", f'hours_utc = ["{hour:02}:00-{hour:02}:59"]', text)
+    assert closed != text
+    try:
+        policy.write_text(closed)
+        said = " ".join(run(commands.approve, home, "triage", "--yes").output.split())
+        assert "not yet limits.hours_utc: asked" in said
+        key = load_site(home / "site.toml").coordinator
+        assert key is not None
+        with exclusive(key.key.with_suffix(".lock"), content_of(load_site(home / "site.toml"))):
+            again = run(commands.approve, home, "triage", "--yes").output
+            assert "it takes part once nothing of this stands against it" in again
+        found = judged(load_site(home / "site.toml"), EXAMPLE)
+        assert (found.against, [each.code for each in found.later], found.waits) == ((), ["E_HOURS"], False)
+        checked = run(commands.check, home, "triage")
+        assert checked.exit_code == 3
+        assert "to admit it wait: this passes with time" in " ".join(checked.output.split())
+    finally:
+        policy.write_text(text)
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +376,8 @@ def test_columns_of_other_names_are_said_at_once_and_mapped_by_options(german: P
     assert refused.exit_code == 3
     assert "Your files LACK the columns note, specialty, patient." in text
     assert (
-        f"setup {german / 'site.toml'} --column COLUMN=note --column COLUMN=specialty --column COLUMN=patient`" in text
+        f"setup {german / 'site.toml'} --column COLUMN1=note --column COLUMN2=specialty --column COLUMN3=patient`"
+        in text
     )
     assert "--patient-column" not in text
     with pytest.raises(StudyError, match="expected a column of the files, found Befund, Fach, Patient"):

@@ -99,7 +99,10 @@ def test_what_a_run_waits_for_measured_and_spent_is_shown_within_80_columns(made
     assert all(len(line) <= 80 for line in text.splitlines())
     for part in ("1 of 4 rounds closed", "running", "waiting for lyon", "at most epsilon 1.250", "accuracy 81.2 %"):
         assert part in text
-    assert quality(measured | {"validation_loss": -0.8}) == "validation accuracy 81.2 %, a loss that the noise hides"
+    assert (
+        quality(measured | {"validation_loss": -0.8})
+        == "validation accuracy 81.2 %, loss not known: the noise is larger"
+    )
     directory.note_wait(None)
     directory.withdraw("the study was wrong")
     text = "\n".join(as_lines(consortium_status(made)))

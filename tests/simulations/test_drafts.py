@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -706,10 +707,34 @@ def test_a_column_that_one_file_names_otherwise_is_renamed_as_the_error_says(
     check_simulation(load_plan(tmp_path / "study.toml"), lambda line: None)  # which reads all files
 
 
-@pytest.mark.parametrize("renamed", [{"befund": "text"}, {"text": "label"}])
-def test_a_column_that_no_file_has_or_lacks_is_not_renamed(renamed: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"--rename: expected a file with the column \w+ and without \w+, found none"):
+@pytest.mark.parametrize(
+    ("renamed", "said"),
+    [
+        ({"befund": "text"}, "no file has the column befund"),
+        ({"text": "note"}, "no file has note"),
+        ({"text": "label"}, "has both columns"),
+    ],
+)
+def test_a_column_is_not_renamed_without_need(renamed: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"--rename \w+=\w+: ") as error:
         made(tmp_path, csv_sites(tmp_path), renamed=renamed)
+    assert said in error.value.message
+
+
+def test_the_command_that_an_error_names_can_be_run(tmp_path: Path, bert: Path, privet: Run) -> None:
+    csv_sites(tmp_path / "data", {"text": "befund"})
+    study = tmp_path / "new.toml"
+    given = ["new", str(tmp_path / "data"), "--out", str(study), "--base", str(bert), "--name", "fach", "--yes"]
+    code, _, said = privet(*given)
+    assert code == 2
+    (named,) = re.findall(r"`privet (new [^`]*)`", " ".join(said.split()))
+    assert "--rename befund=text" in named
+    assert privet(*shlex.split(named))[0] == 0
+    assert 'name = "fach"' in study.read_text(encoding="utf-8")
+    other, again = re.findall(r"`privet (new [^`]*)`", " ".join(privet(*given)[2].split()))
+    assert other.endswith("--out FILE")
+    assert other.count("--out") == 1
+    assert shlex.split(again)[-1] == "--force"
 
 
 def test_columns_that_one_file_swaps_are_named() -> None:
