@@ -54,7 +54,6 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.columns import own_values
 from privet.common.study.counts import check_measured
 from privet.common.study.messages import (
-    VALIDATION_SENSITIVITY,
     Consent,
     Contribution,
     Cosigned,
@@ -64,6 +63,7 @@ from privet.common.study.messages import (
     Secured,
     Shown,
 )
+from privet.common.study.sections import VALIDATION_SENSITIVITY
 from privet.common.study.study import Study
 
 _AS_STUDY = "the coordinator must open the round as the study states; run the same version of privet on both sides"

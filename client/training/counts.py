@@ -36,7 +36,7 @@ from privet.common.study.counts import (
     cells_of,
     most_records,
 )
-from privet.common.study.messages import VALIDATION_LOSS_CAP
+from privet.common.study.sections import VALIDATION_LOSS_CAP
 from privet.common.study.study import Study
 
 Row = tuple[tuple[int, float], ...]

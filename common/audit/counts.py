@@ -15,7 +15,7 @@ from privet.common.errors import VerificationError
 from privet.common.log.agreement import RoundStatement
 from privet.common.masking.noise_shares import deviation_of_sum, shared_noise
 from privet.common.study.counts import CONFUSION, CORRECT, LABEL, LENGTH, LOSS, MISSING, RECORDS, UNITS, cells_of
-from privet.common.study.messages import VALIDATION_LOSS_CAP
+from privet.common.study.sections import VALIDATION_LOSS_CAP
 from privet.common.study.study import Study
 
 COUNTS = "counts.json"

@@ -19,12 +19,6 @@ from privet.common.errors import ProtocolError
 SAME_VERSION = "install the same version of privet at coordinator and sites; if it is the same, the message was changed"
 """Hint of errors about a message's form."""
 
-VALIDATION_LOSS_CAP = 10.0
-VALIDATION_SENSITIVITY = 3**0.5
-"""Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
-"""Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
-the largest contribution of a unit, which must be bounded."""
-
 
 _CONSENTS = b"privet-consent/1\x00"
 # The texts of a failure enter statements of the log, so their length is bounded.

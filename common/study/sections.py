@@ -85,6 +85,11 @@ GENERATING = frozenset({"causal-lm", "preference"})
 
 HEAD_START_SHARE = 0.5
 """Share of epsilon of a head start where a study sets none."""
+VALIDATION_LOSS_CAP = 10.0
+"""Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
+the largest contribution of a unit, which must be bounded."""
+VALIDATION_SENSITIVITY = 3**0.5
+"""Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
 MOST_BAND = 64
 """Largest number of steps that noise may be correlated over."""
 MOST_CANARIES = 100_000

@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from privet.common.privacy.accounting import plan
-from privet.common.study.messages import VALIDATION_LOSS_CAP, VALIDATION_SENSITIVITY
+from privet.common.study.sections import VALIDATION_LOSS_CAP
 from privet.common.study.study import Study
 
 VALIDATED = "validation_accuracy"
@@ -49,19 +48,6 @@ def quality(metrics: Mapping[str, float] | None) -> str:
     # Of few units, noise can make the loss negative.
     measured = f"loss {loss:.4g}" if loss > blurred else "loss not known: the noise is larger"
     return f"validation accuracy {100 * accuracy:.1f} %{wide}, {measured}"
-
-
-def noise_of(study: Study, survivors: int) -> float:
-    """Return the standard deviation of the noise on each validation sum, in units; 0 without privacy.
-
-    Args:
-        study: The study.
-        survivors: Sites in the sum. Each adds all of its own noise.
-    """
-    mechanism = plan(study)
-    if mechanism is None or mechanism.validation is None:
-        return 0.0
-    return float(mechanism.validation.noise_multiplier * VALIDATION_SENSITIVITY * survivors**0.5)
 
 
 def accuracy_within(accuracy: float, units: float, noise: float) -> float:

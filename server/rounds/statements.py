@@ -14,12 +14,12 @@ from privet.common.privacy.accounting import PrivacyPlan, plan
 from privet.common.study.adapter import Adapter
 from privet.common.study.average import counts, extended
 from privet.common.study.counts import cells_of
-from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
+from privet.common.study.messages import RoundOpen
+from privet.common.study.sections import VALIDATION_LOSS_CAP, VALIDATION_SENSITIVITY
 from privet.common.study.study import Study
 from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
 from privet.server.rounds.headstart import started
 from privet.server.rounds.participants import RoundSum
-from privet.server.rounds.quality import noise_of
 from privet.server.rounds.state import RunState
 
 
@@ -132,6 +132,19 @@ def validation_metrics(study: Study, total: RoundSum) -> dict[str, float] | None
         "validation_units": units,
         "validation_noise": noise_of(study, len(total.survivors)),
     }
+
+
+def noise_of(study: Study, survivors: int) -> float:
+    """Return the standard deviation of the noise on each validation sum, in units; 0 without privacy.
+
+    Args:
+        study: The study.
+        survivors: Sites in the sum. Each adds all of its own noise.
+    """
+    mechanism = plan(study)
+    if mechanism is None or mechanism.validation is None:
+        return 0.0
+    return float(mechanism.validation.noise_multiplier * VALIDATION_SENSITIVITY * survivors**0.5)
 
 
 def counted(study: Study, total: RoundSum) -> dict[str, float]:

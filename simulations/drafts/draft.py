@@ -24,7 +24,8 @@ from privet.client.training.proposals import letters_of, merged, proposed
 from privet.common.errors import DataError, StudyError
 from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
-from privet.server.rounds.quality import accuracy_within, noise_of
+from privet.server.rounds.quality import accuracy_within
+from privet.server.rounds.statements import noise_of
 from privet.simulations.drafts.bases import Base, choose_base
 from privet.simulations.drafts.look import (
     LONGEST_NAME,

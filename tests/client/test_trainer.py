@@ -384,7 +384,7 @@ def test_a_trainer_beside_a_gpu_does_not_fall_back_to_the_processor_in_silence(b
     head = {"spec": {"tensors": []}, "declared": 5, "held-out": 3, "names": "", "verdict": "", "device": "cpu"}
     answer = Packet("done", head, {**ragged("units", [[0]] * 5), "classes": np.zeros(0, np.int64)})
     Trainer(Opening(study, [], {}, None), [])._learn(answer)
-    with pytest.raises(StateError, match="finds no GPU"):
+    with pytest.raises(StateError, match="sees a GPU and the trainer does not"):
         Trainer(Opening(study, [], {}, None, gpus=1), [])._learn(answer)
     Trainer(Opening(study, [], {}, None, gpus=1), [])._learn(replace(answer, head={**head, "device": "cuda"}))
 

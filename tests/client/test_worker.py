@@ -42,7 +42,8 @@ from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
-from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
+from privet.common.study.messages import RoundOpen
+from privet.common.study.sections import VALIDATION_LOSS_CAP
 from privet.common.study.study import Study
 from tests.support.losses import record_losses
 from tests.support.site_log import logged

@@ -722,6 +722,7 @@ def test_a_column_is_not_renamed_without_need(renamed: dict[str, str], said: str
 
 
 def test_the_command_that_an_error_names_can_be_run(tmp_path: Path, bert: Path, privet: Run) -> None:
+    (tmp_path / "data").mkdir()
     csv_sites(tmp_path / "data", {"text": "befund"})
     study = tmp_path / "new.toml"
     given = ["new", str(tmp_path / "data"), "--out", str(study), "--base", str(bert), "--name", "fach", "--yes"]
