@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from privet.common.log.statements import StatedFloor
@@ -16,7 +17,7 @@ from privet.server.commands import service
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.network.nodes import RegisteredNode
 from privet.server.overview import as_lines, consortium_status
-from privet.server.rounds.quality import quality
+from privet.server.rounds.quality import accuracy_within, quality
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.wait import Wait
 from tests.support.consortium_world import make_coordinator, run, running
@@ -82,6 +83,21 @@ def test_a_run_is_told_as_its_state_is(made: Coordinator) -> None:
     assert new == both | {
         "run": "b-new", "round": 0, "closed": 0, "aborted": 0, "ended": False, "released": False,
     }  # fmt: skip
+
+
+def test_an_accuracy_is_within_its_interval_19_times_of_20() -> None:
+    generator = np.random.default_rng(5)
+    true, units, noise, inside = 0.8, 60, 4.0, 0
+    for _ in range(4000):
+        right, measured = generator.binomial(units, true), units + noise * generator.standard_normal()
+        accuracy = (right + noise * generator.standard_normal()) / measured
+        inside += abs(accuracy - true) <= accuracy_within(accuracy, measured, noise)
+    assert 0.93 < inside / 4000 < 0.98
+    assert accuracy_within(0.8, 1e6, 0.0) < 0.001
+    assert accuracy_within(0.8, 5.0, 40.0) == 1.0
+    measured_well = {"validation_loss": 0.5, "validation_accuracy": 0.8, "validation_units": 900.0}
+    assert quality({**measured_well, "validation_noise": 3.0}) == "validation accuracy 80.0 % (\u00b1 3), loss 0.5"
+    assert "loss not known" in quality({**measured_well, "validation_noise": 30.0})
 
 
 def test_what_a_run_waits_for_measured_and_spent_is_shown_within_80_columns(made: Coordinator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -54,10 +55,11 @@ def path(world: LoggedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_round_says_what_was_measured_before_it(path: Path) -> None:
     first, _, last = map(line_of, RunDirectory.open(path).load().statements)
-    # Ten units of each of three sites, without privacy: only the sample is uncertain.
-    within = [round(196 * (p * (1 - p) / 30) ** 0.5) for p in (0.5, 0.7)]
-    assert f"; before it, validation accuracy 50.0 % (\u00b1 {within[0]}), loss " in first
-    assert f"; before it, validation accuracy 70.0 % (\u00b1 {within[1]}), loss " in last
+    # Thirty units, whose sum carries the noise of three sites: more than the sample alone would leave uncertain.
+    for line, share in ((first, 50.0), (last, 70.0)):
+        found = re.search(rf"; before it, validation accuracy {share} % \(\u00b1 (\d+)\), loss ", line)
+        assert found is not None, line
+        assert int(found[1]) > round(1.96 * (share * (100 - share) / 30) ** 0.5)
 
 
 def test_a_report_shows_the_validation_of_each_round_and_says_what_it_lacks(path: Path, tmp_path: Path) -> None:
