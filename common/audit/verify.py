@@ -260,14 +260,15 @@ def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
     valid = [key for key in progress.cosigners if key.public not in history.revoked]
     if len(valid) < policy.needed:
         raise TooFewSitesError(
-            f"the checkpoint needs {policy.needed} cosignatures with keys that are not revoked, found {len(valid)}"
+            f"the checkpoint needs cosignatures of {policy.needed} witnesses with keys that are not revoked, "
+            f"found {len(valid)}"
         )
     # A policy of earlier may know fewer members, or need fewer of them, than the log does by now.
     current = tuple(NoteKey.parse(each.witness) for each in history.members.values() if each.witness is not None)
     found = verify_note(open_checkpoint(note, policy.log)[1], current)
     if len({key.public for key in found}) < history.quorum:
         raise TooFewSitesError(
-            f"the checkpoint needs {history.quorum} cosignatures of members, as the log states, found {len(found)}"
+            f"the checkpoint needs cosignatures of {history.quorum} members, as the log states, found {len(found)}"
         )
 
 

@@ -270,7 +270,7 @@ def accept_checkpoint(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[No
     cosigners = verify_note(note, policy.witnesses)
     if len(cosigners) < policy.needed:
         raise TooFewSitesError(
-            f"checkpoint of {checkpoint.size} leaves: expected {policy.needed} cosignatures of "
+            f"checkpoint of {checkpoint.size} leaves: expected cosignatures of {policy.needed} of "
             f"{len(policy.witnesses)} witnesses, found {len(cosigners)}",
             "wait until more sites have cosigned it",
         )

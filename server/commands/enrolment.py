@@ -307,7 +307,7 @@ def members(
             typer.echo(f"{'':<16} waits for approval: ask its operator to read out the words")
         else:
             typer.echo(folded(f"{'':<16} {entry['fingerprint']}\n{'':<16} {entry['words']}", 17))
-    typer.echo(f"{count} members; the round log needs {quorum} cosignatures")
+    typer.echo(f"members: {count}; cosignatures that the round log needs: {quorum}")
 
 
 def sign(

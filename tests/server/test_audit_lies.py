@@ -311,7 +311,7 @@ def test_a_policy_of_keys_that_no_member_ever_had_is_refused(archive: Archive, s
 def test_a_policy_of_one_member_does_not_stand_for_the_quorum_of_the_log(archive: Archive) -> None:
     alone = Policy(archive.policy.log, archive.policy.witnesses[:1], 1)
     report = check_bundle(cosigned_by(archive, alone), alone)
-    assert "needs 3 cosignatures of members, as the log states, found 1" in report.verdict.reason
+    assert "needs cosignatures of 3 members, as the log states, found 1" in report.verdict.reason
     assert check_bundle(archive.files, alone).ok  # where the others cosigned too
 
 

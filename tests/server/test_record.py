@@ -306,7 +306,7 @@ def test_a_round_under_a_checkpoint_without_a_quorum_is_refused(tmp_path: Path) 
 
     ((_, reply),) = first_round(world, strip).items()
     assert isinstance(reply, Failure)
-    assert "expected 2 cosignatures" in reply.message
+    assert "expected cosignatures of 2" in reply.message
 
 
 def test_a_checkpoint_that_a_site_has_not_cosigned_convinces_it_of_nothing(tmp_path: Path) -> None:

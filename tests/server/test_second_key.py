@@ -139,7 +139,7 @@ def test_an_auditor_counts_both_signatures_and_names_what_is_older() -> None:
     assert "statements of oslo before leaf 1, but for the checkpoints after it" in found.classical
     # Under the policy of before, half of oslo's cosignature is still none: the log says so.
     half = Note(text, lines[:-1]).encode()
-    assert "cosignatures of members" in verify_bundle(lambda: world.leaves, half, world.policy).reason
+    assert "cosignatures of 2 members" in verify_bundle(lambda: world.leaves, half, world.policy).reason
     assert history.renewed == {public("oslo"): 1}
 
 
