@@ -207,6 +207,11 @@ def _check_format(study: Study, form: str, dtype: str) -> None:
             f"--format gguf: expected a language model, but the study's task is {kind}",
             f"use `privet export RUN OUT --format {default_format(study)}`",
         )
+    if study.task.head_reads is not None:
+        raise RefusedError(
+            f"--format {form}: the study's head reads all layers (task.head_reads), which no other library's does",
+            "use `privet predict RUN --data FILE`, or train without head_reads",
+        )
     if form == "sentence-transformers" and not _normalised(study):
         raise RefusedError(
             f"--format sentence-transformers: expected a classifier of normalised vectors, but the study trains {kind}"

@@ -30,6 +30,10 @@ class HeadModel(nn.Module):
     the first token, or the last one), and the record gets one row of logits; without, each token gets one.
     The classifier starts at zero, so that every site starts from the same function.
 
+    With `all_layers`, the classifier reads a token's vectors of all layers and of the embeddings, one after the other
+    (Devlin et al. 2019, https://aclanthology.org/N19-1423, section 5.3): a sentence encoder's last layer keeps little
+    of a single word.
+
     With `head`, the record's vector is not normalised: the last token's goes to a classifier without bias, as the
     library's decoders do it, and the first token's through the base's own frozen pooler, as BERT does it.
     """
@@ -39,10 +43,18 @@ class HeadModel(nn.Module):
     pooler_bias: torch.Tensor
 
     def __init__(
-        self, backbone: nn.Module, classes: int, pooling: str | None, head: str | None = None, pooler: Any = None
+        self,
+        backbone: nn.Module,
+        classes: int,
+        pooling: str | None,
+        head: str | None = None,
+        pooler: Any = None,
+        *,
+        all_layers: bool = False,
     ) -> None:
         super().__init__()
         self.config = backbone.config
+        self.all_layers = all_layers
         self.backbone = backbone
         self.pooling = pooling
         self.head = head
@@ -51,7 +63,10 @@ class HeadModel(nn.Module):
             self.register_buffer("pooler_weight", pooler.dense.weight.detach())
             self.register_buffer("pooler_bias", pooler.dense.bias.detach())
         bias = head is None or pooling != "last"
-        self.classifier = nn.Linear(int(backbone.config.hidden_size), classes, bias=bias)  # type: ignore[union-attr, arg-type]
+        width = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if all_layers:
+            width *= 1 + int(backbone.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        self.classifier = nn.Linear(width, classes, bias=bias)
         for parameter in self.classifier.parameters():
             nn.init.zeros_(parameter)
 
@@ -76,8 +91,10 @@ class HeadModel(nn.Module):
         # A packed pass has no mask: its attention takes the layout.
         if layout is not None and attention_mask is None:
             where["layout"] = layout  # type: ignore[assignment]
+        if self.all_layers:
+            where["output_hidden_states"] = True  # type: ignore[assignment]
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **where)
-        hidden: torch.Tensor = output.last_hidden_state
+        hidden: torch.Tensor = self._all_layers(output) if self.all_layers else output.last_hidden_state
         if self.pooling is None:
             return self.classifier(hidden)  # type: ignore[no-any-return]
         if layout is None:
@@ -92,6 +109,17 @@ class HeadModel(nn.Module):
             first = torch.tensor([start for start, _ in layout.spans], device=hidden.device)
             rows = together.new_zeros(layout.rows, hidden.shape[-1]).index_copy(0, first, together)
         return self.classifier(rows.unsqueeze(0))  # type: ignore[no-any-return]
+
+    def _all_layers(self, output: Any) -> torch.Tensor:
+        """Return the vectors of the embeddings and of all layers, one after the other, [n, t, width]."""
+        found = getattr(output, "hidden_states", None) or ()
+        if sum(each.shape[-1] for each in found) != self.classifier.in_features:
+            raise StudyError(
+                f"task.head_reads: a base of the family {getattr(self.config, 'model_type', 'unknown')} does not give "
+                "the outputs of all its layers",
+                "remove task.head_reads from the study",
+            )
+        return torch.cat(found, -1)
 
     def _pooled(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return one vector [h] for a record's token vectors [t, h]: no other record takes part."""
@@ -130,7 +158,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     if hasattr(loaded, "pooler"):
         loaded.pooler = None  # type: ignore[assignment]
     pooling = task.pooling if task.kind == "text-classification" else None
-    return HeadModel(loaded, len(task.labels), pooling, task.head, pooler)
+    every = task.head_reads == "all-layers"
+    return HeadModel(loaded, len(task.labels), pooling, task.head, pooler, all_layers=every)
 
 
 def _library_pooler(base: nn.Module, task: TaskSection) -> Any:

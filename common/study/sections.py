@@ -179,6 +179,10 @@ class TaskSection(Section):
     """For text-classification: "library" classifies as Hugging Face's own AutoModelForSequenceClassification does, so
     that exports load there. It needs pooling cls (BERT) or last (decoders). Without it, a text's vector is normalised
     first, which trains more evenly."""
+    head_reads: Annotated[Literal["all-layers"] | None, Field(exclude_if=lambda value: value is None)] = None
+    """For token-classification: "all-layers" has the head read each token's vectors of all layers and of the
+    embeddings. Without it, it reads the last layer's alone, which says little of a single word where the base is a
+    sentence encoder. With it, the result is used with `privet predict` alone: no other library has such a head."""
     system_prompt: str = ""
     """For causal-lm and preference: the system message. It is used if the tokenizer has a chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -226,6 +230,8 @@ class TaskSection(Section):
             raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
         if self.head is not None and (self.kind != "text-classification" or self.pooling == "mean"):
             raise ValueError("head: needs kind text-classification, and pooling cls or last")
+        if self.head_reads is not None and self.kind != "token-classification":
+            raise ValueError(f"head_reads: needs kind token-classification, found {self.kind}; remove the key")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a label is named twice; name each label once")
         if self.kind == "token-classification":

@@ -191,6 +191,14 @@ def test_what_a_format_cannot_hold_is_refused(
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_a_head_that_reads_all_layers_is_used_with_privet_alone(tmp_path: Path, bert: Path, form: str) -> None:
+    run, _ = run_of(tmp_path / "run", bert, "token-classification", {"task.head_reads": "all-layers"})
+    with pytest.raises(RefusedError, match="reads all layers"):
+        export_release(open_release(run), tmp_path / "out", form)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_export_that_differs_is_deleted(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_of(tmp_path / "run", llama, "causal-lm")
 

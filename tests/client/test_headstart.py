@@ -67,9 +67,17 @@ def moved(study: Study, host: ModelHost, data: TrainingSet) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("kind", ["text-classification", "token-classification"])
-def test_a_unit_moves_the_sums_by_its_own_term_within_the_clip_norm(bert: Path, kind: str) -> None:
-    study, host, data = opened(bert, **{"task.kind": kind})
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"task.kind": "text-classification"},
+        {"task.kind": "token-classification"},
+        {"task.kind": "token-classification", "task.head_reads": "all-layers"},
+    ],
+    ids=lambda task: "-".join(task.values()),
+)
+def test_a_unit_moves_the_sums_by_its_own_term_within_the_clip_norm(bert: Path, task: dict[str, str]) -> None:
+    study, host, data = opened(bert, **task)
     norms = moved(study, host, data)
     assert max(norms) <= NORM
     assert min(norms) > 0.99 * NORM  # and no unit counts for less

@@ -63,9 +63,11 @@ class Case:
     precision: str = "fp32"
     pooling: str = "mean"
     clipping: str = "flat"
+    all_layers: bool = False
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.kind}-{self.precision}" + ("-apart" if self.clipping == "apart" else "")
+        name = f"{self.family}-{self.kind}-{self.precision}" + ("-apart" if self.clipping == "apart" else "")
+        return name + ("-all-layers" if self.all_layers else "")
 
 
 Open = Callable[[Case], tuple[ModelHost, Study]]
@@ -82,6 +84,8 @@ def open_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
         if case.family not in paths:
             paths[case.family] = family_base(root / case.family, case.family)
         pooled = {"task.pooling": case.pooling} if case.kind == "text-classification" else {}
+        if case.all_layers:
+            pooled = {"task.head_reads": "all-layers"}
         study = family_study(
             paths[case.family],
             case.family,
@@ -175,13 +179,22 @@ TASKS = [
     Case("deberta-v2", "token-classification", "bf16", clipping="flat"),
     Case("mixtral", "causal-lm", "fp32", clipping="automatic"),
     Case("bert", "text-classification", "fp32", "mean", "apart"),
+    Case("bert", "token-classification", "fp32", clipping="flat", all_layers=True),
+    Case("qwen2", "token-classification", "bf16", clipping="automatic", all_layers=True),
     Case("llama", "preference", "fp32", clipping="flat"),
     Case("qwen2", "preference", "bf16", clipping="automatic"),
     Case("mixtral", "preference", "fp32", clipping="adaptive"),
 ]
 PAIRS = TASKS[-3:]
 EVERY = [
-    Case(family, kind, "bf16" if (n + m) % 2 else "fp32", pooling, CLIPPINGS[(n + m) % 3])
+    Case(
+        family,
+        kind,
+        "bf16" if (n + m) % 2 else "fp32",
+        pooling,
+        CLIPPINGS[(n + m) % 3],
+        all_layers=kind == "token-classification" and n % 2 == 0,
+    )
     for n, (family, found) in enumerate(FAMILIES.items())
     for m, (kind, pooling) in enumerate(
         [("text-classification", pooling) for pooling in ("mean", "cls", "last")]

@@ -303,6 +303,48 @@ def test_pooling_takes_the_right_tokens_and_no_padding(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_reads_all_layers_sees_each_layer_of_a_token(bases: Mapping[str, Path], family: str) -> None:
+    study = tiny_study(bases[family], **{"task.kind": "token-classification", "task.head_reads": "all-layers"})
+    host = open_host(study, CPU)
+    adapter = random_adapter(host.spec)
+    host.mount(adapter)
+    weight, bias = (torch.tensor(adapter.values[f"base_model.model.classifier.{name}"]) for name in ("weight", "bias"))
+    model = host.model.base_model.model
+    assert isinstance(model, HeadModel)
+    config: Any = model.config
+    width = config.hidden_size
+    assert weight.shape[1] == (1 + config.num_hidden_layers) * width
+    features = features_of(host, study)
+    found = logits_of(host, study, features)
+    for row, feature in enumerate(features):
+        batch = collate(host, [feature])
+        with torch.no_grad():
+            output = model.backbone(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
+        every = torch.cat([layer[0] for layer in output.hidden_states], -1)
+        assert torch.equal(every[:, -width:], output.last_hidden_state[0])
+        torch.testing.assert_close(found[row, : len(feature.ids)], every @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_reads_all_layers_is_for_words_and_for_bases_that_show_their_layers(bert: Path) -> None:
+    every = {"task.head_reads": "all-layers"}
+    with pytest.raises(StudyError, match="needs kind token-classification, found text-classification"):
+        tiny_study(bert, **every)
+    study = tiny_study(bert, **{"task.kind": "token-classification", **every})
+    model = build_base(locate_base(study.model, CPU.bases), study.task, 0.0, "sdpa", torch.float32)
+    assert isinstance(model, HeadModel)
+    forward_ = model.backbone.forward
+
+    def without_the_first(**inputs: Any) -> Any:
+        output = forward_(**inputs)
+        output.hidden_states = output.hidden_states[1:]
+        return output
+
+    model.backbone.forward = without_the_first
+    with pytest.raises(StudyError, match=r"task.head_reads: .* of the family bert does not give"):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["text-classification", "token-classification", "causal-lm"])
 def test_padding_changes_no_logits(bases: Mapping[str, Path], family: str, kind: str) -> None:
     if (family, kind) == ("bert", "causal-lm"):
