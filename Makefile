@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := accountants demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
 	secagg ledger_faults fault_matrix round_log audit_page console hybrid_signatures fuzz_parsers deploy_round deploy_step simulate attacks \
-	audit_epsilon invariance memory personal small_consortia gate dossier
+	audit_epsilon invariance memory personal small_consortia planner gate dossier
 export HF_HUB_OFFLINE := 1
 # Tests start many processes: what they compile is kept, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=

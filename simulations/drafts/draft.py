@@ -598,6 +598,8 @@ class _Drafting:
         classifies = reading.kind == "text-classification"
         if classifies and base.decoder:
             task["pooling"] = "last"
+        if reading.kind == "token-classification" and not base.decoder:
+            task["head_reads"] = "all-layers"
         return {
             "name": self.wishes.name or _named_after(self.root),
             "model": {"base": base.section.base, "sha256": dict(base.section.sha256)},

@@ -95,6 +95,7 @@ COMMENTS: Mapping[str, str] = {
     "task.kind": "what the model learns",
     "task.labels": "The classes. They are part of the study: all sites and the coordinator see their names.",
     "task.pooling": "how the vectors of tokens become one; last: for decoders",
+    "task.head_reads": "the head sees each word in all layers, and finds more; remove the key to export the result",
     "task.max_new_tokens": "longest answer in evaluation; raise it if answers are cut",
     "data.columns": "The column of each role, in every site's files.",
     "data.unit": "rows with one value here belong to one patient",
