@@ -20,6 +20,7 @@ from privet.common.errors import (
     Finding,
     PolicyError,
     PrivetError,
+    RefusedError,
     SpentRoundError,
     StateError,
     StudyError,
@@ -182,7 +183,7 @@ def approve(
     if config.approvers and by is None:
         raise needs_signature(config)
     end = None if until is None else end_of(until)
-    asked, who = named_study(site, config, study, read=not yes)
+    asked, who = named_study(site, config, study, read=not yes, ended=False)
     from privet.client.commands.columns import settle_columns
     from privet.client.commands.guide import Guide
     from privet.client.network.lock import is_served, serves_former
@@ -377,7 +378,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     }
 
 
-def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
+def named_study(file: Path, config: SiteConfig, study: str, *, read: bool, ended: bool = True) -> tuple[Study, str]:
     """Return the study that an argument names, and who proposes it.
 
     Args:
@@ -385,8 +386,10 @@ def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tu
         config: Its content.
         study: A study file; or, of a proposed study, its run or the beginning of its digest.
         read: Whether a person confirms what the study asks, or nothing that is kept follows from the name.
+        ended: Whether a run that has ended may be named.
 
     Raises:
+        RefusedError: The run has ended.
         PrivetError: As `load_study`, `consulted` and `chosen`.
     """
     from privet.client.network.enrolment import Enrolment
@@ -402,6 +405,12 @@ def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tu
             )
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
     found = chosen(proposed_studies(file, config), study, read=read)
+    if found.ended and not ended:
+        raise RefusedError(
+            f"the run {found.run} has ended, or was withdrawn: no approval is recorded, as one would also count where "
+            "the same study is run again",
+            f"wait until the coordinator proposes the study again: `privet site studies {file}` lists what it proposes",
+        )
     log = "it is in the round log" if found.logged else "it is not in the round log yet"
     consortium = Enrolment(file.parent).terms.consortium
     return found.study, f"the coordinator of {consortium}, as run {found.run}; {log}."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, RefusedError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError, StudyError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
@@ -58,9 +58,12 @@ def init(
     from privet.server.consortium.coordinator import Settings
 
     host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise ProtocolError(
-            f"--address: expected HOST:PORT, found {address!r}", "give a port, for example --address host.example:9443"
+    most = 65_535 - (2 if fleet is None else 1 if enrolment is None else 0)
+    if not port.isdecimal() or not 0 < int(port) <= most:
+        raise StudyError(
+            f"--address: expected HOST:PORT with a port from 1 to {most}, found {address!r}",
+            f"give a port, as in `privet coordinator init {quote(str(directory))} --name {name} --address "
+            f"{host or address}:9443`",
         )
     terms = {"name": name, "origin": f"{_origin(host)}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
@@ -128,7 +131,11 @@ def invite(
     made = _open(directory, passphrase_file)
     if out is not None:
         _make_directory(out)  # before an invitation withdraws an earlier one
+    replaced = made.members.invited(sites, now())
     tokens = made.invite_all(sites, now())
+    if replaced:
+        text = f"Of {', '.join(replaced)}, the earlier token, or a request made with it, is not valid any more."
+        typer.echo(folded(text, err=True), err=True)
     if out is not None:
         for name, token in tokens.items():
             file = out / f"{name}.token"

@@ -404,8 +404,12 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
             error.hint = f"{error.hint}: `privet coordinator resume {begun.name}`"
         raise
     except KeyboardInterrupt:
-        said = f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}"
-        typer.echo(in_directory(said, begun.made.directory), err=True)
+        said = (
+            "Interrupted. Closed rounds are saved. A round that was open is lost, and stays spent at the sites that "
+            f"had charged it; next time, `privet coordinator stop {begun.name}` ends a run after its open round.\n"
+            f"next: privet coordinator resume {begun.name}"
+        )
+        typer.echo(folded(in_directory(said, begun.made.directory), err=True), err=True)
         raise typer.Exit(_INTERRUPTED) from None
     run = begun.directory.path
     if begun.directory.study.gate is not None and not (run / "release").is_dir():

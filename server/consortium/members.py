@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +116,14 @@ class Members:
                 )
                 row = (site, hash_of(secret), expires)
                 database.execute("INSERT OR REPLACE INTO invitations (site, hash, expires) VALUES (?, ?, ?)", row)
+
+    def invited(self, sites: Sequence[str], now: datetime) -> list[str]:
+        """Return those of some sites whose token, or whose request, another invitation would make invalid."""
+        waiting = "SELECT site FROM requests WHERE state = 'pending' "
+        waiting += "UNION SELECT site FROM invitations WHERE expires > ?"
+        with self._transaction() as database:
+            known = {str(row["site"]) for row in _all(database, waiting, int(now.timestamp()))}
+        return [site for site in sites if site in known]
 
     def ask(self, request: JoinRequest, now: datetime) -> Row:
         """Take a request to join, and return its state.
@@ -463,6 +471,15 @@ def _asked(database: sqlite3.Connection, site: str) -> Mapping[str, Any]:
         raise RefusedError(
             f"{site} is a member already, and waits for nothing",
             "nothing is left to do; `privet coordinator members` lists the members",
+        )
+    if found is None and (
+        invited := _one(database, "SELECT expires FROM invitations WHERE site = ? AND request IS NULL", site)
+    ):
+        until = datetime.fromtimestamp(int(invited["expires"]), UTC)
+        raise RefusedError(
+            f"{site} has not asked to join yet; its token is valid until {until:%Y-%m-%d %H:%M} UTC",
+            "wait until its operator has run `privet site join @TOKEN DIRECTORY`. If the token is lost or expired, "
+            f"`privet coordinator invite {site}` makes another, and the first is not valid any more",
         )
     if found is None:
         raise RefusedError(

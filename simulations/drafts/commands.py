@@ -300,11 +300,15 @@ def _command(context: typer.Context, more: str = "") -> str:
         value = context.params.get(str(parameter.name))
         if not value or value == parameter.default or parameter.name == "force":
             continue
+        if " --privacy none" in more and parameter.name in ("epsilon", "delta"):
+            continue
         several = isinstance(value, list | tuple)
         if not several and any(f" {option} " in f"{more} " for option in parameter.opts):
             continue
         for each in value if several else [value]:
             option = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
+            if option and f" {option[0]} {str(each).partition('=')[0]}=" in more:
+                continue  # of --column ROLE=NAME, another one for the same role
             words += option if each is True else [*option, str(each)]
     return f"privet new {shlex.join(words)}{more}"
 

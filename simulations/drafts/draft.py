@@ -217,7 +217,12 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     sites = sites_of(files)
     forms = _renamed({file: _form_of(file, say) for file in files}, wishes.renamed, say)
     tables = {file: _table_of(file, form) for file, form in forms.items()}
-    table = in_common(tables)
+    try:
+        table = in_common(tables)
+    except StudyError as error:
+        if found := renames(tables):
+            error.hint = _same_names(found)
+        raise
     _check_names(files[0], [*table], [*wishes.columns.values(), *([wishes.patient] if wishes.patient else [])])
     drafting = _Drafting(table, sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)

@@ -25,7 +25,7 @@ from privet.client.policy.opinion import judged
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
+from privet.common.errors import ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.pki.enrolment import Proposal, ProposalsReply
 from privet.common.study.study import Study
 from privet.server.consortium.proposals import proposed
@@ -90,6 +90,14 @@ def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
         "has 2 rounds",
     ):
         assert part in text, (part, text)
+
+
+@pytest.mark.parametrize("name", ["old", changed(EXAMPLE, epsilon=1.0).digest])
+def test_a_run_that_has_ended_is_not_approved_for_the_next_one(home: Path, name: str) -> None:
+    with pytest.raises(RefusedError, match="run old has ended, or was withdrawn: no approval is recorded") as caught:
+        run(commands.approve, home, name, "--yes")
+    assert f"`privet site studies {home / 'site.toml'}`" in caught.value.hint
+    assert approved(load_site(home / "site.toml")) == frozenset()
 
 
 def test_a_served_site_is_not_told_to_serve(home: Path) -> None:

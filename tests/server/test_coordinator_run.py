@@ -78,7 +78,10 @@ def test_several_sites_are_invited_at_once_all_or_none(home: Path, tmp_path: Pat
         assert Token.parse(file.read_text()).site == name
         assert str(file) in result.stdout
     assert "privet1." not in result.output  # a secret that is in a file is not on the screen as well
-    lines = run(enrolment.invite, "oslo", "bern", "-C", home).stdout.splitlines()
+    assert "not valid any more" not in result.stderr
+    again = run(enrolment.invite, "oslo", "bern", "-C", home)
+    assert "Of oslo, bern, the earlier token, or a request made with it, is not valid any more." in again.stderr
+    lines = again.stdout.splitlines()
     assert [Token.parse(line.split()[1]).site for line in lines] == ["oslo", "bern"]
     for names, error in ((("paris", "paris"), ProtocolError), (("paris", "berlin"), RefusedError)):
         with pytest.raises(error):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -727,11 +727,25 @@ def directory_is_in_use(at: Desk) -> Story:
     yield ("coordinator", "init", at.home.parent / "south", *words)
 
 
-@coordinators(4, "--address: expected HOST:PORT, found 'host.example'", "--address host.example:9443")
+@coordinators(2, "with a port from 1 to 65533, found 'host.example'", "--address host.example:9443")
 def address_without_a_port(at: Desk) -> Story:
     words = ("coordinator", "init", at.home.parent / "south", "--name=south", "--no-passphrase", "--address")
     yield (*words, "host.example")
     yield (*words, "host.example:9443")
+
+
+@coordinators(2, "with a port from 1 to 65533, found '127.0.0.1:65534'", "--address 127.0.0.1:9443")
+def address_without_two_further_ports(at: Desk) -> Story:
+    words = ("coordinator", "init", at.home.parent / "south", "--name=south", "--no-passphrase", "--address")
+    yield (*words, "127.0.0.1:65534")
+    yield (*words, "127.0.0.1:65533")
+
+
+@coordinators(3, "oslo has not asked to join yet; its token is valid until", "wait until its operator has run")
+def site_is_invited_and_has_not_joined(at: Desk) -> Story:
+    at.made.invite_all(["oslo"], datetime.now(UTC))
+    yield at.words("approve", "oslo", "--words", "acorn")
+    yield at.words("status")
 
 
 @coordinators(6, "No space left on device", "free space on the disk, then run the command again")
