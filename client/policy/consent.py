@@ -23,7 +23,7 @@ from privet.common.study.study import Study
 Began = Callable[[], Mapping[str, datetime]]
 """Returns the time when each study began at this site, by its digest."""
 
-_LINE = re.compile(r"(refused )?(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+(?: .*)?")
+_LINE = re.compile(r"(refused )?(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+(?(1) .*)")
 
 
 def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
