@@ -424,6 +424,8 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
         against += [error.message for error in (opinion.budget, unfit) if error is not None]
         if against:
             refused.append((each.run, f"{each.run} is proposed, and this site would refuse it: {'; '.join(against)}"))
+        elif opinion.refused:
+            held.append(f"refused by a person here: {each.run}")
         elif opinion.waits:
             waits.append(each.run)
         elif opinion.later:

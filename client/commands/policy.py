@@ -93,7 +93,7 @@ def policy(
     typer.echo(folded("\n".join(lines), 2))
 
 
-_REFUSES = "this site refuses it"
+_REFUSES, _DECLINED = "this site refuses it", "a person here has refused it"
 Approver = Annotated[
     str | None, typer.Option("--as", help="Name of the approver who signs, if the site file names approvers.")
 ]
@@ -141,7 +141,7 @@ def check(
         _show(findings, budget, unfit)
         for line in _ways(config, findings, (budget, unfit), site, study, asked):
             typer.echo(folded(f"to admit it  {on_one_line(line)}", 13))
-        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
+        if opinion.waits and len(findings) == 1 and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
     if findings or budget or unfit:
         raise typer.Exit(3)
@@ -217,7 +217,8 @@ def approve(
             f"name exactly what you approve, `privet site approve {site} {asked.digest}`, or add --yes",
         )
     if terminal and not yes and not typer.confirm("\nApprove this study for this site?"):
-        typer.echo("not approved; no approval was recorded")
+        typer.echo("not approved; no approval was recorded. The coordinator goes on waiting. To say no:")
+        typer.echo(f"next: privet site refuse {site} {study} --reason TEXT")
         raise typer.Exit(1)
     if by is None:
         record(config, asked, datetime.now(UTC))
@@ -251,22 +252,26 @@ def refuse(
     by: Approver = None,
     passphrase_file: ApproverPassphrase = None,
 ) -> None:
-    """Record that an approver refuses a study: a signed statement, which also ends an earlier approval.
+    """Record that a person refuses a study, which also ends an earlier approval.
 
-    The site takes part in the study only once this approver approves it.
+    The coordinator learns that the study was refused, and not why. The site takes part in it only once it is approved.
+    Where the site file names approvers, the refusal is signed with the key of the one that --as names, and only the
+    same person can take it back.
     """
+    from privet.client.policy.consent import record_refusal
+    from privet.client.policy.decisions import needs_signature
     from privet.client.site import load_site
 
     config = load_site(site)
-    if by is None:
-        raise StateError(
-            "a refusal is signed by an approver: expected --as NAME",
-            f"make a key with `privet site approver {site} NAME`; without approvers, a study is refused by not "
-            "approving it",
-        )
+    if config.approvers and by is None:
+        raise needs_signature(config)
     asked, _ = named_study(site, config, study, read=False)
-    _decide(config, asked, by, "refuse", reason, None, passphrase_file)
-    typer.echo(f"refused  {asked.name} {asked.digest}, by {by}")
+    if by is None:
+        record_refusal(config, asked, reason, datetime.now(UTC))
+    else:
+        _decide(config, asked, by, "refuse", reason, None, passphrase_file)
+    typer.echo(f"refused  {asked.name} {asked.digest}{'' if by is None else f', by {by}'}")
+    typer.echo(f"To take it back: privet site approve {site} {study}")
 
 
 @doing("Making the key of {name}")
@@ -350,16 +355,19 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
 def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     """Return what is printed about a proposed study, as JSON values."""
     from privet.client.policy.opinion import judged, said
+    from privet.client.policy.rules import PERSONAL
     from privet.common.study.terms import purpose_text
 
     study = proposed.study
     opinion = judged(config, study)
-    waits = [each.code for each in opinion.findings] == ["E_NOT_APPROVED"] and opinion.budget is None
-    reasons = [f"{each.code}: {said(each)}" for each in opinion.findings if waits or each.code != "E_NOT_APPROVED"]
+    waits = opinion.waits and len(opinion.findings) == 1 and opinion.budget is None
+    reasons = [f"{each.code}: {said(each)}" for each in opinion.findings if waits or each.code not in PERSONAL]
     reasons += [f"E_BUDGET: {opinion.budget.message}"] if opinion.budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
-    verdict = "this site takes part" if not reasons else "waits for your approval" if waits else _REFUSES
+    verdict = "waits for your approval" if waits else _REFUSES
+    if opinion.refused or not reasons:
+        verdict = _DECLINED if reasons else "this site takes part"
     return {
         "run": proposed.run,
         "name": study.name,

@@ -183,8 +183,7 @@ def _offer(site: SiteConfig, proposed: Proposed, made: Sequence[Decision]) -> Of
     if proposed.ended:
         return Offered(proposed, "ended", (), decided)
     opinion = judged(site, proposed.study, thorough=False)
-    refused = any(each.decision == "refuse" for each in decided.values())
-    state = "refused" if opinion.against or refused else "waiting" if opinion.waits else "admitted"
+    state = "refused" if opinion.against or opinion.refused else "waiting" if opinion.waits else "admitted"
     return Offered(proposed, state, opinion.against, decided)
 
 

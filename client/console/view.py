@@ -20,7 +20,7 @@ from privet.client.network.proposals import Proposed
 from privet.client.policy.agreement import advice, agreement
 from privet.client.policy.decisions import decide, decisions, end_of, newest
 from privet.client.policy.opinion import judged, price_of, unfit_of
-from privet.client.policy.rules import load_policy
+from privet.client.policy.rules import PERSONAL, load_policy
 from privet.client.rounds.logbook import COPY
 from privet.client.site import SiteConfig, load_site
 from privet.client.training.glance import lacking_columns
@@ -125,7 +125,7 @@ class SiteView:
             "proposed": proposed,
             "study": study,
             "lines": agreement(site, study, f"the coordinator, as run {proposed.run}.", price, lacking),
-            "rules": reading.verdict_lines(site, [each for each in opinion.findings if each.code != "E_NOT_APPROVED"]),
+            "rules": reading.verdict_lines(site, [each for each in opinion.findings if each.code not in PERSONAL]),
             "against": opinion.against,
             "advice": advice(site, opinion.against, str(self._file), proposed.run),
             "budget": opinion.budget,

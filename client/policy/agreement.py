@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.budget.accounts import Limit
-from privet.client.policy.rules import PASSING, base_digest, opening_threshold
+from privet.client.policy.rules import PASSING, PERSONAL, base_digest, opening_threshold
 from privet.client.site import SiteConfig
 from privet.common.errors import Finding
 from privet.common.masking.groups import smallest_sum
@@ -18,7 +18,7 @@ from privet.common.study.counts import cells_of, most_records
 from privet.common.study.study import Study
 from privet.common.study.terms import gate_text, purpose_text, terms_text
 
-LATER = PASSING | {"E_NOT_APPROVED"}
+LATER = PASSING | PERSONAL
 """Findings that do not speak against an approval: they pass with it, or with time."""
 
 _METRICS = {

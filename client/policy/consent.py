@@ -1,9 +1,9 @@
 """The site's verdict on a study, from its policy, its approvals and the studies that have begun.
 
 An approval is a line of a file that the site owns: the study's digest, the time of approval, and the study's name. Only
-the digest counts. Where the site file names approvers, it is a statement that one of them signed instead
-(`privet.client.policy.decisions`). Policy and approvals are read again for each verdict, so a change applies from the
-next message on.
+the digest counts. A line that begins with "refused" says no, and the last line about a study counts. Where the site
+file names approvers, it is a statement that one of them signed instead (`privet.client.policy.decisions`). Policy and
+approvals are read again for each verdict, so a change applies from the next message on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from privet.client.policy.decisions import admitted, decisions, needs_signature
+from privet.client.policy.decisions import admitted, decisions, needs_signature, newest
 from privet.client.policy.rules import DAY, MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
@@ -23,7 +23,7 @@ from privet.common.study.study import Study
 Began = Callable[[], Mapping[str, datetime]]
 """Returns the time when each study began at this site, by its digest."""
 
-_LINE = re.compile(r"(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+")
+_LINE = re.compile(r"(refused )?(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+(?(1) .*)")
 
 
 def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
@@ -84,6 +84,7 @@ def verdict(
         patient_column=site.patient_column,
         floor=site.floor.terms(),
         site=site.name,
+        refused=study.digest in refused(site),
     )
     return _digest(site, policy), judge(policy, study, facts, thorough=thorough)
 
@@ -130,9 +131,28 @@ def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:
         return admitted(decisions(site), persons, datetime.now(UTC))
     if persons > 1:  # one file cannot tell one person from another
         return frozenset()
+    return frozenset(study for study, approves in _standing(site).items() if approves)
+
+
+def refused(site: SiteConfig) -> frozenset[str]:
+    """Return the digests of the studies that people at the site refused, and have not approved since.
+
+    Raises:
+        StateError: As `approved`.
+    """
+    if not site.approvers:
+        return frozenset(study for study, approves in _standing(site).items() if not approves)
+    made = decisions(site)
+    return frozenset(
+        each.study for each in made if any(said.decision == "refuse" for said in newest(made, each.study).values())
+    )
+
+
+def _standing(site: SiteConfig) -> dict[str, bool]:
+    """Return whether each study is approved, by the last line about it."""
     path = site.approvals
     if path is None or not path.exists():
-        return frozenset()
+        return {}
     if path.stat().st_mode & 0o022:
         raise StateError(
             f"other users of this machine can write to the approvals file {path}", f"run `chmod go-w {path}`"
@@ -144,7 +164,7 @@ def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:
             "study)",
             "delete the line, then approve the study with `privet site approve SITE STUDY`",
         )
-    return frozenset(match.group(1) for match in matches if match is not None)
+    return {match[2]: match[1] is None for match in matches if match is not None}
 
 
 def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
@@ -154,6 +174,22 @@ def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
         StateError: The site file names no file for approvals, or the file cannot be read; or it names approvers, whose
             signature it takes (`privet.client.policy.decisions`).
     """
+    if study.digest not in approved(site):
+        _record(site, f"{study.digest} {now.astimezone(UTC).isoformat(timespec='seconds')} {study.name}")
+
+
+def record_refusal(site: SiteConfig, study: Study, reason: str, now: datetime) -> None:
+    """Record that a person at the site has refused a study, and why. It ends an earlier approval. Durable on return.
+
+    Raises:
+        StateError: As `record_approval`.
+    """
+    time = now.astimezone(UTC).isoformat(timespec="seconds")
+    said = "".join(each if each.isprintable() else " " for each in reason)
+    _record(site, f"refused {study.digest} {time} {study.name} {said}")
+
+
+def _record(site: SiteConfig, line: str) -> None:
     if site.approvals is None:
         raise StateError(
             f"the site file of {site.name} names no file in which to record approvals",
@@ -161,8 +197,6 @@ def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
         )
     if site.approvers:
         raise needs_signature(site)
-    if study.digest in approved(site):
-        return
+    _standing(site)  # nothing is added to a file that cannot be read
     before = site.approvals.read_bytes() if site.approvals.exists() else b""
-    line = f"{study.digest} {now.astimezone(UTC).isoformat(timespec='seconds')} {study.name}\n"
-    write_durably(site.approvals, before + line.encode(), 0o600)
+    write_durably(site.approvals, before + line.encode() + b"\n", 0o600)

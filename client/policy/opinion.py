@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from privet.client.policy.agreement import LATER, Price
 from privet.client.policy.consent import verdict
+from privet.client.policy.rules import PASSING, PERSONAL
 from privet.client.site import SiteConfig
 from privet.common.errors import Finding, PrivetError, SpentRoundError
 from privet.common.study.study import Study
@@ -36,12 +37,17 @@ class Opinion:
     @property
     def later(self) -> tuple[Finding, ...]:
         """The findings that pass with time."""
-        return tuple(each for each in self.findings if each.code in LATER and each.code != "E_NOT_APPROVED")
+        return tuple(each for each in self.findings if each.code in PASSING)
 
     @property
     def waits(self) -> bool:
         """Whether the study lacks the approval of a person."""
-        return any(each.code == "E_NOT_APPROVED" for each in self.findings)
+        return any(each.code in PERSONAL for each in self.findings)
+
+    @property
+    def refused(self) -> bool:
+        """Whether a person here has refused the study."""
+        return any(each.code == "E_REFUSED" for each in self.findings)
 
 
 def judged(config: SiteConfig, study: Study, *, thorough: bool = True) -> Opinion:

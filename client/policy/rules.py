@@ -44,6 +44,8 @@ _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5]
 ShortText = Annotated[str, Field(min_length=1, max_length=128)]
 Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
 DAY = timedelta(days=1)
+PERSONAL = frozenset({"E_NOT_APPROVED", "E_REFUSED"})
+"""Findings that an approval ends."""
 PASSING = frozenset({"E_HOURS", "E_STUDIES_PER_DAY"})
 """Findings that pass with time."""
 
@@ -190,6 +192,7 @@ class Facts:
     Attributes:
         now: Time, with a time zone.
         approved: Whether a person has approved this very study.
+        refused: Whether a person has refused this very study, after any approval.
         declared: The site's declared count.
         began_before: When other studies began at this site in the 24 hours before this one began, or before now; in
             order.
@@ -207,6 +210,7 @@ class Facts:
     patient_column: str | None = None
     floor: Floor = field(default_factory=Floor)
     site: str = ""
+    refused: bool = False
 
 
 def judge_adapter(policy: SitePolicy, study: Study, *, own: bool) -> tuple[Finding, ...]:
@@ -261,13 +265,15 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
         *_limits(policy.limits, study, facts),
     ]
     unapproved = policy.approval == "person" and not facts.approved
-    told = thorough or not (found or unapproved)
+    told = thorough or not (found or unapproved or facts.refused)
     if told:
         # To a coordinator only where the consent would declare the count: whoever sends studies could bisect it.
         found = [*_room(study, facts), *found]
     if study.private and told:
         found += _noise(policy.privacy, study)
-    if unapproved:
+    if facts.refused:
+        found.append(_finding("E_REFUSED", "approval", study.digest, "a study that nobody here has refused"))
+    elif unapproved:
         found.append(_finding("E_NOT_APPROVED", "approval", study.digest, "a study that a person has approved"))
     return tuple(found)
 
@@ -486,6 +492,9 @@ def refuse(site: str, study: Study, policy: str, findings: Sequence[Finding]) ->
     if findings[0].code == "E_NOT_APPROVED":
         message = f"site {site} has not approved study {study.name} ({study.digest[:19]})"
         hint = "ask the site's operator to read the study and run `privet site approve SITE STUDY`"
+    elif findings[0].code == "E_REFUSED":
+        message = f"a person at site {site} has refused study {study.name} ({study.digest[:19]})"
+        hint = "ask the site's operator for the reason, which stays at the site; an approval would take it back"
     else:
         message = f"the policy of site {site} refuses study {study.name} ({study.digest[:19]}): {reasons}"
         hint = "change the study, or ask the site's operator to change the policy"

@@ -28,6 +28,10 @@ WATTS = 100.0
 _ROUNDS_SHOWN = 60
 _NAMED = 12
 """Sites that the top of a report names."""
+_FEW = 3
+"""Sites that do worse, and labels that are hardly found, that the first sentences name."""
+_HARDLY = 0.2
+"""A label of which a smaller part of the records is found is hardly found."""
 _EXTREME = 5.0
 """A perplexity above this multiple of the result is left out of the figure, which it would flatten."""
 
@@ -121,8 +125,26 @@ def conclusion(run: RunFacts) -> str:
         )
     if alone is None and pooled is None:
         words += f". Before training, it was {as_text(primary, scores['before'])}"
-    gain = OwnRecords.of(run.summary).gain
-    return f"{words}.{' Less is better.' if primary == 'perplexity' else ''}{f' {gain}' if gain else ''}"
+    less = "Less is better." if primary == "perplexity" else ""
+    own = OwnRecords.of(run.summary)
+    return " ".join(part for part in (f"{words}.", less, own.gain, _losers(own), _hardly_found(run)) if part)
+
+
+def _losers(own: OwnRecords) -> str:
+    """Return what the sites lose that would do better alone, as a sentence; empty if there are none, or many."""
+    rows = ((site, own.rows[site]["together"], own.rows[site]["alone"]) for site in own.losers)
+    lost = [f"{site} ({as_text(own.metric, mine)}, alone {as_text(own.metric, alone)})" for site, mine, alone in rows]
+    return f"Not better together: {', '.join(lost)}." if 0 < len(lost) <= _FEW else ""
+
+
+def _hardly_found(run: RunFacts) -> str:
+    """Return the labels that the model hardly ever finds, as a sentence; empty if there are none."""
+    found = {name: (count, right) for name, count, right in run.groups.get("label", ())}
+    secret = hidden({name: count for name, (count, _) in found.items()})
+    rare = [name for name, (_, right) in found.items() if name not in secret and right < _HARDLY]
+    more = f" and {len(rare) - _FEW} more" if len(rare) > _FEW else ""
+    labels = f"label{'s' if len(rare) > 1 else ''} {', '.join(rare[:_FEW])}{more}"
+    return f"The model finds hardly any record of the {labels}." if rare else ""
 
 
 def _lead(run: RunFacts) -> Html:

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.client.policy.agreement import advice
-from privet.client.policy.consent import approved, began_before, check_policy, policy_digest, record_approval, verdict
+from privet.client.policy.consent import (
+    approved,
+    began_before,
+    check_policy,
+    policy_digest,
+    record_approval,
+    record_refusal,
+    refused,
+    verdict,
+)
 from privet.client.policy.rules import (
     Facts,
     SitePolicy,
@@ -282,6 +291,27 @@ def test_min_sites_bounds_the_sum_over_the_survivors_of_the_smallest_group(group
 
 
 # --- approval --------------------------------------------------------------------------------------------------
+
+
+def test_a_person_refuses_a_study_until_a_person_approves_it(tmp_path: Path) -> None:
+    for policy in (policy_of(approval="person"), policy_of()):
+        assert codes(policy, study_of(), approved=False, refused=True) == ["E_REFUSED"]
+    # Who sends a study that was refused learns nothing of the count, and costs no calibration.
+    small = study_of(aggregation={"largest_count": 1})
+    assert [each.code for each in judge(policy, small, facts(refused=True), thorough=False)] == ["E_REFUSED"]
+    site = SiteConfig(name="north", train=(Path("x.csv"),), approvals=tmp_path / "approvals")
+    study = study_of()
+    record_approval(site, study, NOON)
+    record_refusal(site, study, "pat\u00e9 \u4e0d\nsha256:" + "0" * 64, NOON)
+    assert (approved(site), refused(site)) == (frozenset(), frozenset({study.digest}))
+    assert len((tmp_path / "approvals").read_text(encoding="utf-8").splitlines()) == 2
+    record_approval(site, study, NOON)
+    assert (approved(site), refused(site)) == (frozenset({study.digest}), frozenset())
+    other = study_of(lora={"rank": 4})
+    record_refusal(site, other, "", NOON)
+    assert (approved(site), refused(site)) == (frozenset({study.digest}), frozenset({other.digest}))
+    error = refuse("north", study, "sha256:0", judge(policy_of(), study, facts(refused=True)))
+    assert error.message.startswith("a person at site north has refused study ")
 
 
 def test_a_person_approves_one_study_and_no_other(tmp_path: Path) -> None:

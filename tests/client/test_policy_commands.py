@@ -100,6 +100,18 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     assert (refused.exit_code, "would refuse the study now" in refused.output) == (3, True)
 
 
+def test_a_refusal_needs_no_approver_and_is_taken_back_by_an_approval(files: tuple[Path, Path]) -> None:
+    site, study = files
+    run(policy.approve, site, study)
+    refused = run(policy.refuse, site, study, "--reason", "not our patients")
+    assert f"To take it back: privet site approve {site} {study}" in refused.output
+    checked = run(policy.check, site, study)
+    assert (checked.exit_code, "E_REFUSED" in checked.output) == (3, True)
+    assert f"next: privet site approve {site} {study}" in checked.output
+    run(policy.approve, site, study)
+    assert run(policy.check, site, study).exit_code == 0
+
+
 def test_a_study_that_the_files_do_not_fit_is_not_approved_and_consent_would_say_the_same(
     files: tuple[Path, Path],
 ) -> None:

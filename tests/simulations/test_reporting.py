@@ -24,7 +24,7 @@ from privet.common.cli import build_command
 from privet.common.errors import StateError, StudyError
 from privet.common.study.study import Study
 from privet.simulations.reporting.gather import RunFacts, Traffic, gather
-from privet.simulations.reporting.page import as_share, page, strength
+from privet.simulations.reporting.page import as_share, conclusion, page, strength
 from privet.simulations.reporting.subgroups import evaluate_groups, grouped, thirds
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.simulations.test_simulate import study_file
@@ -307,6 +307,7 @@ def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert
     said = inert(page([facts(study, {"a": 50, "b": 60, "c": 70}, summary=more)])).said
     told = "1 of 3 sites do better together than alone on their own test records."
     assert said.count(told) == 2  # in the conclusion, and beside the table
+    assert f"{told} Not better together: b (60.0 %, alone 70.0 %), c (90.0 %, alone 90.0 %)." in said
     assert (
         "site test records together alone own adapter (no privacy) a 50 80.0 % 50.0 % 100.0 % b 60 60.0 % 70.0 % "
         "100.0 % c 70 90.0 % 90.0 % 100.0 %"
@@ -320,6 +321,14 @@ def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert
     assert "site training records patients a 1,200 300 b not shown not shown c not shown not shown" in said
     assert "each step takes each patient with probability" in said
     assert "protects no patient" in said
+
+
+def test_the_first_sentences_name_labels_that_are_hardly_found_and_no_small_group(bert: Path) -> None:
+    labels = [("heart", 40, 0.02), ("skin", 40, 0.9), ("lung", 40, 0.19), ("rare", 7, 0.0), ("seldom", 8, 0.0)]
+    told = facts(tiny_study(bert), {"a": 50, "b": 60, "c": 70}, groups={"label": labels, "length": [("short", 9, 0.0)]})
+    assert conclusion(told).endswith("The model finds hardly any record of the labels heart, lung.")
+    well = facts(tiny_study(bert), {"a": 50, "b": 60, "c": 70}, groups={"label": labels[1:2]})
+    assert "hardly any" not in conclusion(well)
 
 
 def test_prose_marks_up_commands_and_nothing_else() -> None:
