@@ -204,7 +204,7 @@ def admitted(found: Sequence[Decision], persons: int, now: datetime) -> frozense
 def needs_signature(site: SiteConfig) -> StateError:
     """Return the error where somebody would approve without a signature."""
     return StateError(
-        f"the site file of {site.name} names approvers, so an approval needs the signature of one of them",
+        f"the site file of {site.name} names approvers, so a decision needs the signature of one of them",
         f"add --as NAME to the command; the approvers are {', '.join(site.approvers)}",
     )
 

@@ -115,7 +115,7 @@ def test_the_command_line_signs_as_the_console_does(file: Path, world: World) ->
     assert approved(load_site(file)) == frozenset()
     with pytest.raises(StateError, match="9999-12-31 is too late"):
         run(commands.approve, file, EXAMPLE.digest, "--yes", "--as=anna", "--until=9999-12-31", *secret)
-    with pytest.raises(StateError, match="expected --as NAME"):
+    with pytest.raises(StateError, match="names approvers, so a decision needs the signature"):
         run(commands.refuse, file, EXAMPLE.digest, "--reason=no")
 
 
