@@ -45,13 +45,17 @@ ARMS: dict[str, tuple[dict[str, Any], bool]] = {
 
 def split(directory: Path, limit: int | None) -> dict[str, dict[str, list[str]]]:
     """Deal the training sentences to four sites in turn; the test is evaluated as a whole, at the first site."""
-    rows = (NCBI / "train.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
-    table = {}
-    for number in range(SITES):
-        path = directory / f"train-{number}.jsonl"
-        path.write_text("\n".join(rows[number::SITES]) + "\n", encoding="utf-8")
-        table[f"site-{number}"] = {"train": [str(path)], "test": [str(NCBI / "test.jsonl")] if number == 0 else []}
-    return table
+
+    def some(part: str, number: int, step: int) -> list[str]:
+        rows = (NCBI / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+        path = directory / f"{part}-{number}.jsonl"
+        path.write_text("\n".join(rows[number::step]) + "\n", encoding="utf-8")
+        return [str(path)]
+
+    return {
+        f"site-{number}": {"train": some("train", number, SITES), "test": some("test", 0, 1) if number == 0 else []}
+        for number in range(SITES)
+    }
 
 
 def study(privacy: Mapping[str, Any], every_layer: bool, seed: int, rounds: int) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def run_arm(name: str, seed: int, folder: str, keep: Path | None, quick: bool) -
     def run() -> dict[str, Any]:
         place.mkdir()
         table = {"data": "files", "evaluate_every": 1000, "resources": {"threads": 1}}
-        table["sites"] = split(place, 400 if quick else None)
+        table["sites"] = split(place, 200 if quick else None)
         whole = {**document, "simulation": table}
         summary: dict[str, Any] = run_simulation(prepare(write(place / "study.toml", whole), place / "run"))
         return summary

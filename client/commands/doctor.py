@@ -419,13 +419,14 @@ def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Rep
         if each.ended:
             continue
         opinion = judged(site, each.study)
+        if opinion.refused:
+            held.append(f"refused by a person here: {each.run}")
+            continue
         against = [said(finding) for finding in opinion.against]
         unfit = None if against or opinion.budget is not None else unfit_of(site, each.study)
         against += [error.message for error in (opinion.budget, unfit) if error is not None]
         if against:
             refused.append((each.run, f"{each.run} is proposed, and this site would refuse it: {'; '.join(against)}"))
-        elif opinion.refused:
-            held.append(f"refused by a person here: {each.run}")
         elif opinion.waits:
             waits.append(each.run)
         elif opinion.later:

@@ -218,7 +218,7 @@ def approve(
         )
     if terminal and not yes and not typer.confirm("\nApprove this study for this site?"):
         typer.echo("not approved; no approval was recorded. The coordinator goes on waiting. To say no:")
-        typer.echo(f"next: privet site refuse {site} {study} --reason TEXT")
+        typer.echo(f"next: privet site refuse {site} {study} --reason TEXT{_signing(by)}")
         raise typer.Exit(1)
     if by is None:
         record(config, asked, datetime.now(UTC))
@@ -271,7 +271,7 @@ def refuse(
     else:
         _decide(config, asked, by, "refuse", reason, None, passphrase_file)
     typer.echo(f"refused  {asked.name} {asked.digest}{'' if by is None else f', by {by}'}")
-    typer.echo(f"To take it back: privet site approve {site} {study}")
+    typer.echo(f"To take it back: privet site approve {site} {study}{_signing(by)}")
 
 
 @doing("Making the key of {name}")
@@ -299,6 +299,11 @@ def approver(
     change_file(site, {f"approvers.{name}": public}, partial(validate, SiteConfig, what="site file"))
     typer.echo(f"approver  {name} {public}")
     typer.echo("Restart `privet site serve` if it runs: from then on, approvals count only if an approver signed them.")
+
+
+def _signing(by: str | None) -> str:
+    """Return the option that names who signs, for a command."""
+    return "" if by is None else f" --as {by}"
 
 
 def _decide(
@@ -365,9 +370,9 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     reasons += [f"E_BUDGET: {opinion.budget.message}"] if opinion.budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
-    verdict = "waits for your approval" if waits else _REFUSES
-    if opinion.refused or not reasons:
-        verdict = _DECLINED if reasons else "this site takes part"
+    verdict = "this site takes part"
+    if reasons:
+        verdict = _DECLINED if opinion.refused else "waits for your approval" if waits else _REFUSES
     return {
         "run": proposed.run,
         "name": study.name,

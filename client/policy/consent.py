@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
 
-from privet.client.policy.decisions import admitted, decisions, needs_signature, newest
+from privet.client.policy.decisions import admitted, decisions, declined, needs_signature
 from privet.client.policy.rules import DAY, MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
@@ -75,16 +77,17 @@ def verdict(
         return policy_digest(site), (nothing,)
     # Read for each verdict and not cached: an operator who tightens the policy stops the next message.
     policy, now = load_policy(site.policy), datetime.now(UTC)
+    people = standing(site, policy.persons)
     facts = Facts(
         now=now,
-        approved=study.digest in approved(site, policy.persons),
+        approved=study.digest in people.approved,
         declared=site.declared_count,
         began_before=began_before(began(), study.digest, now),
         upload_bytes=upload_bytes,
         patient_column=site.patient_column,
         floor=site.floor.terms(),
         site=site.name,
-        refused=study.digest in refused(site),
+        refused=study.digest in people.refused,
     )
     return _digest(site, policy), judge(policy, study, facts, thorough=thorough)
 
@@ -115,8 +118,20 @@ def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> tu
     return tuple(sorted(time for other, time in began.items() if other != study and start - DAY < time <= start))
 
 
+class Standing(NamedTuple):
+    """What people at a site decided, by the digests of studies."""
+
+    approved: frozenset[str]
+    refused: frozenset[str]
+
+
 def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:
-    """Return the digests of the studies that people at the site approved.
+    """Return the digests of the studies that people at the site approved. Arguments and errors as `standing`."""
+    return standing(site, persons).approved
+
+
+def standing(site: SiteConfig, persons: int = 1) -> Standing:
+    """Return the studies that people at the site approved, and those that they refused and have not approved since.
 
     Where the site file names approvers, what they signed counts and nothing else.
 
@@ -128,27 +143,15 @@ def approved(site: SiteConfig, persons: int = 1) -> frozenset[str]:
         StateError: A line of the file is not an approval, or other users of this machine may write the file.
     """
     if site.approvers:
-        return admitted(decisions(site), persons, datetime.now(UTC))
-    if persons > 1:  # one file cannot tell one person from another
-        return frozenset()
-    return frozenset(study for study, approves in _standing(site).items() if approves)
+        made = decisions(site)
+        return Standing(admitted(made, persons, datetime.now(UTC)), declined(made))
+    said = _lines(site)
+    refused = frozenset(study for study, approves in said.items() if not approves)
+    # One file cannot tell one person from another.
+    return Standing(frozenset(said) - refused if persons == 1 else frozenset(), refused)
 
 
-def refused(site: SiteConfig) -> frozenset[str]:
-    """Return the digests of the studies that people at the site refused, and have not approved since.
-
-    Raises:
-        StateError: As `approved`.
-    """
-    if not site.approvers:
-        return frozenset(study for study, approves in _standing(site).items() if not approves)
-    made = decisions(site)
-    return frozenset(
-        each.study for each in made if any(said.decision == "refuse" for said in newest(made, each.study).values())
-    )
-
-
-def _standing(site: SiteConfig) -> dict[str, bool]:
+def _lines(site: SiteConfig) -> dict[str, bool]:
     """Return whether each study is approved, by the last line about it."""
     path = site.approvals
     if path is None or not path.exists():
@@ -174,8 +177,9 @@ def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
         StateError: The site file names no file for approvals, or the file cannot be read; or it names approvers, whose
             signature it takes (`privet.client.policy.decisions`).
     """
-    if study.digest not in approved(site):
-        _record(site, f"{study.digest} {now.astimezone(UTC).isoformat(timespec='seconds')} {study.name}")
+    path, said = _file(site), _lines(site)
+    if not said.get(study.digest, False):
+        _add(path, f"{study.digest} {_second(now)} {study.name}")
 
 
 def record_refusal(site: SiteConfig, study: Study, reason: str, now: datetime) -> None:
@@ -184,12 +188,13 @@ def record_refusal(site: SiteConfig, study: Study, reason: str, now: datetime) -
     Raises:
         StateError: As `record_approval`.
     """
-    time = now.astimezone(UTC).isoformat(timespec="seconds")
+    path, _ = _file(site), _lines(site)  # nothing is added to a file that cannot be read
     said = "".join(each if each.isprintable() else " " for each in reason)
-    _record(site, f"refused {study.digest} {time} {study.name} {said}")
+    _add(path, f"refused {study.digest} {_second(now)} {study.name} {said}")
 
 
-def _record(site: SiteConfig, line: str) -> None:
+def _file(site: SiteConfig) -> Path:
+    """Return the file of a site without approvers. Raises `StateError` as `record_approval`."""
     if site.approvals is None:
         raise StateError(
             f"the site file of {site.name} names no file in which to record approvals",
@@ -197,6 +202,13 @@ def _record(site: SiteConfig, line: str) -> None:
         )
     if site.approvers:
         raise needs_signature(site)
-    _standing(site)  # nothing is added to a file that cannot be read
-    before = site.approvals.read_bytes() if site.approvals.exists() else b""
-    write_durably(site.approvals, before + line.encode() + b"\n", 0o600)
+    return site.approvals
+
+
+def _second(now: datetime) -> str:
+    return now.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def _add(path: Path, line: str) -> None:
+    before = path.read_bytes() if path.exists() else b""
+    write_durably(path, before + line.encode() + b"\n", 0o600)

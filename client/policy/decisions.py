@@ -192,13 +192,19 @@ def newest(found: Sequence[Decision], study: str) -> dict[str, Decision]:
 def admitted(found: Sequence[Decision], persons: int, now: datetime) -> frozenset[str]:
     """Return the studies that `persons` approvers or more approve at a time, and none refuses."""
     studies = set()
-    for study in {each.study for each in found}:
-        standing = newest(found, study).values()
-        valid = [each for each in standing if each.until is None or now.timestamp() < each.until]
-        refused = any(each.decision == "refuse" for each in standing)
-        if not refused and sum(each.decision == "approve" for each in valid) >= persons:
+    for study in {each.study for each in found} - declined(found):
+        valid = [each for each in newest(found, study).values() if each.until is None or now.timestamp() < each.until]
+        if len(valid) >= persons:
             studies.add(study)
     return frozenset(studies)
+
+
+def declined(found: Sequence[Decision]) -> frozenset[str]:
+    """Return the studies that an approver's newest decision refuses."""
+    studies = {each.study for each in found}
+    return frozenset(
+        study for study in studies if any(each.decision == "refuse" for each in newest(found, study).values())
+    )
 
 
 def needs_signature(site: SiteConfig) -> StateError:

@@ -158,8 +158,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     if hasattr(loaded, "pooler"):
         loaded.pooler = None  # type: ignore[assignment]
     pooling = task.pooling if task.kind == "text-classification" else None
-    every = task.head_reads == "all-layers"
-    return HeadModel(loaded, len(task.labels), pooling, task.head, pooler, all_layers=every)
+    every_layer = task.head_reads is not None
+    return HeadModel(loaded, len(task.labels), pooling, task.head, pooler, all_layers=every_layer)
 
 
 def _library_pooler(base: nn.Module, task: TaskSection) -> Any:

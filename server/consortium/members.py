@@ -467,26 +467,25 @@ def _all(database: sqlite3.Connection, query: str, *values: object) -> list[dict
 def _asked(database: sqlite3.Connection, site: str) -> Mapping[str, Any]:
     """Return a site's request that waits for approval. Raises `RefusedError` if there is none."""
     found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
-    if found is None and _is_member(database, site):
+    if found is not None:
+        return found
+    if _is_member(database, site):
         raise RefusedError(
             f"{site} is a member already, and waits for nothing",
             "nothing is left to do; `privet coordinator members` lists the members",
         )
-    if found is None and (
-        invited := _one(database, "SELECT expires FROM invitations WHERE site = ? AND request IS NULL", site)
-    ):
+    invited = _one(database, "SELECT expires FROM invitations WHERE site = ? AND request IS NULL", site)
+    if invited is not None:
         until = datetime.fromtimestamp(int(invited["expires"]), UTC)
         raise RefusedError(
             f"{site} has not asked to join yet; its token is valid until {until:%Y-%m-%d %H:%M} UTC",
             "wait until its operator has run `privet site join @TOKEN DIRECTORY`. If the token is lost or expired, "
             f"`privet coordinator invite {site}` makes another, and the first is not valid any more",
         )
-    if found is None:
-        raise RefusedError(
-            f"{site} has not asked to join",
-            f"run `privet coordinator invite {site}`, and let the site run `privet site join @TOKEN DIRECTORY`",
-        )
-    return found
+    raise RefusedError(
+        f"{site} has not asked to join",
+        f"run `privet coordinator invite {site}`, and let the site run `privet site join @TOKEN DIRECTORY`",
+    )
 
 
 def _is_member(database: sqlite3.Connection, site: str) -> bool:

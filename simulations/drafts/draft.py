@@ -46,6 +46,7 @@ from privet.simulations.drafts.look import (
     readings,
     renames,
     repeated_ids,
+    same_names,
 )
 from privet.simulations.drafts.places import SAVE_SHEETS, SiteData, data_files, plain_name, sites_of, workbooks
 from privet.simulations.drafts.values import (
@@ -217,12 +218,7 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     sites = sites_of(files)
     forms = _renamed({file: _form_of(file, say) for file in files}, wishes.renamed, say)
     tables = {file: _table_of(file, form) for file, form in forms.items()}
-    try:
-        table = in_common(tables)
-    except StudyError as error:
-        if found := renames(tables):
-            error.hint = _same_names(found)
-        raise
+    table = in_common(tables)
     _check_names(files[0], [*table], [*wishes.columns.values(), *([wishes.patient] if wishes.patient else [])])
     drafting = _Drafting(table, sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)
@@ -398,7 +394,7 @@ class _Drafting:
                 raise
             apart = "\n  ".join(["the data files: expected the same columns in all of them", *lines])
             if found := renames(self.tables):
-                raise StudyError(apart, _same_names(found)) from None
+                raise StudyError(apart, same_names(found)) from None
             raise StudyError(
                 f"{apart}\n  {error.message}", f"rename the columns where a file differs, or {error.hint}"
             ) from None
@@ -464,7 +460,7 @@ class _Drafting:
         raise StudyError(
             f"the data files: expected the columns {', '.join(f'{name} ({role})' for role, name in absent.items())} in "
             "all of them" + "".join(f"\n  {line}" for line in lines),
-            (_same_names(near) if near else "rename the column in these files")
+            (same_names(near) if near else "rename the column in these files")
             + f"; or, to do without it, decide with `privet new FILES {' '.join(option.values())}`",
         )
 
@@ -804,12 +800,6 @@ def _unfinished(document: Mapping[str, Any]) -> Study:
     """Return a study with some values of training. It serves to read files."""
     training = {"rounds": 1, "local_steps": 1, "sampling_rate": 0.1, "learning_rate": 0.1}
     return Study.parse({**document, "training": training, "privacy": {"mode": NONE}})
-
-
-def _same_names(found: Mapping[str, str]) -> str:
-    """Return what to do where columns of some files have other names."""
-    options = " ".join(f"--rename {quote(f'{own}={other}')}" for own, other in found.items())
-    return f"if they are the same columns under other names, say so: `privet new FILES {options}`"
 
 
 def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: Base) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from privet.client.training.forms import read_list
@@ -129,7 +130,9 @@ def in_common(tables: Mapping[Path, Table]) -> Table:
         raise StudyError(
             "the data files: expected the same columns in all of them, found none that all have"
             + "".join(f"\n  {line}" for line in differences(tables)),
-            "rename columns so that all sites' files have the same names",
+            same_names(found)
+            if (found := renames(tables))
+            else "rename columns so that all sites' files have the same names",
         )
     return {name: [value for table in tables.values() for value in table[name]] for name in common}
 
@@ -177,6 +180,12 @@ def renames(tables: Mapping[Path, Table]) -> dict[str, str]:
         for own, other in roles.values()
         if other not in tables[file]
     }
+
+
+def same_names(found: Mapping[str, str]) -> str:
+    """Return what to do where columns of some files have other names, as `renames` returns them."""
+    options = " ".join(f"--rename {quote(f'{own}={other}')}" for own, other in found.items())
+    return f"if they are the same columns under other names, say so: `privet new FILES {options}`"
 
 
 def _unlike(tables: Mapping[Path, Table]) -> dict[Path, dict[str, tuple[str, str]]]:

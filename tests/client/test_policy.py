@@ -21,7 +21,7 @@ from privet.client.policy.consent import (
     policy_digest,
     record_approval,
     record_refusal,
-    refused,
+    standing,
     verdict,
 )
 from privet.client.policy.rules import (
@@ -303,13 +303,13 @@ def test_a_person_refuses_a_study_until_a_person_approves_it(tmp_path: Path) -> 
     study = study_of()
     record_approval(site, study, NOON)
     record_refusal(site, study, "pat\u00e9 \u4e0d\nsha256:" + "0" * 64, NOON)
-    assert (approved(site), refused(site)) == (frozenset(), frozenset({study.digest}))
+    assert standing(site) == (frozenset(), frozenset({study.digest}))
     assert len((tmp_path / "approvals").read_text(encoding="utf-8").splitlines()) == 2
     record_approval(site, study, NOON)
-    assert (approved(site), refused(site)) == (frozenset({study.digest}), frozenset())
+    assert standing(site) == (frozenset({study.digest}), frozenset())
     other = study_of(lora={"rank": 4})
     record_refusal(site, other, "", NOON)
-    assert (approved(site), refused(site)) == (frozenset({study.digest}), frozenset({other.digest}))
+    assert standing(site) == (frozenset({study.digest}), frozenset({other.digest}))
     error = refuse("north", study, "sha256:0", judge(policy_of(), study, facts(refused=True)))
     assert error.message.startswith("a person at site north has refused study ")
 

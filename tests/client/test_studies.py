@@ -150,6 +150,12 @@ def test_the_doctor_says_what_waits_for_this_site(home: Path, monkeypatch: pytes
     assert key is not None
     with exclusive(key.key.with_suffix(".lock"), content_of(load_site(file))):
         assert (found().ok, found().text) == (True, "takes part in triage")
+    # What a person has refused is no fault, whether or not the policy refuses it as well.
+    for name in ("greedy", "triage"):
+        run(commands.refuse, home, name, "--reason=no")
+    monkeypatch.setattr(doctor, "compared", everything)
+    text = "refused by a person here: greedy. refused by a person here: triage"
+    assert (found().ok, found().text) == (True, text)
     monkeypatch.setattr(doctor, "compared", lambda *given: [each for each in everything(*given) if each.run == "old"])
     assert (found().ok, found().text) == (True, "no run is proposed")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -54,12 +53,16 @@ def path(world: LoggedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_round_says_what_was_measured_before_it(path: Path) -> None:
-    first, _, last = map(line_of, RunDirectory.open(path).load().statements)
-    # Thirty units, whose sum carries the noise of three sites: more than the sample alone would leave uncertain.
-    for line, share in ((first, 50.0), (last, 70.0)):
-        found = re.search(rf"; before it, validation accuracy {share} % \(\u00b1 (\d+)\), loss ", line)
-        assert found is not None, line
-        assert int(found[1]) > round(1.96 * (share * (100 - share) / 30) ** 0.5)
+    first, _, last = RunDirectory.open(path).load().statements
+    for statement, share in ((first, 0.5), (last, 0.7)):
+        # Thirty units, and the noise of three sites on both sums.
+        units, noise = (statement["metrics"][f"validation_{name}"] for name in ("units", "noise"))
+        variance = share * (1 - share) / units + (noise / units) ** 2 * (1 + share**2)
+        within = round(196 * variance**0.5)
+        assert within > round(196 * (share * (1 - share) / 30) ** 0.5)
+        assert f"; before it, validation accuracy {share:.1%} (\u00b1 {within}), loss ".replace("%", " %") in line_of(
+            statement
+        )
 
 
 def test_a_report_shows_the_validation_of_each_round_and_says_what_it_lacks(path: Path, tmp_path: Path) -> None:
