@@ -8,7 +8,7 @@ the planner recommends, are trained with two further seeds: best is who has the 
 among 60 by the test records favours the sweep.
 
 `--only TEXT` runs one setting. `--keep DIR` keeps each arm's summary there, and a later run takes it from there: all of
-it takes two hours on two cores.
+it takes two hours on two cores. A quick run plans nothing, and takes a head start alone for the recommendation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from privet.client.training.data import load_records
 from privet.common.study.study import Study
 from privet.simulations.plan.declared import consortium_of, readable
 from privet.simulations.plan.search import advise
-from privet.simulations.plan.settings import Choice, changed, grid
+from privet.simulations.plan.settings import Choice, alone, changed, grid
 from privet.simulations.runs.simulate import prepare, run_simulation
 
 EPSILON = 8.0
@@ -105,13 +105,14 @@ def compare(bench: Bench, pool: ProcessPoolExecutor, folder: str, data: str) -> 
     """Plan one setting, sweep it, and return the checks and what they came from."""
     document = document_for(data, bench.seed, Path(folder) / f"{data}-plan")
     declared = consortium_of(document, Path(folder), declared_units(document), 2.2)
-    study, began = readable(document), time.perf_counter()
-    advice = advise(study, declared.consortium, seed=bench.seed)
+    values, began = readable(document), time.perf_counter()
+    study = Study.parse(values)
+    advised = alone(study) if bench.quick else advise(values, declared.consortium, seed=bench.seed).choice
     seconds = time.perf_counter() - began
-    choices, largest = list(grid(Study.parse(study))), max(declared.consortium.units)
-    order = np.random.default_rng(bench.seed).permutation(len(choices))[: 4 if bench.quick else DRAWN]
+    choices, largest = list(grid(study)), max(declared.consortium.units)
+    order = np.random.default_rng(bench.seed).permutation(len(choices))[: 1 if bench.quick else DRAWN]
     tried = {f"{number}": choices[number] for number in sorted(int(each) for each in order)}
-    named = {**tried, "recommended": advice.choice}
+    named = {**tried, "recommended": advised}
     first = measured(
         bench, pool, folder, [Trained(data, name, choice, bench.seed, largest) for name, choice in named.items()]
     )
@@ -132,7 +133,10 @@ def compare(bench: Bench, pool: ProcessPoolExecutor, folder: str, data: str) -> 
     best = max(finalists, key=lambda name: means[name])
     lost = means[best] - means["recommended"]
     checks = [
-        Check(f"planning, {data}", seconds, "s", f"< {MOST_SECONDS:g}", seconds < MOST_SECONDS),
+        Check(
+            f"planning, {data}", seconds, "s", f"< {MOST_SECONDS:g}",
+            None if bench.quick else seconds < MOST_SECONDS,
+        ),
         Check(f"accuracy as recommended, {data}", means["recommended"], "%", "", None),
         Check(f"accuracy of the best of {len(tried)}, {data}", means[best], "%", "", None),
         Check(f"median accuracy of {len(tried)}, {data}", statistics.median(once[n] for n in tried), "%", "", None),
@@ -142,7 +146,7 @@ def compare(bench: Bench, pool: ProcessPoolExecutor, folder: str, data: str) -> 
         ),
     ]  # fmt: skip
     details = {
-        "recommended": {"choice": advice.choice.document(), "scores": scores["recommended"]},
+        "recommended": {"choice": advised.document(), "scores": scores["recommended"]},
         "best": {"choice": named[best].document(), "scores": scores[best]},
         "swept": {name: {"choice": choice.document(), "score": once[name]} for name, choice in tried.items()},
     }
