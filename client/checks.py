@@ -14,9 +14,11 @@ class Check:
         ok: Whether the check passed.
         text: What was found.
         hint: What to do if it did not pass.
+        made: Whether the check could be made at all. One that could not is no fault of its own.
     """
 
     name: str
     ok: bool
     text: str
     hint: str = ""
+    made: bool = True

@@ -93,6 +93,18 @@ class DataError(StudyError):
     private = True
 
 
+class MissingColumnsError(DataError):
+    """A file lacks columns that the study names.
+
+    Attributes:
+        missing: Their names.
+    """
+
+    def __init__(self, message: str, hint: str = "", missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint)
+        self.missing = missing
+
+
 class RefusedError(PrivetError):
     """A site or a rule refused a request. No attribute depends on data.
 

@@ -413,7 +413,7 @@ def _anchor(site: SiteConfig) -> Check:
 def _studies(site: SiteConfig, service: ConsortiumClient, replayed: Sequence[Replay]) -> Check:
     """Say of each run that the coordinator proposes whether this site would take part in it, as it is now."""
     if not replayed:
-        return Check("studies", True, "not checked, as the round log could not be read")
+        return Check("studies", True, "not checked, as the round log could not be read", made=False)
     well, refused, waits, held = [], [], [], []
     for each in compared(service.proposals(), replayed[0]):
         if each.ended:

@@ -379,7 +379,8 @@ def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:
-        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {on_one_line(check.text)}"
+        found = "FAIL" if not check.ok else "ok  " if check.made else "-   "
+        line = f"{found}  {check.name:<{width}} {on_one_line(check.text)}"
         typer.echo(folded(line, width + 7))
         if not check.ok and check.hint:
             typer.echo(folded(f"{'':<{width + 7}}{on_one_line(check.hint)}", width + 7))

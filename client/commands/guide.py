@@ -447,9 +447,10 @@ def ask_anchor(guide: Guide, given: str | None, same_disk: bool) -> None:
     elif given is None:
         guide.explain(
             "Anchor",
-            "A small file that keeps the last head of the privacy ledger. It lies on another disk than the ledger, so "
-            "that a ledger restored from an old backup is noticed: it would forget what was spent. Where there is no "
-            "other disk, name a path on this one: you are told what that risks, and asked whether you accept it.",
+            "A small file with the last head of the privacy ledger. A ledger that is restored from an old backup "
+            "forgets what was spent since. The site detects this, as the restored ledger does not match the anchor. So "
+            "keep the anchor on another disk, which no backup restores together with the ledger. If there is no other "
+            "disk, name a path on this one: the command states the risk, and asks whether you accept it.",
         )
         default = str(guide.file.parent / "anchor" / _ANCHOR) if same_disk else None
         anchor, same_disk = guide.ask(

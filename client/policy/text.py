@@ -109,8 +109,8 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         else f"This site's part of a study alone costs epsilon {privacy.max_epsilon_alone:g} or less.",
         *(["Sites may correlate the noise that they share over steps (banded noise)."] if privacy.banded_noise else []),
         "Updates are always masked." if masked else "Updates may be sent in the CLEAR: the coordinator sees them.",
-        f"The updates of at least {cohort.min_sites} sites are summed. It takes the shares of at least "
-        f"{cohort.min_threshold} sites to unmask a round.",
+        f"Each round sums the updates of at least {cohort.min_sites} sites. The sum can be unmasked only if at least "
+        f"{cohort.min_threshold} sites reveal their shares.",
         f"Releases besides updates: {_listed(policy.metrics.allow)}.",
         f"A study has at most {limits.max_rounds} rounds.",
         f"At most {limits.max_studies_per_day} studies begin within 24 hours.",

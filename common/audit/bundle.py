@@ -144,8 +144,8 @@ def _stated(cost: AccountCost) -> str:
     if cost.stated <= cost.computed or stated == f"{cost.computed:.4g}":
         return f"the site states {stated} for the account, which agrees"
     return (
-        f"the site states {stated}, which is more: the account also holds rounds "
-        "that were begun and never stated, as in an aborted round, or rounds outside this log"
+        f"the site states {stated}, which is more. Its account also counts rounds that are not stated in this log: "
+        "rounds that it began and that were aborted, or rounds of another log"
     )
 
 

@@ -70,8 +70,8 @@ def verify(
         if report.holds:
             words = sum(map(len, authors_word().values()))
             typer.echo(
-                f"author's word: in any log, {words} kinds of entries rest wholly or partly on their author's word, "
-                "such as the time on a site's clock; --json lists them"
+                f"author's word: {words} kinds of entries state what no log can prove, such as the time on a site's "
+                "clock. It proves only who stated them; --json lists them"
             )
     if not report.holds:
         raise typer.Exit(_FAILED)

@@ -13,7 +13,7 @@ from datetime import timedelta
 from cryptography import x509
 
 from privet.common.canonical import canonical_json
-from privet.common.errors import ProtocolError
+from privet.common.errors import ProtocolError, StudyError
 from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SITE_NAME, root_bytes
 
@@ -58,10 +58,10 @@ class Token:
         """Make an invitation with a fresh secret.
 
         Raises:
-            ProtocolError: The name is not a valid site name.
+            StudyError: The name is not a valid site name.
         """
         if not SITE_NAME.fullmatch(site):
-            raise ProtocolError(
+            raise StudyError(
                 f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, found {site[:64]!r}",
                 "choose such a name, for example st-anne",
             )

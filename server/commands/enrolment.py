@@ -184,7 +184,7 @@ def approve(
     used the token with other keys. A site whose words differ does not hold up the others.
     """
     if told is not None and len(told) != len(sites):
-        raise ProtocolError(
+        raise StudyError(
             f"--words: expected it once for each of {len(sites)} sites, found {len(told)}",
             "give it once for each site, in their order, or leave it out and type the words when asked",
         )

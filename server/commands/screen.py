@@ -61,6 +61,12 @@ class Screen:
             elif now - self._changed >= _SETTLED and now - self._shown >= _REPEATED:
                 self._write([sentence(self._wait, now), *details(self._wait)])
 
+    def note(self, text: str) -> None:
+        """Print a line about something else than what is waited for, which is shown again after it."""
+        with self._lock:
+            self._clear()
+            self._put(folded(text, err=True) + "\n")
+
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """Call `tick` regularly while the block runs."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, StateError, StudyError, TooFewSitesError
+from privet.common.errors import StateError, StudyError, TooFewSitesError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import (
     HERE,
@@ -34,13 +34,16 @@ from privet.common.options import (
     StudyFile,
 )
 from privet.common.pki.commands import ask_passphrase, new_passphrase, read_passphrase
-from privet.common.progress import doing, folded, in_directory
+from privet.common.progress import doing, folded, in_directory, ticking
 from privet.server.commands.enrolment import write_genesis
 from privet.server.rounds.timing import Timing
 
 _INTERRUPTED = 130
+# Seconds between two looks whether the service still listens.
+_LOOKS = 15.0
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from privet.server.commands.screen import Screen
     from privet.server.consortium.coordinator import Coordinator
     from privet.server.studies import StudyRun
 
@@ -346,7 +349,7 @@ def rotate(
     from privet.server.consortium.coordinator import encrypt_root
 
     if keys and passphrase:
-        raise ProtocolError("--keys and --passphrase: expected one of them", "run the command twice")
+        raise StudyError("--keys and --passphrase: expected one of them", "run the command twice")
     made = _open(directory, passphrase_file)
     if passphrase:
         _ = made.authority  # before a new passphrase is asked for
@@ -383,10 +386,11 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
     from privet.server.rounds.statements import lost_in_a_row
     from privet.server.studies import StoppedError
 
-    _note_service(begun.made)
     screen = Screen()
+    watched = _Service(begun.made, screen)
+    watched.look()
     try:
-        with screen.ticking():
+        with screen.ticking(), ticking(_LOOKS, watched.look, "service"):
             state = replace(begun, tell=screen.tell).play(timing, screen.say, metrics_port)
     except StoppedError as stopped:
         typer.echo(in_directory(f"{stopped.message}; {stopped.hint}", begun.made.directory))
@@ -427,17 +431,27 @@ def _what_follows(path: Path, run: str) -> None:
     typer.echo(f"then: privet audit bundle {path} --out {run}.tar")
 
 
-def _note_service(made: Coordinator) -> None:
-    """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
-    from privet.server.network.nodes import listens
+class _Service:
+    """Says when nothing listens where sites connect, and when it does again. Nothing leaves this machine."""
 
-    if listens(made.settings):
-        return
-    text = (
-        f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "
-        f"the service: `privet coordinator serve -C {made.directory}`"
-    )
-    typer.echo(folded(text, err=True), err=True)
+    def __init__(self, made: Coordinator, screen: Screen) -> None:
+        self._made, self._screen, self._listened = made, screen, True
+
+    def look(self) -> None:
+        """Look, and say what has changed."""
+        from privet.server.network.nodes import listens
+
+        listened, self._listened = self._listened, listens(self._made.settings)
+        if self._listened == listened:
+            return
+        fleet, directory = self._made.settings.fleet, self._made.directory
+        if self._listened:
+            self._screen.note(f"The service listens at {fleet}.")
+            return
+        self._screen.note(
+            f"Nothing listens at {fleet} on this machine, so no site can connect. In another terminal, start the "
+            f"service: `privet coordinator serve -C {directory}`"
+        )
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:

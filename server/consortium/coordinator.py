@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import Certificate
 from pydantic import Field
 
-from privet.common.errors import ProtocolError, RefusedError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError, StudyError
 from privet.common.files import make_directory, sync_directory, write_durably, write_new
 from privet.common.log import mldsa
 from privet.common.pki.certificates import (
@@ -205,12 +205,12 @@ class Coordinator:
         """Invite sites, all or none, and return their tokens by name.
 
         Raises:
-            ProtocolError: A name is given twice, or is no name of a site.
+            StudyError: A name is given twice, or is no name of a site.
             RefusedError: One of them is a member.
         """
         twice = {site for site in sites if sites.count(site) > 1}
         if twice:
-            raise ProtocolError(f"the site {min(twice)} is named twice", "name each site once")
+            raise StudyError(f"the site {min(twice)} is named twice", "name each site once")
         tokens = {site: Token.make(site, self.settings.enrolment, self.root) for site in sites}
         self.members.invite({site: token.secret for site, token in tokens.items()}, now)
         return tokens

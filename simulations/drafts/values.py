@@ -112,7 +112,7 @@ COMMENTS: Mapping[str, str] = {
     "training.optimizer": "the server's optimizer takes the step",
     "training.learning_rate": "lower it if training diverges",
     "training.head_learning_rate": "of the new layer that gives the labels",
-    "aggregation.method": "fedsvd: sites train B, the server refactors B·A. ffa: A stays fixed",
+    "aggregation.method": "fedsvd: sites train B, and the server splits B·A anew. ffa: sites train B alone",
     "aggregation.optimizer": "the server's optimizer",
     "aggregation.learning_rate": "of the server; lower it if training diverges",
     "aggregation.tau": "added to the denominator of a step",

@@ -74,6 +74,16 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert "add `--format format.toml`:\n  [format]\n" in err
     (tmp_path / "format.toml").write_text(err.split("format.toml`:\n")[1])
     assert privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "format.toml")[0] == 0
+    # A column of another name: the settings that the error writes are right once the name is filled in.
+    (tmp_path / "named.csv").write_text("id,note\n007,pain\n", encoding="utf-8")
+    code, _, err = privet("evaluate", run, "--data", tmp_path / "named.csv")
+    assert code == 2
+    assert "with the file's own names in place of COLUMN-1" in err
+    settings = err.split("format.toml`:\n")[1]
+    assert settings.splitlines()[0].strip() == "[format]"
+    (tmp_path / "named.toml").write_text(settings.replace("COLUMN-1", "id").replace("COLUMN-2", "note"))
+    code, _, err = privet("evaluate", run, "--data", tmp_path / "named.csv", "--format", tmp_path / "named.toml")
+    assert (code, "in the column label, found others in 1 of 1 rows" in err) == (2, True)
     code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
     assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
     (run / "rounds" / "0001.json").write_text('{"type": "round-close"}')

@@ -28,7 +28,14 @@ from privet.client.network.enrolment import Enrolment, accept_membership, prepar
 from privet.client.rounds.witness import Stale, Witness
 from privet.client.site import load_site
 from privet.common.audit.verify import verify_bundle
-from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.errors import (
+    PrivetError,
+    ProtocolError,
+    RefusedError,
+    StateError,
+    StudyError,
+    VerificationError,
+)
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.log.merkle import check_consistency, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey, Signature
@@ -157,7 +164,7 @@ def test_of_many_that_use_a_token_at_once_one_is_taken(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "A", "", "x\n", "x\0", "-x", "x" * 64])
 def test_a_site_has_no_name_that_is_a_path(world: World, name: str) -> None:
-    with pytest.raises(ProtocolError, match="site: expected a name of 1 to 63 lower-case letters"):
+    with pytest.raises(StudyError, match="site: expected a name of 1 to 63 lower-case letters"):
         world.invite(name)
 
 

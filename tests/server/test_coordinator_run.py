@@ -7,19 +7,27 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from privet.common.audit.bundle import check_bundle, read_archive
-from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
+from privet.common.errors import (
+    RefusedError,
+    StateError,
+    StudyError,
+    TooFewSitesError,
+    VerificationError,
+)
 from privet.common.log.statements import RoundAbort
 from privet.common.pki.token import Token
 from privet.common.progress import in_directory
 from privet.common.study.study import load_study
 from privet.server import studies
 from privet.server.commands import enrolment, service
+from privet.server.commands.screen import Screen
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
 from privet.server.log.journal import open_journal
 from privet.server.log.keys import Keys
@@ -83,7 +91,7 @@ def test_several_sites_are_invited_at_once_all_or_none(home: Path, tmp_path: Pat
     assert "Of oslo, bern, the earlier token, or a request made with it, is not valid any more." in again.stderr
     lines = again.stdout.splitlines()
     assert [Token.parse(line.split()[1]).site for line in lines] == ["oslo", "bern"]
-    for names, error in ((("paris", "paris"), ProtocolError), (("paris", "berlin"), RefusedError)):
+    for names, error in ((("paris", "paris"), StudyError), (("paris", "berlin"), RefusedError)):
         with pytest.raises(error):
             run(enrolment.invite, *names, "-C", home)
     (tmp_path / "file").write_text("")
@@ -128,6 +136,7 @@ def test_a_run_founds_the_consortium_when_somebody_has_agreed(
     assert not made.members.founded()
     said: list[str] = []
     monkeypatch.setattr("typer.echo", lambda text, **more: said.append(str(text)))
+    monkeypatch.setattr(Screen, "note", lambda screen, text: said.append(text))
     with pytest.raises(TooFewSitesError) as failed:
         run(*begun, "--yes")
     text = "\n".join(said)
@@ -142,17 +151,26 @@ def test_a_run_founds_the_consortium_when_somebody_has_agreed(
     assert "privet coordinator withdraw synthetic --reason" in failed.value.hint
 
 
-def test_nothing_is_said_of_a_service_that_listens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("typer.echo", lambda text, **more: said.append(text))
-    made = open_coordinator(home)
+def test_a_service_that_stops_is_named_once_and_one_that_listens_never(home: Path) -> None:
+    out, made = StringIO(), open_coordinator(home)
+
+    def looking(host: str, port: int) -> service._Service:
+        settings = made.settings.model_copy(update={"fleet": f"{host}:{port}"})
+        return service._Service(replace(made, settings=settings), Screen(out, terminal=False))
+
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        for host in ("127.0.0.1", "192.0.2.1"):  # the second is no address of this machine
-            settings = made.settings.model_copy(update={"fleet": f"{host}:{listening.getsockname()[1]}"})
-            service._note_service(replace(made, settings=settings))
-    assert said == []
-    service._note_service(replace(made, settings=settings.model_copy(update={"bind": "127.0.0.1"})))
-    assert len(said) == 1
+        port = listening.getsockname()[1]
+        looking("192.0.2.1", port).look()  # no address of this machine
+        watched = looking("127.0.0.1", port)
+        watched.look()
+        assert out.getvalue() == ""
+    watched.look()
+    watched.look()
+    assert out.getvalue().count("Nothing listens") == 1
+    with socket.create_server(("127.0.0.1", port)):
+        watched.look()
+        watched.look()
+    assert out.getvalue().count(f"The service listens at 127.0.0.1:{port}.") == 1
 
 
 def test_without_an_adapter_one_is_made_or_it_is_said_how(

@@ -17,7 +17,7 @@ from privet.client.commands.site import init as init_ledger
 from privet.client.network.enrolment import prepare_request
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import EXAMPLE, explain_policy
-from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.errors import ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.pki.token import Token
 from privet.server.commands import enrolment as coordinator
 from privet.server.commands import service
@@ -141,7 +141,7 @@ def test_several_sites_are_approved_by_one_command_and_wrong_words_hold_up_nobod
 ) -> None:
     words = waiting(home, "berlin", "lyon", "paris")
     approve = (coordinator.approve, "berlin", "lyon", "paris", "-C", home / "coordinator")
-    with pytest.raises(ProtocolError, match="once for each of 3 sites, found 1"):
+    with pytest.raises(StudyError, match="once for each of 3 sites, found 1"):
         run(*approve, f"--words={words['berlin']}")
     with pytest.raises(StateError, match="no terminal to type them at"):
         run(*approve)
