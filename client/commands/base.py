@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +17,13 @@ from privet.common.progress import doing
 @doing("Hashing the files of {directory}")
 def base(
     directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
+    quantisation: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(
+            help="Keep the base's linear layers in few bits while training: nf4 (4.5 bits a value) or int8. The base "
+            "is loaded, and the result pinned.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print the [model] table that pins a base model in a study file.
@@ -27,7 +35,13 @@ def base(
     from privet.client.bases.opened import pin
 
     pins = pin(directory, lambda line: typer.echo(line, err=True))
-    _print(directory, pins, {}, as_json)
+    found: dict[str, str] = {}
+    if quantisation is not None:
+        from privet.client.training.quantised import quantised_digest  # PyTorch, which takes seconds
+
+        typer.echo(f"quantising the base's linear layers to {quantisation}", err=True)
+        found = {"quantisation": quantisation, "quantised": quantised_digest(directory, pins, quantisation)}
+    _print(directory, pins, {}, as_json, found)
 
 
 @doing("Importing {source} to {out}")
@@ -61,16 +75,23 @@ def import_(
     _print(made.directory, made.pins, made.summary, as_json)
 
 
-def _print(directory: Path, pins: Mapping[str, str], summary: Mapping[str, object], as_json: bool) -> None:
+def _print(
+    directory: Path,
+    pins: Mapping[str, str],
+    summary: Mapping[str, object],
+    as_json: bool,
+    quantised: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     name, path = directory.resolve().name, str(directory.resolve())
     if as_json:
-        typer.echo(json.dumps({"base": name, "directory": path, "sha256": dict(pins), **summary}))
+        typer.echo(json.dumps({"base": name, "directory": path, "sha256": dict(pins), **quantised, **summary}))
         return
     if summary:
         licence = summary.get("licence", "not stated; read the model's own terms")
         typer.echo(f"# {summary['conversion']}; licence: {licence}")
     table = "\n".join(f"{json.dumps(file)} = {json.dumps(digest)}" for file, digest in pins.items())
-    typer.echo(f"[model]\nbase = {json.dumps(name)}\n[model.sha256]\n{table}")
+    keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"base": name, **quantised}.items())
+    typer.echo(f"[model]\n{keys}[model.sha256]\n{table}")
     typer.echo(
         "# each site file, and a simulation's study file under [simulation.resources.bases]:\n"
         f"# [resources.bases]\n# {json.dumps(name)} = {json.dumps(path)}"

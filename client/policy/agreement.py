@@ -143,7 +143,8 @@ def _base(site: SiteConfig, study: Study) -> str:
         here = "an installed package"
     elif path is None:
         here = f"not mapped in the site file; `privet site setup SITE --base {name}=PATH` names its directory"
-    return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
+    few = "" if study.model.quantisation is None else f", its linear layers in {study.model.quantisation}"
+    return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}){few}; {here}."
 
 
 def _counting(study: Study) -> str:

@@ -39,6 +39,7 @@ from privet.client.site import Resources
 from privet.client.training.base import HeadModel
 from privet.client.training.features import prompt_ids
 from privet.client.training.host import ModelHost
+from privet.client.training.quantised import dequantise
 from privet.common.audit.release import ADAPTER, CARD, STUDY
 from privet.common.canonical import canonical_json
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
@@ -218,6 +219,12 @@ def _check_format(study: Study, form: str, dtype: str) -> None:
             + (" with the library's head" if study.task.head else ""),
             "use `privet export RUN OUT --format merged`",
         )
+    if form == "peft" and study.model.quantisation is not None:
+        raise RefusedError(
+            f"--format peft: the study trains on a base in {study.model.quantisation}, and this adapter would be "
+            "loaded over the base as it was before, with other logits",
+            f"use `privet export RUN OUT --format {default_format(study)}`",
+        )
     if form in ("peft", "merged") and _normalised(study):
         raise RefusedError(
             f"--format {form}: a study's text classifier normalises the vector of a text before its classifier, which "
@@ -263,6 +270,7 @@ def _merged(model: Any) -> Any:
     if layer is not None:
         # The weights of a tied head are those of the embedding, which must not get the head's adapter.
         layer.weight = nn.Parameter(layer.weight.detach().clone())
+    dequantise(model)
     merged = model.merge_and_unload()
     if not isinstance(merged, HeadModel) and getattr(merged.config, "tie_word_embeddings", False):
         inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight

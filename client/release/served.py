@@ -113,7 +113,7 @@ class Models:
                     f"the study {study.name} trains {study.task.kind}; only language models are served",
                     "use `privet predict RUN --data FILE`",
                 )
-        if len({tuple(sorted(study.model.sha256.items())) for study in studies}) > 1:
+        if len({(study.model.quantised, *sorted(study.model.sha256.items())) for study in studies}) > 1:
             raise RefusedError(
                 "the runs have different bases", "start one `privet serve RUN` with its own --port for each base"
             )

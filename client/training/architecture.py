@@ -21,7 +21,7 @@ _OTHER = "choose another base model: docs/families.md lists the families that we
 
 
 def load_text_model(
-    base: Path, kind: str, dropout: float, attention: str, dtype: torch.dtype
+    base: Path, kind: str, dropout: float, attention: str, dtype: torch.dtype | None
 ) -> tuple[nn.Module, list[str]]:
     """Load a verified base's text model, and return it with the names of weights that it needs and the files lack.
 
@@ -30,7 +30,7 @@ def load_text_model(
         kind: Kind of task; a language model has a head.
         dropout: Rate of every dropout.
         attention: Attention to use where the family offers it: "sdpa" or "eager".
-        dtype: Of the weights.
+        dtype: Of the weights; None leaves them as the files have them.
 
     Raises:
         StudyError: The base is an encoder-decoder or of an unknown family, or its files cannot be loaded.
@@ -79,13 +79,15 @@ def _class_of(auto: Any, config: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _loaded(auto: Any, base: Path, config: Any, attention: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+def _loaded(
+    auto: Any, base: Path, config: Any, attention: str, dtype: torch.dtype | None
+) -> tuple[nn.Module, list[str]]:
     # Families whose attention is written in one way only say so in their class.
     offered = attention != "sdpa" or getattr(_class_of(auto, config), "_supports_sdpa", False)
     model, info = auto.from_pretrained(
         base,
         config=config,
-        dtype=dtype,
+        dtype=dtype or "auto",
         attn_implementation=attention if offered else "eager",
         use_safetensors=True,
         trust_remote_code=False,
@@ -95,7 +97,9 @@ def _loaded(auto: Any, base: Path, config: Any, attention: str, dtype: torch.dty
     return model, sorted(info["missing_keys"])
 
 
-def _text_part(base: Path, config: Any, kind: str, attention: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+def _text_part(
+    base: Path, config: Any, kind: str, attention: str, dtype: torch.dtype | None
+) -> tuple[nn.Module, list[str]]:
     """Load a multimodal model, and return its text model alone, in the class that text models of its kind have.
 
     The library knows how each family names its weights on disk, so the whole model is loaded and the rest dropped.

@@ -16,8 +16,9 @@ from transformers import AutoModelForSequenceClassification
 
 from privet.client.training.architecture import load_text_model
 from privet.client.training.packing import Layout, within_records
+from privet.client.training.quantised import load_quantised
 from privet.common.errors import StudyError
-from privet.common.study.sections import TaskSection
+from privet.common.study.sections import Quantisation, TaskSection
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -135,14 +136,33 @@ class HeadModel(nn.Module):
         return scaled
 
 
-def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dtype: torch.dtype) -> nn.Module:
-    """Load a verified base for a task, in evaluation mode.
+def build_base(
+    base: Path,
+    task: TaskSection,
+    dropout: float,
+    attention: str,
+    dtype: torch.dtype,
+    quantised: tuple[Quantisation, str] | None = None,
+) -> nn.Module:
+    """Load a verified base for a task, in evaluation mode, on the CPU.
+
+    Args:
+        base: The base's directory.
+        task: The task.
+        dropout: Rate of every dropout.
+        attention: Attention to use where the family offers it: "sdpa" or "eager".
+        dtype: Of the weights that are not quantised.
+        quantised: Number format of quantised layers, and the digest that they must have.
 
     Raises:
-        StudyError: The base is of a kind that cannot be trained, or lacks weights that the task needs: they would be
-            random, and different at every site.
+        StudyError: The base is of a kind that cannot be trained or quantised, or lacks weights that the task needs:
+            they would be random, and different at every site.
+        VerificationError: The quantised layers have another digest.
     """
-    loaded, missing = load_text_model(base, task.kind, dropout, attention, dtype)
+    if quantised is None:
+        loaded, missing = load_text_model(base, task.kind, dropout, attention, dtype)
+    else:
+        loaded, missing = load_quantised(base, task.kind, dropout, attention, dtype, *quantised)
     # An encoder's pooler is used by the library's head alone, and many bases have none. It is removed below, so that
     # none is computed.
     needed = task.head is not None and task.pooling == "cls"

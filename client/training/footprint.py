@@ -36,14 +36,14 @@ def measured_bytes(study: Study, host: ModelHost, batch: int) -> int | None:
         _CLEAR.write_text("5", encoding="ascii")  # the kernel's mark of the largest resident set begins anew
     else:
         torch.cuda.reset_peak_memory_stats(host.device)
-    trained = _step(study, host, batch)
+    trained = full_step(study, host, batch)
     found = high_water() if on_cpu else torch.cuda.max_memory_allocated(host.device)
     # What a round adds to the step: the optimizer's two means and the values before the round, in float32, and the
     # noise of a step as float64 and as integers.
     return None if found is None else found + trained * (12 + 16 * study.private)
 
 
-def _step(study: Study, host: ModelHost, batch: int) -> int:
+def full_step(study: Study, host: ModelHost, batch: int) -> int:
     """Take the gradients of one full pass, and return the number of trained values."""
     features = _features(study, host, batch)
     adapter = initial_adapter(study, host)

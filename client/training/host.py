@@ -21,6 +21,7 @@ from privet.client.training.attention import NAME
 from privet.client.training.features import Pair
 from privet.client.training.meter import Meter
 from privet.client.training.packing import Shape
+from privet.client.training.quantised import values_of
 from privet.client.training.vocabulary import Vocabulary
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 
@@ -73,8 +74,7 @@ class ModelHost:
     @property
     def base_parameters(self) -> int:
         """Number of frozen parameters."""
-        total: int = sum(p.numel() for p in self.model.parameters())
-        return total - sum(p.numel() for p in self.parameters.values())
+        return values_of(self.model) - sum(p.numel() for p in self.parameters.values())
 
     def mount(self, adapter: Adapter) -> None:
         """Copy an adapter's values into the model."""

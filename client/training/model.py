@@ -8,13 +8,14 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from pydantic import Field
 from torch import nn
 
 from privet.client.bases.names import as_begun
@@ -27,6 +28,7 @@ from privet.client.training.boundary import library_errors
 from privet.client.training.host import ModelHost, release_memory
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
+from privet.client.training.quantised import dequantise, values_of
 from privet.client.training.start import input_directions
 from privet.client.training.targets import lora_config
 from privet.client.training.tokenizer import label_last_piece, open_tokenizer
@@ -39,7 +41,7 @@ from privet.common.privacy.noise import SeededRandomness
 from privet.common.progress import duration
 from privet.common.starting import settle
 from privet.common.study.adapter import NO_CONFIG, Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
-from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
+from privet.common.study.sections import BETA, LoraSection, ModelSection, Quantisation, Section, TaskSection
 from privet.common.study.study import Study
 
 
@@ -132,6 +134,8 @@ class _Recipe(Section):
     tokens: int
     pins: str
     """Digest of the base's files."""
+    quantised: Annotated[tuple[Quantisation, str] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Number format of the base's quantised layers, and their digest."""
 
     @property
     def parts(self) -> tuple[TaskSection, LoraSection, float, int]:
@@ -140,7 +144,8 @@ class _Recipe(Section):
 
 @lru_cache(maxsize=2)
 def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHost:
-    task, lora, dropout, tokens = _Recipe.model_validate_json(key).parts
+    recipe = _Recipe.model_validate_json(key)
+    task, lora, dropout, tokens = recipe.parts
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
     device = choose_device(resources)
@@ -150,7 +155,7 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
     attention = "eager" if on_cpu and autocast is not None else "sdpa"
     dtype = autocast if autocast is not None and not on_cpu else torch.float32
     with quiet_warnings():
-        bare = build_base(base, task, dropout, attention, dtype).to(device)
+        bare = build_base(base, task, dropout, attention, dtype, recipe.quantised).to(device)
         _check_independent(bare, tokens)
         # Also dropouts whose rate has none of the configuration names that `build_base` sets.
         for module in bare.modules():
@@ -193,7 +198,7 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
         parameters={n: parameters[n] for n in spec.names},
         kind=task.kind,
         dropout=max(dropout, lora.dropout) > 0,
-        shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
+        shape=shape_of(device, tokens, values_of(bare)),
         first_position=first_position(bare),
         vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.generates else None,
         beta=None if task.kind != "preference" else task.beta or BETA,
@@ -299,10 +304,17 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
         dropout=study.training.dropout,
         tokens=study.data.max_length,
         pins=digest(canonical_json(model.sha256)),
+        quantised=_quantised(model),
     )
     with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
         own = resources if resources.trainer == "inside" else resources.inside
         return _host(recipe.model_dump_json(), base, own, training and not study.counts)
+
+
+def _quantised(model: ModelSection) -> tuple[Quantisation, str] | None:
+    if model.quantisation is None or model.quantised is None:
+        return None
+    return model.quantisation, model.quantised
 
 
 @lru_cache(maxsize=2)
@@ -406,4 +418,6 @@ def load_bare(study: Study, bases: Mapping[str, Path] | None = None) -> nn.Modul
     known = bases or {}
     base = open_base(as_begun(study.model, known), known)
     with quiet_warnings():
-        return build_base(base, study.task, 0.0, "sdpa", torch.float32)
+        bare = build_base(base, study.task, 0.0, "sdpa", torch.float32, _quantised(study.model))
+    dequantise(bare)
+    return bare

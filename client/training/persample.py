@@ -189,11 +189,11 @@ class _LinearCall(torch.autograd.Function):
             collected.put(layer.weight, dy, x)
         if collected.wants(layer.bias):
             collected.put(layer.bias, dy)
-        dx = _rows_apart(dy, layer.weight.to(dy.dtype)) if ctx.needs_input_grad[0] else None
+        dx = rows_apart(dy, layer.weight.to(dy.dtype)) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
 
 
-def _rows_apart(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def rows_apart(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return left @ right, such that no value of a row of `left` reaches another row (docs/privacy.md, overflow).
 
     The probe would refuse many a head otherwise, on processors with AMX: they read a row in parts of 32 values, and a
@@ -239,7 +239,7 @@ class _LoraCall(torch.autograd.Function):
         return dy, dx, None, None, None, None
 
 
-def _computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
+def computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
     """Return x in autocast's type where autocast is on, and else in `otherwise`."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise)
@@ -247,7 +247,7 @@ def _computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
 
 def _linear_forward(layer: nn.Linear, collected: FlatGradients) -> Forward:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = _computing(x, x.dtype)
+        x = computing(x, x.dtype)
         # Weight and bias are arguments, so that autograd calls `backward` also where x needs no gradient.
         found: torch.Tensor = _LinearCall.apply(x, layer, collected, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
         return found
@@ -265,7 +265,7 @@ def _lora_forward(layer: Any, collected: FlatGradients) -> Forward:
         if args or kwargs or layer.disable_adapters or layer.merged:
             return LoraLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
         base = frozen(x)
-        x = _computing(dropout(x), a.dtype)
+        x = computing(dropout(x), a.dtype)
         found: torch.Tensor = _LoraCall.apply(base, x, scale, collected, a, b)  # type: ignore[no-untyped-call]
         return found
 

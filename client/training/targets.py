@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from privet.client.training.quantised import QuantisedLinear
 from privet.common.errors import StudyError
 from privet.common.study.sections import ALL_LINEAR, LoraSection, TaskSection
 
@@ -109,6 +110,13 @@ def _saved_names(lora: LoraSection, model: nn.Module) -> list[str]:
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     # As PEFT compares, a part of the last word is enough.
     found = {wanted: [name for name in names if name.endswith(wanted)] for wanted in lora.modules_to_save}
+    few = [name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)]
+    if cut := [wanted for wanted in lora.modules_to_save if any(_inside(name, wanted) for name in few)]:
+        raise StudyError(
+            f"lora.modules_to_save: {', '.join(cut)} holds layers that model.quantisation keeps in few bits, and those "
+            "cannot be trained in full",
+            "remove it from lora.modules_to_save, or model.quantisation and model.quantised from the study",
+        )
     if unknown := [wanted for wanted, matches in found.items() if not matches]:
         raise _unknown("modules_to_save", unknown, names)
     saved: list[str] = []

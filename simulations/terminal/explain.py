@@ -67,6 +67,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         "task": study.task.kind,
         "base": study.model.base,
         "base_parameters": host.base_parameters,
+        **({} if study.model.quantisation is None else {"quantisation": study.model.quantisation}),
         "adapter_parameters": sum(tensor.size for tensor in host.spec.tensors),
         "trainable_parameters": trainable,
         "rounds": study.rounds,
@@ -272,7 +273,8 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     config = host.model.get_base_model().config
     wide = 1 if host.autocast is not None else 2
     held = resident_bytes() if host.device.type == "cpu" else 0
-    weights: int = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    values = [*host.model.parameters(), *host.model.buffers()]  # quantised layers are buffers
+    weights: int = sum(each.numel() * each.element_size() for each in values)
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     heads, tokens = int(getattr(config, "num_attention_heads", 0)), study.data.max_length  # 0: state-space models
     rows = most_rows(host.shape, tokens, batch)

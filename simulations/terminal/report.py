@@ -213,7 +213,8 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         return table
     table.add_row("digest", meaning["digest"])
     table.add_row("task", meaning["task"])
-    table.add_row("base", f"{meaning['base']}, {meaning['base_parameters']:,} parameters, verified")
+    few = f" in {meaning['quantisation']}" if "quantisation" in meaning else ""
+    table.add_row("base", f"{meaning['base']}, {meaning['base_parameters']:,} parameters{few}, verified")
     table.add_row(
         "adapter",
         f"{meaning['adapter_parameters']:,} parameters, {meaning['trainable_parameters']:,} trained at sites",

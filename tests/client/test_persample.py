@@ -23,7 +23,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import _host, open_host
 from privet.client.training.packing import Block, Layout, Shape, pack
 from privet.client.training.passes import backward, logits_of, losses_of, passes_of
-from privet.client.training.persample import FlatGradients, PerSampleGradients, SingleGradients, _rows_apart, outer
+from privet.client.training.persample import FlatGradients, PerSampleGradients, SingleGradients, outer, rows_apart
 from privet.client.training.tasks import collate, forward
 from privet.common.errors import StateError
 from privet.common.privacy.accounting import quiet_warnings
@@ -623,9 +623,9 @@ def test_the_context_leaves_no_trace_even_after_an_error(bert: Path, engine: str
 def test_a_row_that_is_no_number_reaches_no_other_row_of_a_product(values: int) -> None:
     # Of AMX alone: elsewhere this holds for any product.
     left, right = torch.randn(512, values).bfloat16(), torch.randn(values, 640).bfloat16()
-    clean = _rows_apart(left, right)
+    clean = rows_apart(left, right)
     assert torch.allclose(clean.double(), left.double() @ right.double(), rtol=2**-7, atol=2**-3)
-    spoiled = _rows_apart(left.index_fill(0, torch.tensor([256]), torch.nan), right)
+    spoiled = rows_apart(left.index_fill(0, torch.tensor([256]), torch.nan), right)
     others = torch.arange(512) != 256
     assert torch.equal(spoiled[others], clean[others])
     assert bool(torch.isnan(spoiled[256]).all())

@@ -191,7 +191,8 @@ def test_memory_grows_with_the_largest_pass_and_with_gradients_of_single_records
     one, full, more, all_of_it, beyond = (
         memory_bytes(study, host, 1000, batch) for batch in (1, fit, fit + 1, most, 2 * most)
     )
-    weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    values = (*host.model.parameters(), *host.model.buffers())
+    weights = sum(each.numel() * each.element_size() for each in values)
     assert weights < one == full < more <= all_of_it == beyond
     for batch in (1, 2):
         single = memory_bytes(tiny_study(bert, privacy=private()), host, 1000, batch)
@@ -210,7 +211,8 @@ def test_what_this_process_holds_counts_where_it_is_more_than_the_weights(
     for held in (0, 10**12):
         monkeypatch.setattr(explain, "resident_bytes", lambda held=held: held)
         found.append(memory_bytes(study, host, 1000, 1))
-    weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    values = (*host.model.parameters(), *host.model.buffers())
+    weights = sum(each.numel() * each.element_size() for each in values)
     assert found[1] - found[0] == 10**12 - weights
 
 
