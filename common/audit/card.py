@@ -30,10 +30,15 @@ def lineage_of(study: Study, name: str, statements: Sequence[RoundStatement]) ->
         }
         for statement in statements
     ]
+    few = study.model.quantisation
     return {
         "format": 1,
         "run": name,
-        "base": {"name": study.model.base, "sha256": dict(study.model.sha256)},
+        "base": {
+            "name": study.model.base,
+            "sha256": dict(study.model.sha256),
+            **({} if few is None else {"quantisation": few, "quantised": study.model.quantised}),
+        },
         "study": study.digest,
         "rounds": rounds,
         "released": statements[-1]["adapter_published"],
@@ -49,6 +54,7 @@ def model_card(
     metrics = next((statement["metrics"] for statement in reversed(closed) if statement["metrics"]), None)
     if study.counts:
         return _card_of_counts(study, lineage, privacy, statements)
+    few = study.model.quantisation
     lines = [
         "---",
         f"base_model: {json.dumps(study.model.base)}",
@@ -63,6 +69,11 @@ def model_card(
         "## How it was made",
         "",
         f"* Base: `{study.model.base}`, weights pinned by SHA-256 in `{LINEAGE}`.",
+        *(
+            []
+            if few is None
+            else [f"* The base's linear layers were kept in {few}. Over others, it computes less well."]
+        ),
         f"* Study: `{study.digest}`; run `{lineage['run']}`.",
         f"* {len(closed)} rounds closed of {study.rounds}, {len(statements) - len(closed)} aborted; "
         f"{len(sites)} sites took part; aggregation `{study.aggregation.method}`.",

@@ -12,21 +12,28 @@ import torch
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping, TermSum, noisy
 from privet.client.training.features import encode_records
+from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
+from privet.client.training.quantised import QuantisedLinear, quantised_digest
 from privet.client.training.train import Draws, TrainingSet, clipping_of, draw_noise, noise_ahead, train_round
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, cut, lattice_release, lattice_unit
-from privet.common.study.sections import PrivacySection
+from privet.common.study.sections import PrivacySection, Quantisation
 from tests.client.test_dp import is_within, step_terms
 from tests.client.test_persample import ALL_LINEAR, ENGINES, collect, prepare, relative, shaped
 from tests.support.losses import one_by_one
-from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
+from tests.support.tiny import private, random_adapter, records_of, rows_for, sha256_table, tiny_study
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CPU = Resources(device="cpu", precision="fp32")
 GPU = Resources(device="cuda", precision="fp32")
+
 KINDS = {"bert": "text-classification", "gpt2": "causal-lm", "llama": "causal-lm", "qwen2": "token-classification"}
+
+
+def quantised_layers(host: ModelHost) -> list[QuantisedLinear]:
+    return [module for module in host.model.modules() if isinstance(module, QuantisedLinear)]
 
 
 @pytest.mark.parametrize("method", ["ffa", "fedavg"])
@@ -43,6 +50,23 @@ def test_per_sample_gradients_are_those_of_the_cpu(
             found = collect(host, features, trained)
         assert found.device.type == "cuda"
         assert relative(found.cpu(), expected, trained) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_in_few_bits_have_the_values_and_gradients_of_the_cpu(
+    bases: Mapping[str, Path], kind: Quantisation
+) -> None:
+    base = bases["llama"]
+    few = {"model.quantisation": kind, "model.quantised": quantised_digest(base, sha256_table(base), kind)}
+    study = tiny_study(base, **{"task.kind": "causal-lm", "lora.targets": ALL_LINEAR, **few})
+    host, features, trained = prepare(study)
+    expected, layers = collect(host, features, trained), quantised_layers(host)
+    host, features, trained = prepare(study, GPU)
+    assert relative(collect(host, features, trained).cpu(), expected, trained) < 1e-4
+    for ours, theirs in zip(quantised_layers(host), layers, strict=True):
+        assert ours.packed.device.type == "cuda"
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(ours.values(dtype).cpu(), theirs.values(dtype))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
