@@ -58,6 +58,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "withdrawn": directory.withdrawn,
         "waiting": None if wait is None else asdict(wait),
         **({"stopping": True} if wait is not None and directory.stopping else {}),
+        **({"interrupted": left} if (left := directory.interrupted) else {}),
         "epsilon": spent(state.statements[-1]) if state.statements else None,
         "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
         "adapter": state.adapter.digest,
@@ -98,6 +99,8 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
     elif run["ended"] and run.get("gated") and not run["released"]:
         state = "ended with a candidate, which waits at its gate (`privet gate status`)"
     rounds = f"{run['closed']} of {run['rounds']} rounds closed, {run['aborted']} aborted"
+    if "interrupted" in run and not run["ended"] and run["withdrawn"] is None:
+        rounds += f", round {run['interrupted']} interrupted"
     lines = _entry("run", f"{run['run']}: {rounds}, {state}{', released' if run['released'] else ''}")
     if run["waiting"]:
         wait = Wait(**run["waiting"])

@@ -112,7 +112,8 @@ class StudyRun:
                 observe, tell = self._observer(metrics, say), self._noting()
                 return run_over_flower(log, link, observe, timing, owners, tell, self._check_stop)
             finally:
-                self.directory.note_wait(None)
+                left = log.left
+                self.directory.note_wait(None, 0 if left is None else left.round)
 
     def _noting(self) -> Callable[[Wait], None]:
         """Return what shows for whom the run waits, also to `privet coordinator status`."""
@@ -354,6 +355,7 @@ def end_rounds(made: Coordinator, journal: Journal) -> None:
             state = log.settle(directory.load(), give_up)
             if log.left is not None:
                 log.give_up(state, give_up)
+            directory.note_wait(None)
 
 
 def line_of(statement: RoundStatement, rounds: int | None = None) -> str:

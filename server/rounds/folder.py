@@ -114,10 +114,22 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def note_wait(self, wait: Wait | None) -> None:
-        """Note for readers what this process waits for; None at its end."""
+    @property
+    def interrupted(self) -> int:
+        """Number of the round that was open when the process that played the run ended; 0 if none was."""
+        try:
+            found = json.loads((self.path / _WAITING).read_bytes())
+            number = int(found["round"])
+            return number if self.waiting is None and number == self.standing()[0] + 1 else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def note_wait(self, wait: Wait | None, interrupted: int = 0) -> None:
+        """Note for readers what this process waits for; None at its end, with the round that it leaves open."""
         with suppress(OSError):  # a full disk must not end the run here, where nothing is lost by it
-            if wait is None:
+            if wait is None and interrupted:
+                write_whole(self.path / _WAITING, json.dumps({"round": interrupted}).encode())
+            elif wait is None:
                 (self.path / _WAITING).unlink(missing_ok=True)
             else:
                 document = {**asdict(wait), "process": os.getpid()}

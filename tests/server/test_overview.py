@@ -132,6 +132,17 @@ def test_the_wait_of_a_process_that_is_gone_is_not_shown(made: Coordinator) -> N
     file = path / "waiting.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "process": 2**22 + 1}))
     assert RunDirectory.open(path).waiting is None
+    # It was killed within a round. One that ends in order notes the same.
+    for killed in (True, False):
+        if not killed:
+            RunDirectory.open(path).note_wait(None, 1)
+        assert RunDirectory.open(path).interrupted == 1
+        (line,) = [line for line in as_lines(consortium_status(made)) if line.startswith("run ")]
+        assert "0 of 4 rounds closed, 0 aborted, round 1" in line
+    RunDirectory.open(path).note_wait(None, 2)  # of a state that was restored from a backup
+    assert RunDirectory.open(path).interrupted == 0
+    RunDirectory.open(path).note_wait(None)
+    assert RunDirectory.open(path).interrupted == 0
 
 
 def test_what_is_no_run_is_passed_over(made: Coordinator) -> None:
