@@ -237,6 +237,10 @@ def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | N
     found = [reading for each, form in forms if (reading := _reading(each, form, looked, known)) is not None]
     if found:
         return found
+    for name, column in looked.items():
+        named = column.shape in ("text", "number") and set(_NAMES["label"]) & set(column.words)
+        if named and any("label" in form.needed for _, form in forms) and _candidates("text", looked):
+            raise _unlabelled(name, column.distinct)
     roles = "; or ".join(f"{each}: {form}" for each, form in forms)
     raise StudyError(
         f"the data files: expected columns for a task ({roles}); found {listed([*table])}",
@@ -331,10 +335,7 @@ def labels_in(reading: Reading, table: Table) -> dict[str, int]:
         column = reading.columns["label"]
         counts = Counter(str(value) for value in table[column] if value is not None and value != "")
         if not 2 <= len(counts) <= MOST_LABELS:
-            raise StudyError(
-                f"the column {column}: expected labels, from 2 to {MOST_LABELS} distinct values; found {len(counts)}",
-                "name the column of labels, as in `privet new FILES --column label=NAME`",
-            )
+            raise _unlabelled(column, len(counts))
         return {label: counts[label] for label in sorted(counts, key=_place)}
     if "spans" in reading.columns:
         listed = map(read_list, table[reading.columns["spans"]])
@@ -351,6 +352,13 @@ def labels_in(reading: Reading, table: Table) -> dict[str, int]:
         counts = Counter(str(tag) for tags in table[column] if isinstance(tags, list) for tag in tags)
         return _tags(counts, column)
     return {}
+
+
+def _unlabelled(column: str, distinct: int) -> StudyError:
+    return StudyError(
+        f"the column {column}: expected labels, from 2 to {MOST_LABELS} distinct values; found {distinct}",
+        "name the column of labels, as in `privet new FILES --column label=NAME`",
+    )
 
 
 def alike(labels: Sequence[str]) -> list[list[str]]:

@@ -129,6 +129,17 @@ def test_what_does_not_fit_is_refused_with_an_example(kind: str | None, given: d
     assert "--column" in (error.value.hint or "")
 
 
+def test_files_with_one_label_alone_are_told_so() -> None:
+    rows = table([{**row, "label": "heart"} for row in class_rows(30)])
+    for kind in (None, "text-classification"):
+        with pytest.raises(
+            StudyError, match=r"the column label: expected labels, from 2 to 100 distinct values; found 1"
+        ):
+            readings(rows, kind)
+    with pytest.raises(StudyError, match="expected columns for a task"):
+        readings(rows, "causal-lm")
+
+
 def test_labels_are_sorted_and_counted() -> None:
     (reading,) = readings(table(class_rows(30)), "text-classification")
     assert labels_in(reading, table(class_rows(30))) == dict.fromkeys(sorted(LABELS), 10)
