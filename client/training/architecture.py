@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from privet.client.training.boundary import library_errors
 from privet.common.errors import StudyError
 from privet.common.study.sections import GENERATING
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 _OTHER = "choose another base model: docs/families.md lists the families that were tried"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -19,9 +18,6 @@ from privet.client.training.packing import Layout, within_records
 from privet.client.training.quantised import load_quantised
 from privet.common.errors import StudyError
 from privet.common.study.sections import Quantisation, TaskSection
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 
 class HeadModel(nn.Module):

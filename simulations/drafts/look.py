@@ -237,10 +237,10 @@ def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | N
     found = [reading for each, form in forms if (reading := _reading(each, form, looked, known)) is not None]
     if found:
         return found
-    for name, column in looked.items():
-        named = column.shape in ("text", "number") and set(_NAMES["label"]) & set(column.words)
+    for name, each in looked.items():
+        named = each.shape in ("text", "number") and set(_NAMES["label"]) & set(each.words)
         if named and any("label" in form.needed for _, form in forms) and _candidates("text", looked):
-            raise _unlabelled(name, column.distinct)
+            raise _unlabelled(name, each.distinct)
     roles = "; or ".join(f"{each}: {form}" for each, form in forms)
     raise StudyError(
         f"the data files: expected columns for a task ({roles}); found {listed([*table])}",
