@@ -29,6 +29,12 @@ _COORDINATOR = "coordinator"
 _VERSIONS = "run the same version of privet at the site and at the coordinator"
 _CONTINUE = re.compile("continue the round without this site(.*)")
 _OWN_LOG = "ask the site's operator: the site's application log holds the reason"
+# By name, as a process without PyTorch answers too. What the site's operator reads of them.
+_MEMORY = ("MemoryError", "OutOfMemoryError")
+_LARGE = (
+    ": the memory is too small; lower resources.physical_batch, or set resources.gradient_checkpointing = true, in the "
+    "site file; or train with a base in few bits (model.quantisation in the study)"
+)
 # Errors whose texts are private to the site: their counts and names would answer questions about the data, and so would
 # the step at which training diverged. The coordinator gets these fixed texts instead.
 _FIXED = {
@@ -77,7 +83,8 @@ def answer(
         _note(error)
         return _failure(error)
     except Exception as error:  # its text may hold a record, so only its type is logged and nothing of it is sent
-        _refusals.note("the site failed", _COORDINATOR, detail=f"failed: {type(error).__name__}")
+        name = type(error).__name__
+        _refusals.note("the site failed", _COORDINATOR, detail=f"failed: {name}{_LARGE if name in _MEMORY else ''}")
         return Failure(
             "InternalError", "an unexpected error occurred at the site while it answered this message", _OWN_LOG
         )

@@ -34,7 +34,8 @@ def library_errors(what: str, hint: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StudyError(
             f"{what}: this machine has too little memory",
-            "choose a smaller base model, or lower data.max_length in the study",
+            "choose a smaller base model, lower data.max_length in the study, or keep the base in few bits: `privet "
+            "base DIRECTORY --quantisation nf4` prints the keys",
         ) from error
     except Exception as error:  # libraries share no base class of errors
         raise StudyError(f"{what} ({first_sentence(error)})", hint) from error

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from privet.client.budget.releases import open_ledger
 from privet.client.network.fleet import Received, RunOverError
@@ -271,6 +272,20 @@ def test_a_coordinator_that_asks_without_end_does_not_fill_a_sites_disk(
     for _ in range(50):
         assert isinstance(answer(lambda: opened, spoilt), Failure)
     assert len(written.entries) == 2 * BURST
+    assert "a record" not in written.stream.getvalue()
+
+
+@pytest.mark.parametrize("raised", [MemoryError, torch.OutOfMemoryError])
+def test_a_site_without_memory_reads_what_to_lower_and_the_coordinator_does_not(
+    raised: type[Exception], agreed: tuple[Study, Worker, RoundOpen], written: Written
+) -> None:
+    def large() -> Worker:
+        raise raised("a record")
+
+    reply = answer(lambda: agreed[2], large)
+    assert isinstance(reply, Failure)
+    assert "memory" not in f"{reply.message} {reply.hint}"
+    assert "lower resources.physical_batch" in written.stream.getvalue()
     assert "a record" not in written.stream.getvalue()
 
 
