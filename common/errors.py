@@ -88,17 +88,15 @@ class StudyError(PrivetError):
 
 
 class DataError(StudyError):
-    """A site's data does not fit the study's data contract."""
+    """A site's data does not fit the study's data contract.
 
-    private = True
-
-
-class MissingColumnsError(DataError):
-    """A file lacks columns that the study names.
+    No subclass may be raised: a site answers every data error in the same words, by its type.
 
     Attributes:
-        missing: Their names.
+        missing: Columns that a file lacks, where that is what is wrong.
     """
+
+    private = True
 
     def __init__(self, message: str, hint: str = "", missing: tuple[str, ...] = ()) -> None:
         super().__init__(message, hint)

@@ -112,7 +112,7 @@ class StudyRun:
                 observe, tell = self._observer(metrics, say), self._noting()
                 return run_over_flower(log, link, observe, timing, owners, tell, self._check_stop)
             finally:
-                left = log.left
+                left = log.left if self.name in journal.history.runs else None
                 self.directory.note_wait(None, 0 if left is None else left.round)
 
     def _noting(self) -> Callable[[Wait], None]:

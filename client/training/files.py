@@ -22,7 +22,7 @@ from privet.client.training.decoding import check_file, kind_of, text_of
 from privet.client.training.headings import FEWEST, believed, listed
 from privet.client.training.ids import names_by_rule
 from privet.client.training.proposals import hint_for
-from privet.common.errors import DataError, MissingColumnsError
+from privet.common.errors import DataError
 from privet.common.files import close_to
 from privet.common.study.sections import FORMS
 from privet.common.study.study import Study
@@ -209,7 +209,7 @@ def _csv_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Table:
     header = body.header
     if not set(header) & set(needed):
         # Without a header line, these names would be a record, so the message does not quote them.
-        raise MissingColumnsError(
+        raise DataError(
             f"{path}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
             f"values separated by {body.separated}" + _other_form(header),
             hint_for(path, needed, form)
@@ -369,7 +369,7 @@ def _check_columns(
     if missing:
         usual = found if usual is None else usual
         other = [name for name in usual if name not in needed] if believed(usual, needed) else []
-        raise MissingColumnsError(
+        raise DataError(
             f"{path}: expected the columns {', '.join(missing)}, found only {listed(usual, needed)}"
             + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),

@@ -15,7 +15,7 @@ from typing import Any
 from privet.client.formats import DELIMITERS, Delimiter, FileFormat, inline, toml_lines
 from privet.client.training.csvrows import csv_rows, marked
 from privet.client.training.decoding import content_of, detected, kind_of, text_of
-from privet.common.errors import DataError, MissingColumnsError
+from privet.common.errors import DataError
 
 FEWEST = 10
 """Fewest units of a label that is shown: a value of fewer may be a text or a patient's id in a wrong column."""
@@ -116,7 +116,7 @@ def with_settings(error: DataError, paths: Sequence[Path], needed: Sequence[str]
             lines = "\n  ".join(toml_lines("format", found))
             hint = "if the file is written so, save these lines as format.toml, and add `--format format.toml`:"
             return DataError(error.message, f"{hint}\n  {lines}")
-    if isinstance(error, MissingColumnsError) and paths:
+    if error.missing and paths:
         names = {f"COLUMN-{number}": name for number, name in enumerate(error.missing, 1)}
         lines = "\n  ".join(toml_lines("format", {"columns": names}))
         hint = (

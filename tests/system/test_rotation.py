@@ -24,7 +24,7 @@ from privet.client.site import load_site
 from privet.client.trust import TRUSTED, EndedKeys, Trusted, read_trusted, write_trusted
 from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
-from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, StudyError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
@@ -226,7 +226,7 @@ def test_sites_follow_by_words_and_the_log_goes_on(town: Town, capsys: pytest.Ca
 def test_the_commands_say_what_changes_and_what_to_do(town: Town) -> None:
     file, directory = town.file("lyon"), town.made.directory
     assert town.shown("lyon").line
-    with pytest.raises(ProtocolError, match="expected one of them"):
+    with pytest.raises(StudyError, match="expected one of them"):
         run(commands.rotate, "-C", directory, "--keys", "--passphrase")
     output = run(commands.rotate, "-C", directory, "--keys").output
     words = open_coordinator(directory).charter.words

@@ -703,13 +703,13 @@ def member_is_invited_again(at: Desk) -> Story:
     yield words
 
 
-@coordinators(4, "the site oslo is named twice", "name each site once")
+@coordinators(2, "the site oslo is named twice", "name each site once")
 def site_is_named_twice(at: Desk) -> Story:
     yield at.words("invite", "oslo", "oslo")
     yield at.words("invite", "oslo", "--out", at.home.parent / "tokens")
 
 
-@coordinators(4, "lower-case letters, digits and dashes, found 'St. Anne'", "for example st-anne")
+@coordinators(2, "lower-case letters, digits and dashes, found 'St. Anne'", "for example st-anne")
 def name_of_a_site_is_wrong(at: Desk) -> Story:
     yield at.words("invite", "St. Anne")
     yield at.words("invite", "st-anne", "--out", at.home.parent / "tokens")
